@@ -1,0 +1,161 @@
+"""One subject of the sandbox, trained by one method and scored: what the demo and the tables are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..adapter import AdapterConfig
+from ..backends.diffusers import DiffusersDenoiser
+from ..data import Concept, sample_class_latents
+from ..drift import DriftProbe
+from ..metrics import mean_pairwise_cosine, text_alignment
+from ..objectives import matched_learning_rate
+from ..sandbox.judge import Judge
+from ..sandbox.subjects import Subject
+from ..trainer import History, StepReport, TrainSettings, train
+
+TOKEN = "sks"
+TUNING_SUBJECTS = ("rosie", "ziggy")
+"""The settings below were chosen on these two; the tables leave them out."""
+TABLE_SUBJECTS = ("pip", "momo", "bolt", "luna")
+
+SETTINGS = TrainSettings(steps=200, learning_rate=1e-3, batch_size=4, probe_every=20)
+ADAPTER = AdapterConfig(rank=8, layers="attention_feed_forward")
+CLASS_PICTURES = 24
+SAMPLING = {"steps": 20, "guidance": 4.0}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of a table: an objective with its options, and whether the learning rate is matched to `w`.
+
+    `matched` multiplies the learning rate by 1 + w (`matched_learning_rate`) while the objective is the plain one.
+    """
+
+    name: str
+    objective: str
+    w: float = 0.0
+    anchor: str = "pretrained"
+    matched: bool = False
+
+    def settings(self, base: TrainSettings) -> TrainSettings:
+        rate = matched_learning_rate(base.learning_rate, self.w) if self.matched else base.learning_rate
+        return replace(base, objective=self.objective, w=self.w, anchor=self.anchor, learning_rate=rate)
+
+
+DREAMBOOTH = Method("dreambooth", "reconstruction")
+PRIOR_PRESERVATION = Method("prior_preservation", "prior_preservation")
+ANCHORED = Method("anchored", "anchor", w=0.5)
+
+
+@dataclass
+class Scores:
+    """How an adapter does on the subject's 25 prompts.
+
+    Attributes:
+        subject_fidelity: identity cosine to the references (the role of DINO).
+        picture_similarity: picture cosine to the references (the role of CLIP-I).
+        text_alignment: cosine to the class-only prompt (the role of CLIP-T).
+        shape, background, accessory: share of the 20 attribute prompts on which the reader agrees.
+        drift: Fig. 8b on the references' latents; drift_class: the same on class pictures' latents.
+    """
+
+    subject_fidelity: float
+    picture_similarity: float
+    text_alignment: float
+    shape: float
+    background: float
+    accessory: float
+    drift: float
+    drift_class: float
+
+
+class Personalisation:
+    """A subject on a model: its latents, class pictures, probes and fixed sampling noise, made once for all methods."""
+
+    def __init__(self, denoiser: DiffusersDenoiser, judge: Judge, subject: Subject, seed: int = 0):
+        self.denoiser, self.judge, self.subject, self.seed = denoiser, judge, subject, seed
+        self.concept = Concept(f"a photo of a {TOKEN} {subject.class_word}", f"a photo of a {subject.class_word}")
+        self.references = torch.stack([_pixels(picture) for picture in subject.references()])  # (N, 3, 64, 64)
+        self.latents = denoiser.encode_images(self.references)
+        self.shape = tuple(self.latents.shape[1:])
+        self.class_latents = sample_class_latents(denoiser, self.concept, CLASS_PICTURES, self.shape, seed=seed, **SAMPLING)
+        self.probe = DriftProbe(denoiser, self.latents, self.concept, noises=2, seed=seed)
+        self.class_probe = DriftProbe(
+            denoiser, self.class_latents[:6], self.concept, noises=2, seed=seed, latents_are="class"
+        )
+
+    def train(
+        self,
+        method: Method,
+        settings: TrainSettings = SETTINGS,
+        adapter: AdapterConfig = ADAPTER,
+        *,
+        at: Iterable[int] = (),
+        on_step: Callable[[StepReport], None] | None = None,
+        on_scores: Callable[[int, Scores], None] | None = None,
+    ) -> History:
+        """Train `method`; the adapter stays attached. At the step counts `at`, score and pass on to `on_scores`."""
+        at = set(at)
+
+        def after(report: StepReport) -> None:
+            if on_step is not None:
+                on_step(report)
+            if report.step in at and on_scores is not None:
+                on_scores(report.step, self.score(self.sample()))
+
+        settings = replace(method.settings(settings), seed=self.seed)
+        attached = self.denoiser.attach(adapter, seed=self.seed)
+        return train(
+            self.denoiser,
+            attached,
+            self.latents,
+            self.concept,
+            settings,
+            class_latents=self.class_latents,
+            probe=self.probe,
+            on_step=after,
+        )
+
+    @torch.no_grad()
+    def sample(self, prompts: list[str] | None = None) -> Tensor:
+        """Pictures (25, 3, 64, 64) in [0, 1], one a prompt, from noise that depends on the seed alone."""
+        prompts = self.subject.prompts(TOKEN) if prompts is None else prompts
+        generator = torch.Generator().manual_seed(10_000 + self.seed)
+        noise = torch.randn((len(prompts), *self.shape), generator=generator)
+        conditions = [self.denoiser.encode_prompt(prompt) for prompt in prompts]
+        negative = self.denoiser.encode_prompt("")
+        return self.denoiser.decode_latents(self.denoiser.sample(conditions, negative, noise, **SAMPLING))
+
+    def score(self, pictures: Tensor) -> Scores:
+        """Score the pictures of `sample()` and the adapter that is attached."""
+        judge, subject = self.judge, self.subject
+        asked = [(scene, reading) for scene, reading in zip(subject.prompt_scenes(), judge.read(pictures)) if scene]
+
+        def right(*names: str) -> float:
+            return float(np.mean([all(getattr(scene, n) == reading[n] for n in names) for scene, reading in asked]))
+
+        equipped = [
+            scene.accessory == reading["accessory"]
+            and (scene.accessory == "none" or scene.accessory_colour == reading["accessory_colour"])
+            for scene, reading in asked
+        ]
+        return Scores(
+            subject_fidelity=mean_pairwise_cosine(judge.identity(pictures), judge.identity(self.references)),
+            picture_similarity=mean_pairwise_cosine(judge.picture(pictures), judge.picture(self.references)),
+            text_alignment=text_alignment(judge.picture(pictures), judge.text(subject.prompts(""))),
+            shape=right("shape"),
+            background=right("background"),
+            accessory=float(np.mean(equipped)),
+            drift=self.probe.measure().drift,
+            drift_class=self.class_probe.measure().drift,
+        )
+
+
+def _pixels(picture) -> Tensor:
+    return torch.from_numpy(np.asarray(picture).copy()).movedim(-1, 0).float() / 255

@@ -1,0 +1,71 @@
+"""What a run leaves behind: `report.json`, and figures of pictures and curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from .trainer import History
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically; NaN and infinity are refused, because other readers of JSON would not take them."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def as_picture(picture: Tensor) -> np.ndarray:
+    """(3, H, W) in [0, 1] to uint8 (H, W, 3)."""
+    return (picture.clamp(0, 1).movedim(0, -1).cpu().numpy() * 255).round().astype(np.uint8)
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """(3, H, W) in [0, 1] as a PNG file."""
+    from PIL import Image
+
+    Image.fromarray(as_picture(picture)).save(path)
+
+
+def new_figure(width: float, height: float):
+    """A matplotlib figure that needs no screen and leaves matplotlib's global state alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_pictures(axes_row, pictures: Sequence[Tensor], title: str) -> None:
+    """Pictures (3, H, W) in a row of axes, the title beside the first; the other axes stay empty."""
+    for axes in axes_row:
+        axes.set_axis_off()
+    for axes, picture in zip(axes_row, pictures):
+        axes.imshow(as_picture(picture), interpolation="nearest")
+    axes_row[0].set_title(title, fontsize=9, loc="left")
+
+
+def draw_drift(axes, histories: Mapping[str, History]) -> None:
+    """Fig. 8b: drift from the class anchor over the steps, a line for each history."""
+    for name, history in histories.items():
+        axes.plot([step for step, _ in history.probes], [result.drift for _, result in history.probes], label=name)
+    axes.set(xlabel="step", ylabel="L2 distance in epsilon", title="drift from the class anchor (Fig. 8b)")
+    axes.legend(fontsize=8)
+
+
+def draw_loss(axes, histories: Mapping[str, History], window: int = 15) -> None:
+    """The reconstruction term over the steps (the one term that every objective has), smoothed over `window` steps."""
+    for name, history in histories.items():
+        values = np.asarray(next(iter(history.terms.values()), []))
+        width = max(1, min(window, len(values)))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(width, len(values) + 1), smooth, label=name)
+    axes.set(xlabel="step", ylabel="mean squared error", title=f"reconstruction loss, mean of {window} steps")
+    axes.legend(fontsize=8)

@@ -1,0 +1,108 @@
+"""Whether the embedded model draws what a caption says, by the judge's readers; and its model card."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..backends.diffusers import DiffusersDenoiser
+from . import world
+from .judge import Judge
+from .pretrain import PretrainSettings
+
+SAMPLING = {"steps": 25, "guidance": 4.0}
+
+
+def held_out_captions(count: int, seed: int, used: Collection[str] = ()) -> list[tuple[world.Scene, str]]:
+    """Scenes with captions that say shape, colour, pattern, background and accessory; none of them in `used`."""
+    rng = random.Random(f"held out {seed}")
+    captions = []
+    while len(captions) < count:
+        scene = world.sample_scene(rng)
+        text = world.caption(scene, rng, complete=True, rare=0.0)
+        if text not in used:
+            captions.append((scene, text))
+    return captions
+
+
+def draw_captions(denoiser: DiffusersDenoiser, texts: list[str], seed: int, batch: int = 25) -> Tensor:
+    """One picture a text, (N, 3, 64, 64) in [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = denoiser.latent_shape(denoiser.default_resolution, denoiser.default_resolution)
+    negative = denoiser.encode_prompt("")
+    pictures = []
+    for i in range(0, len(texts), batch):
+        conditions = [denoiser.encode_prompt(text) for text in texts[i : i + batch]]
+        noise = torch.randn((len(conditions), *shape), generator=generator)
+        pictures.append(denoiser.decode_latents(denoiser.sample(conditions, negative, noise, **SAMPLING)))
+    return torch.cat(pictures)
+
+
+def accuracies(scenes: list[world.Scene], readings: list[dict[str, str]]) -> dict[str, float]:
+    """Share of pictures on which each reader finds what was asked for.
+
+    `accessory` is right when the kind is, and the colour too where there is one.
+    """
+
+    def share(right: list[bool]) -> float:
+        return round(sum(right) / len(right), 4)
+
+    pairs = list(zip(scenes, readings, strict=True))
+    result = {
+        name: share([getattr(s, name) == r[name] for s, r in pairs])
+        for name in ("shape", "colour", "background", "pattern")
+    }
+    result["accessory"] = share(
+        [
+            s.accessory == r["accessory"] and (s.accessory == "none" or s.accessory_colour == r["accessory_colour"])
+            for s, r in pairs
+        ]
+    )
+    result["accessory_kind"] = share([s.accessory == r["accessory"] for s, r in pairs])
+    return result
+
+
+def evaluate(folder: Path, judge: Judge, count: int = 500, seed: int = 0, used: Collection[str] = ()) -> dict:
+    """Accuracies of the model in `folder` on `count` held-out captions."""
+    captions = held_out_captions(count, seed, used)
+    denoiser = DiffusersDenoiser.from_pretrained(folder)
+    pictures = draw_captions(denoiser, [text for _, text in captions], seed)
+    scores = accuracies([scene for scene, _ in captions], judge.read(pictures))
+    return {"captions": count, "seed": seed, "sampling": SAMPLING, **scores}
+
+
+def describe(work: Path, folder: Path, settings: PretrainSettings) -> dict:
+    """Write the card into `folder`: settings, training log, accuracies, `samples.png`. Gives the accuracies."""
+    judge = Judge(folder / "judge")
+    used = {text for texts in json.loads((work / "captions.json").read_text()) for text in texts}
+    scores = evaluate(folder, judge, used=used)
+    logs = {path.name.split(".")[0]: _thinned(path) for path in sorted(work.glob("*.log.jsonl"))}
+    card = {"settings": asdict(settings), "accuracy": scores, "judge": judge.card, "log": logs}
+    (folder / "training.json").write_text(json.dumps(card) + "\n")
+    _sample_grid(folder, held_out_captions(40, 1, used))
+    return scores
+
+
+def _thinned(path: Path, points: int = 40) -> list[dict]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return lines[:: max(1, len(lines) // points)] + lines[-1:]
+
+
+def _sample_grid(folder: Path, captions) -> None:
+    from PIL import Image
+
+    from ..report import as_picture
+
+    pictures = draw_captions(DiffusersDenoiser.from_pretrained(folder), [text for _, text in captions], 1)
+    grid = Image.new("RGB", (10 * 66, -(-len(pictures) // 10) * 66), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(Image.fromarray(as_picture(picture)), (i % 10 * 66 + 1, i // 10 * 66 + 1))
+    grid.save(folder / "samples.png", optimize=True)
+    text = "".join(f"{i + 1}. {caption}\n" for i, (_, caption) in enumerate(captions))
+    (folder / "samples.txt").write_text(text)

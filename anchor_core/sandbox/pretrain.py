@@ -1,0 +1,394 @@
+"""Pretraining of the embedded model from nothing: pictures, tokenizer, autoencoder, text tower, denoiser.
+
+Each stage keeps its state in the work folder and picks up where it was left. The order is SD1.5's: the text tower is
+trained contrastively against a small picture encoder and then frozen; the denoiser learns on the autoencoder's latents.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from . import model, tokenizer, world
+
+log = logging.getLogger(__name__)
+
+STAGES = ("data", "tokenizer", "autoencoder", "decoder", "text", "denoiser")
+
+
+@dataclass
+class PretrainSettings:
+    """Sizes of the run; the defaults are those of the shipped weights.
+
+    Attributes:
+        pictures: drawn training pictures, each with `captions_per_picture` phrasings.
+        *_steps: optimizer steps of a stage.
+        *_batch: pictures a step.
+        denoiser_rate: peak learning rate, reached after 200 steps and brought to zero over the last fifth.
+        ema: decay of the denoiser's averaged weights, which are what is shipped.
+        drop: share of captions replaced by the empty prompt, for classifier-free guidance.
+    """
+
+    pictures: int = 40000
+    captions_per_picture: int = 3
+    autoencoder_steps: int = 1500
+    decoder_steps: int = 2000
+    autoencoder_batch: int = 32
+    text_steps: int = 700
+    text_batch: int = 128
+    denoiser_steps: int = 9000
+    denoiser_batch: int = 32
+    denoiser_rate: float = 8e-4
+    ema: float = 0.999
+    drop: float = 0.1
+    seed: int = 0
+
+
+def run(work: Path, settings: PretrainSettings, stages=STAGES, device: str = "cpu") -> None:
+    """Run the stages that are asked for, in order."""
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        log.info("stage %s", stage)
+        globals()[f"_stage_{stage}"](work, settings, torch.device(device))
+
+
+def autocast(device: torch.device):
+    """bfloat16 autocast; the weights stay in float32."""
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+# --- data -----------------------------------------------------------------------------------------------------------
+
+
+def _draw_range(arguments: tuple[int, int, int, int]) -> tuple[np.ndarray, list[list[str]], list[dict]]:
+    start, stop, captions, seed = arguments
+    pictures, texts, scenes = [], [], []
+    for index in range(start, stop):
+        rng = random.Random(f"{seed}/{index}")
+        scene = world.sample_scene(rng)
+        pictures.append(np.asarray(world.draw(scene)))
+        texts.append([world.caption(scene, rng) for _ in range(captions)])
+        scenes.append(asdict(scene))
+    return np.stack(pictures), texts, scenes
+
+
+def draw_dataset(count: int, captions: int, seed: int) -> tuple[np.ndarray, list[list[str]], list[dict]]:
+    """`count` pictures, uint8 (N, 64, 64, 3), with their captions and scenes, drawn by all cores."""
+    from concurrent.futures import ProcessPoolExecutor
+
+    chunks = [(i, min(i + 500, count), captions, seed) for i in range(0, count, 500)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        parts = list(tqdm(pool.map(_draw_range, chunks), total=len(chunks), desc="pictures", unit="x500"))
+    return (
+        np.concatenate([p[0] for p in parts]),
+        [text for p in parts for text in p[1]],
+        [scene for p in parts for scene in p[2]],
+    )
+
+
+def _stage_data(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    if (work / "captions.json").exists():
+        return
+    pictures, captions, _ = draw_dataset(settings.pictures, settings.captions_per_picture, settings.seed)
+    np.save(work / "pictures.npy", pictures)
+    _write_json(work / "captions.json", captions)
+
+
+def _write_json(path: Path, value) -> None:
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(value))
+    os.replace(temporary, path)
+
+
+def load_pictures(work: Path) -> np.ndarray:
+    return np.load(work / "pictures.npy")
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _stage_tokenizer(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    if not (work / "tokenizer").exists():
+        tokenizer.build(work / "tokenizer")
+
+
+# --- the loop that every stage uses ---------------------------------------------------------------------------------
+
+
+class Stage:
+    """A resumable loop: modules, optimizer and step live in one checkpoint file.
+
+    The learning rate warms up over 200 steps, stays, and falls linearly to zero over the last fifth.
+    """
+
+    def __init__(self, work: Path, name: str, modules: dict[str, nn.Module], rate: float, steps: int, decay: float = 1e-2):
+        self.path = work / f"{name}.pt"
+        self.log_path = work / f"{name}.log.jsonl"
+        self.name, self.modules, self.rate, self.steps, self.step = name, modules, rate, steps, 0
+        parameters = [p for key, m in modules.items() if key != "ema" for p in m.parameters()]
+        self.parameters = [p for p in parameters if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.99))
+        if self.path.exists():
+            state = torch.load(self.path, map_location="cpu", weights_only=True)
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step = state["step"]
+
+    def save(self) -> None:
+        temporary = self.path.with_suffix(".part")
+        torch.save(
+            {
+                "modules": {key: module.state_dict() for key, module in self.modules.items()},
+                "optimizer": self.optimizer.state_dict(),
+                "step": self.step,
+            },
+            temporary,
+        )
+        os.replace(temporary, self.path)
+
+    def __iter__(self):
+        """Yields a random generator for the step, which a resumed run draws the same; the caller calls `descend`."""
+        started, bar = time.time(), tqdm(total=self.steps, initial=self.step, desc=self.name)
+        while self.step < self.steps:
+            yield np.random.default_rng([self.step, sum(map(ord, self.name))])
+            self.step += 1
+            bar.update()
+            if self.step % 50 == 0 or self.step == self.steps:
+                bar.set_postfix(self.figures)
+                with self.log_path.open("a") as file:
+                    file.write(json.dumps({"step": self.step, "seconds": round(time.time() - started, 1), **self.figures}) + "\n")
+            if self.step % 250 == 0 or self.step == self.steps:
+                self.save()
+        bar.close()
+
+    def descend(self, loss: Tensor, **figures: float) -> None:
+        """One optimizer step on the loss."""
+        tail = self.steps // 5
+        factor = min((self.step + 1) / 200, 1.0, (self.steps - self.step) / max(tail, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.figures = {"loss": round(loss.item(), 5), **{k: round(v, 4) for k, v in figures.items()}}
+
+
+# --- autoencoder ----------------------------------------------------------------------------------------------------
+
+
+def _stage_autoencoder(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    """Encoder and decoder together."""
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(settings.seed)
+    vae = AutoencoderTiny(**model.VAE).to(device)
+    stage = Stage(work, "autoencoder", {"vae": vae}, 2e-3, settings.autoencoder_steps, decay=0.0)
+    _reconstruct(stage, vae, load_pictures(work), settings)
+
+
+def _stage_decoder(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    """The decoder alone, on the encoder as the denoiser knows it: sharper pictures from the same latents."""
+    vae = load_autoencoder(work).to(device)
+    vae.decoder.requires_grad_(True)
+    stage = Stage(work, "decoder", {"decoder": vae.decoder}, 1e-3, settings.decoder_steps, decay=0.0)
+    _reconstruct(stage, vae, load_pictures(work), settings)
+
+
+def _reconstruct(stage: Stage, vae, pictures: np.ndarray, settings: PretrainSettings) -> None:
+    """Half-size crops: the network is convolutional, and a batch then holds more different pictures for its cost."""
+    side, batch = model.PICTURE_SIZE // 2, settings.autoencoder_batch
+    device = next(vae.parameters()).device
+    for rng in stage:
+        index, corner = np.sort(rng.integers(0, len(pictures), batch)), rng.integers(0, side + 1, (batch, 2))
+        crops = np.stack([pictures[i][y : y + side, x : x + side] for i, (y, x) in zip(index, corner)])
+        x = as_tensor(crops).to(device)
+        with autocast(device):
+            latents = vae.encode(x).latents
+            y = vae.decode(latents).sample.float()
+        error = (y - x).abs().mean()
+        stage.descend(error + 2 * F.mse_loss(y, x) + 1e-4 * latents.float().square().mean(), l1=error.item())
+
+
+def load_autoencoder(work: Path):
+    """The trained autoencoder, with `scaling_factor` set to one over the latents' standard deviation."""
+    from diffusers import AutoencoderTiny
+
+    vae = AutoencoderTiny(**model.VAE)
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
+    if (work / "decoder.pt").exists():
+        vae.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["modules"]["decoder"])
+    vae = vae.eval().requires_grad_(False)
+    with torch.no_grad():
+        spread = vae.encode(as_tensor(load_pictures(work)[:256])).latents.std()
+    vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    return vae
+
+
+# --- text tower -----------------------------------------------------------------------------------------------------
+
+
+class PictureTower(nn.Module):
+    """A small convolutional encoder of 64 px pictures, (B, 3, 64, 64) to unit vectors (B, width)."""
+
+    def __init__(self, width: int = 128, channels: tuple[int, ...] = (32, 64, 128, 192)):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, 2, 1)]
+        for before, after in zip(channels, (*channels[1:], channels[-1])):
+            layers += [_Residual(before), nn.Conv2d(before, after, 3, 2, 1)]
+        self.body = nn.Sequential(*layers)
+        self.norm = nn.GroupNorm(8, channels[-1])
+        self.head = nn.Linear(channels[-1] * 4, width)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Before the projection, (B, 4 C): a 2 x 2 grid of features, so that position is not lost."""
+        return F.silu(self.norm(self.body(x))).flatten(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.head(self.features(x)).float(), dim=-1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norms = nn.ModuleList([nn.GroupNorm(8, channels) for _ in range(2)])
+        self.convolutions = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for norm, convolution in zip(self.norms, self.convolutions):
+            y = convolution(F.silu(norm(y)))
+        return x + y
+
+
+def build_text_tower(clip_tokenizer, seed: int):
+    """CLIPTextModel at random weights, with token embeddings wide enough apart to be told from one another."""
+    text = model.build(clip_tokenizer, seed)["text_encoder"]
+    generator = torch.Generator().manual_seed(seed)
+    for embedding, std in ((text.get_input_embeddings(), 0.1), (_position_embedding(text), 0.02)):
+        with torch.no_grad():
+            embedding.weight.normal_(0, std, generator=generator)
+    return text
+
+
+def _position_embedding(text) -> nn.Embedding:
+    return next(m for name, m in text.named_modules() if name.endswith("position_embedding"))
+
+
+def contrastive_stage(stage: Stage, text, contrast: Contrast, clip_tokenizer, pictures, captions, batch: int, prepare=lambda x, rng: x) -> None:
+    """Symmetric cross-entropy over matching pictures and captions (CLIP, Radford et al. 2021, Fig. 3)."""
+    device = contrast.scale.device
+    for rng in stage:
+        index = np.sort(rng.choice(len(pictures), batch, replace=False))
+        x = prepare(as_tensor(pictures[index]).to(device), rng)
+        texts = [captions[i][rng.integers(len(captions[i]))] for i in index]
+        tokens = clip_tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+        with autocast(device):
+            pooled = text(input_ids=tokens.input_ids).pooler_output
+            a = F.normalize(contrast.head(pooled).float(), dim=-1)
+            b = contrast.pictures(x)
+        logits = contrast.scale.exp().clamp(max=60) * a @ b.T
+        labels = torch.arange(batch, device=device)
+        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+        stage.descend(loss, accuracy=(logits.argmax(1) == labels).float().mean().item())
+
+
+def _stage_text(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    torch.manual_seed(settings.seed)
+    clip_tokenizer = tokenizer.load(work / "tokenizer")
+    text = build_text_tower(clip_tokenizer, settings.seed).to(device)
+    contrast = Contrast(model.TEXT["hidden_size"]).to(device)
+    stage = Stage(work, "text", {"text": text, "others": contrast}, 1e-3, settings.text_steps, decay=0.0)
+    captions = json.loads((work / "captions.json").read_text())
+    contrastive_stage(stage, text, contrast, clip_tokenizer, load_pictures(work), captions, settings.text_batch)
+
+
+class Contrast(nn.Module):
+    """What contrastive training adds to a text encoder: a picture tower, a projection and the temperature."""
+
+    def __init__(self, hidden: int, width: int = 128, channels: tuple[int, ...] = (32, 64, 128, 192)):
+        super().__init__()
+        self.pictures = PictureTower(width, channels)
+        self.head = nn.Linear(hidden, width, bias=False)
+        self.scale = nn.Parameter(torch.tensor(2.65))
+
+
+def load_text_tower(work: Path):
+    clip_tokenizer = tokenizer.load(work / "tokenizer")
+    text = build_text_tower(clip_tokenizer, 0)
+    text.load_state_dict(torch.load(work / "text.pt", weights_only=True)["modules"]["text"])
+    return clip_tokenizer, text.eval().requires_grad_(False)
+
+
+# --- denoiser -------------------------------------------------------------------------------------------------------
+
+
+def _latents(work: Path, vae, device: torch.device) -> Tensor:
+    """Scaled latents of every training picture, float16, computed once."""
+    path = work / "latents.pt"
+    if not path.exists():
+        pictures, parts = load_pictures(work), []
+        with torch.no_grad(), autocast(device):
+            for i in tqdm(range(0, len(pictures), 64), desc="latents"):
+                x = as_tensor(pictures[i : i + 64]).to(device)
+                parts.append((vae.encode(x).latents.float() * vae.config.scaling_factor).half().cpu())
+        temporary = path.with_suffix(".part")
+        torch.save(torch.cat(parts), temporary)
+        os.replace(temporary, path)
+    return torch.load(path, weights_only=True)
+
+
+def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    from diffusers import DDPMScheduler, UNet2DConditionModel
+    from diffusers.models.attention_processor import AttnProcessor
+
+    vae = load_autoencoder(work).to(device)
+    clip_tokenizer, text = load_text_tower(work)
+    text = text.to(device)
+    latents = _latents(work, vae, device)
+    captions = json.loads((work / "captions.json").read_text())
+    torch.manual_seed(settings.seed)
+    unet, average = UNet2DConditionModel(**model.UNET).to(device), UNet2DConditionModel(**model.UNET).to(device)
+    unet.set_attn_processor(AttnProcessor())  # plain attention is the faster one on a CPU in bfloat16
+    average.load_state_dict(unet.state_dict())
+    stage = Stage(work, "denoiser", {"unet": unet, "ema": average}, settings.denoiser_rate, settings.denoiser_steps)
+    scheduler = DDPMScheduler(**{k: v for k, v in model.SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")})
+    for rng in stage:
+        index = np.sort(rng.integers(0, len(latents), settings.denoiser_batch))
+        z = latents[torch.from_numpy(index)].float().to(device)
+        texts = ["" if rng.random() < settings.drop else captions[i][rng.integers(len(captions[i]))] for i in index]
+        tokens = clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(device)
+        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(device)
+        t = torch.from_numpy(rng.integers(0, 1000, len(z))).to(device)
+        with autocast(device):
+            with torch.no_grad():
+                context = text(input_ids=tokens.input_ids).last_hidden_state
+            prediction = unet(scheduler.add_noise(z, noise, t), t, context).sample.float()
+        stage.descend(F.mse_loss(prediction, scheduler.get_velocity(z, noise, t)))
+        decay = min(settings.ema, (stage.step + 1) / (stage.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+
+
+def assemble(work: Path, folder: Path) -> None:
+    """Write the trained model as a diffusers folder in float16."""
+    from diffusers import UNet2DConditionModel
+
+    clip_tokenizer, text = load_text_tower(work)
+    unet = UNet2DConditionModel(**model.UNET)
+    unet.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
+    model.save({"unet": unet, "vae": load_autoencoder(work), "text_encoder": text}, clip_tokenizer, folder)

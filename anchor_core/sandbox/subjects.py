@@ -1,0 +1,196 @@
+"""Twelve held-out subjects: fixed looks that pretraining never drew, with references and prompts in DreamBench's manner."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from . import world
+from .world import Paint, Scene
+
+UNUSUAL_PATTERNS = ("halves", "quarters", "bullseye", "zigzag", "diagonal", "band")
+MARKS = ("face", "eye", "patch", "belt")
+
+DYES = {
+    "teal": (0, 150, 140),
+    "maroon": (120, 10, 50),
+    "gold": (214, 168, 20),
+    "navy": (20, 30, 110),
+    "salmon": (252, 128, 104),
+    "olive": (112, 120, 20),
+    "violet": (190, 110, 250),
+    "mint": (140, 240, 190),
+    "coral": (255, 84, 70),
+    "cyan": (40, 214, 240),
+    "magenta": (226, 10, 150),
+    "lime": (160, 230, 20),
+    "plum": (90, 20, 100),
+    "ivory": (255, 250, 226),
+    "slate": (64, 84, 104),
+    "rust": (190, 70, 14),
+}
+"""Colours that no ordinary scene uses."""
+
+
+def fill_unusual(size: tuple[int, int], paint: Paint, cx: float, cy: float, r: float) -> Image.Image:
+    """A held-out pattern with its mark, centred on a body of radius `r` pixels."""
+    first, second, *rest = paint.colours
+    x, y = (axis / r for axis in world.grid(cx, cy))
+    where = {
+        "plain": np.zeros_like(x, bool),
+        "halves": x > 0,
+        "quarters": (x > 0) ^ (y > 0),
+        "bullseye": (np.hypot(x, y) % 0.56) > 0.28,
+        "zigzag": ((y + 0.5 * np.abs((x * 2.0) % 2.0 - 1.0)) % 0.66) > 0.33,
+        "diagonal": ((x + y) % 0.8) > 0.4,
+        "band": np.abs(y) < 0.3,
+    }.get(paint.pattern)
+    if where is None:
+        raise ValueError(f"unknown pattern {paint.pattern!r}; known: {', '.join(UNUSUAL_PATTERNS)}")
+    fill = np.where(where[..., None], np.uint8(second), np.uint8(first))
+    if paint.mark is not None:
+        colour = rest[0] if rest else (0, 0, 0)
+        _draw_mark(fill, paint.mark, x, y, colour)
+    return Image.fromarray(fill)
+
+
+def _draw_mark(fill: np.ndarray, mark: str, x: np.ndarray, y: np.ndarray, colour) -> None:
+    def disc(cx: float, cy: float, radius: float) -> np.ndarray:
+        return np.hypot(x - cx, y - cy) < radius
+
+    if mark == "face":
+        for side in (-0.34, 0.34):
+            fill[disc(side, -0.16, 0.22)] = (255, 255, 255)
+            fill[disc(side, -0.12, 0.11)] = colour
+        smile = (np.abs(np.hypot(x, y - 0.05) - 0.42) < 0.08) & (y > 0.22)
+        fill[smile] = colour
+    elif mark == "eye":
+        fill[disc(0, 0, 0.42)] = (255, 255, 255)
+        fill[disc(0, 0, 0.22)] = colour
+    elif mark == "patch":
+        fill[disc(0.42, -0.3, 0.4)] = colour
+    elif mark == "belt":
+        fill[np.abs(y - 0.2) < 0.17] = colour
+        fill[(np.abs(y - 0.2) < 0.11) & (np.abs(x) < 0.18)] = (255, 255, 255)
+    else:
+        raise ValueError(f"unknown mark {mark!r}; known: {', '.join(MARKS)}")
+
+
+def random_look(rng: random.Random) -> Paint:
+    """A look of the subjects' family (never one of theirs), on which the judges learn to tell individuals apart."""
+    while True:
+        dyes = rng.sample(sorted(DYES), 4)
+        look = Paint(
+            tuple(DYES[name] for name in dyes[:3]),
+            rng.choice(("plain", *UNUSUAL_PATTERNS)),
+            rng.choice((None, DYES[dyes[3]])),
+            rng.choice((None, *MARKS)),
+        )
+        if (look.pattern, look.mark) != ("plain", None) and all(look != s.paint for s in SUBJECTS.values()):
+            return look
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One held-out individual: `class_word` is a shape of the world, `surroundings` where its pictures were taken."""
+
+    name: str
+    class_word: str
+    paint: Paint
+    surroundings: tuple[str, ...]
+    count: int
+
+    @property
+    def colour_word(self) -> str:
+        """The first colour's name among `DYES`."""
+        return next(name for name, value in DYES.items() if value == self.paint.colours[0])
+
+    def scenes(self) -> list[Scene]:
+        """The references' scenes: the few surroundings, no accessory, position and size as a photographer varies them."""
+        rng = random.Random(f"references of {self.name}")
+        return [
+            Scene(
+                self.class_word,
+                background=self.surroundings[i % len(self.surroundings)],
+                position=rng.choice(world.POSITIONS),
+                size=rng.choice(("medium", "large")),
+                paint=self.paint,
+                seed=rng.randrange(2**31),
+            )
+            for i in range(self.count)
+        ]
+
+    def references(self) -> list[Image.Image]:
+        """4 to 6 reference pictures, RGB, 64 px."""
+        return [world.draw(scene) for scene in self.scenes()]
+
+    def prompt_scenes(self) -> list[Scene | None]:
+        """What the first 20 prompts ask for (for the exact readers); None where a property is changed."""
+        return [scene for scene, _ in self._prompts("{}")]
+
+    def prompts(self, token: str = "sks") -> list[str]:
+        """25 prompts: 10 new surroundings, 10 accessories and neighbours, 5 changed properties (DreamBench's shares)."""
+        return [text for _, text in self._prompts(token)]
+
+    def _prompts(self, token: str) -> list[tuple[Scene | None, str]]:
+        who = f"{token} {self.class_word}".strip()
+        body = Scene(self.class_word, paint=self.paint)
+        rng = random.Random(f"prompts of {self.name}")
+        elsewhere = [name for name in world.BACKGROUNDS if name not in self.surroundings]
+        rng.shuffle(elsewhere)
+        prompts = []
+        for place in elsewhere[:10]:
+            scene = world.with_background(body, place)
+            prompts.append((scene, f"a photo of a {who} {world.phrase_of(place)}"))
+        kinds = ["hat"] * 4 + ["ball"] * 3 + ["box"] * 3
+        for i, kind in enumerate(kinds):
+            colour = world.ACCESSORY_COLOURS[i % len(world.ACCESSORY_COLOURS)]
+            places = [name for name in elsewhere if world.contrast(world.COLOURS[colour], world.BACKGROUNDS[name]) > 120]
+            place = places[i % len(places)]
+            scene = Scene(
+                self.class_word, paint=self.paint, background=place, accessory=kind, accessory_colour=colour
+            )
+            with_what = f"wearing a {colour} hat" if kind == "hat" else f"next to a {colour} {kind}"
+            prompts.append((scene, f"a photo of a {who} {with_what} {world.phrase_of(place)}"))
+        for word in ("red", "purple", "striped", "small", "dotted"):
+            prompts.append((None, f"a photo of a {word} {who}"))
+        return prompts
+
+
+def _subject(name, class_word, dyes, pattern, outline, mark, surroundings, count) -> Subject:
+    paint = Paint(tuple(DYES[d] for d in dyes), pattern, DYES[outline] if outline else None, mark)
+    return Subject(name, class_word, paint, surroundings, count)
+
+
+SUBJECTS: dict[str, Subject] = {
+    subject.name: subject
+    for subject in (
+        _subject("pip", "star", ("teal", "gold", "navy"), "halves", "navy", "face", ("wood", "cream"), 5),
+        _subject("momo", "heart", ("cyan", "magenta", "ivory"), "bullseye", None, None, ("grass", "white"), 5),
+        _subject("bolt", "square", ("gold", "plum", "teal"), "zigzag", "plum", None, ("grey", "tiles"), 4),
+        _subject("luna", "moon", ("violet", "mint", "navy"), "diagonal", "navy", None, ("night", "light blue"), 5),
+        _subject("dot", "circle", ("salmon", "teal", "maroon"), "quarters", None, "eye", ("snow", "white"), 6),
+        _subject("tri", "triangle", ("lime", "maroon", "navy"), "band", "maroon", "eye", ("sand", "cream"), 4),
+        _subject("loop", "ring", ("magenta", "ivory", "cyan"), "quarters", "plum", None, ("water", "grey"), 5),
+        _subject("plus", "cross", ("cyan", "navy", "coral"), "halves", "gold", "eye", ("bricks", "wood"), 4),
+        _subject("rosie", "heart", ("maroon", "gold", "ivory"), "plain", "gold", "face", ("tiles", "white"), 6),
+        _subject("captain", "circle", ("navy", "ivory", "coral"), "band", "cyan", "patch", ("water", "sand"), 5),
+        _subject("ziggy", "star", ("magenta", "lime", "plum"), "zigzag", None, "patch", ("grey", "night"), 5),
+        _subject("boxer", "square", ("olive", "salmon", "slate"), "plain", "ivory", "belt", ("grass", "wood"), 4),
+    )
+}
+
+
+def names() -> list[str]:
+    """The held-out subjects' names."""
+    return list(SUBJECTS)
+
+
+def get(name: str) -> Subject:
+    """The subject of that name; ValueError lists the known ones."""
+    if name not in SUBJECTS:
+        raise ValueError(f"unknown subject {name!r}; known: {', '.join(SUBJECTS)}")
+    return SUBJECTS[name]

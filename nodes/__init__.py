@@ -1,0 +1,25 @@
+"""The nodes, by topic: references, model, train, inspect, apply."""
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .inspect import AnchorDriftReport
+from .model import AnchorSandboxModel
+from .references import AnchorConcept, AnchorLoadReferences
+from .train import AnchorTrainLoRA
+
+NODES = [
+    AnchorSandboxModel,
+    AnchorLoadReferences,
+    AnchorConcept,
+    AnchorTrainLoRA,
+    AnchorDriftReport,
+    AnchorApplyAdapter,
+    AnchorSaveAdapter,
+    AnchorLoadAdapter,
+]
+
+
+class AnchorExtension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES

@@ -1,0 +1,119 @@
+"""Adapters: apply, save, load."""
+
+from __future__ import annotations
+
+import folder_paths
+from comfy_api.latest import io
+
+from .types import CATEGORY, AdapterTensors, ConceptType, LoraModel, lora_file, new_lora_file
+
+CONNECTED = "[connected lora]"
+
+
+class AnchorApplyAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorApplyAdapter",
+            display_name="Apply Adapter",
+            category=CATEGORY,
+            description="The model with a LoRA, connected or from a file. A LoRA for another model is refused.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    tooltip="1 as trained, 0 the model without it, between them a part of it.",
+                ),
+                io.Combo.Input(
+                    "file",
+                    options=[CONNECTED, *folder_paths.get_filename_list("loras")],
+                    default=CONNECTED,
+                    tooltip="A file of the loras folders, or the LoRA that is connected.",
+                ),
+                LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str, **_):
+        return None if file == CONNECTED else lora_file(file).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, model, strength: float, file: str, lora=None) -> io.NodeOutput:
+        from ..anchor_core.adapter_file import load_adapter
+        from ..anchor_core.backends.comfyui import apply_adapter
+
+        if file != CONNECTED:
+            lora, _ = load_adapter(lora_file(file))
+        elif lora is None:
+            raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
+        return io.NodeOutput(apply_adapter(model, lora, strength))
+
+
+class AnchorSaveAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorSaveAdapter",
+            display_name="Save Adapter",
+            category=CATEGORY,
+            description="Write a LoRA under output/loras, where LoraLoader finds it, with its prompts and settings.",
+            is_output_node=True,
+            inputs=[
+                LoraModel.Input("lora", tooltip="The LoRA to write."),
+                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
+                ConceptType.Input("concept", optional=True, tooltip="Prompts to write into a LoRA that has none."),
+            ],
+            outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
+        )
+
+    @classmethod
+    def execute(cls, lora, name: str, concept=None) -> io.NodeOutput:
+        from ..anchor_core.adapter_file import save_adapter
+
+        metadata = dict(getattr(lora, "metadata", {}))
+        if concept is not None:
+            metadata |= {"anchor.subject_prompt": concept.subject_prompt, "anchor.class_prompt": concept.class_prompt}
+        path = new_lora_file(name)
+        save_adapter(path, lora, metadata)
+        return io.NodeOutput(str(path), ui={"text": [str(path)]})
+
+
+class AnchorLoadAdapter(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorLoadAdapter",
+            display_name="Load Adapter",
+            category=CATEGORY,
+            description="A LoRA file with the prompts that it was trained with.",
+            inputs=[
+                io.Combo.Input(
+                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file of the loras folders."
+                )
+            ],
+            outputs=[
+                LoraModel.Output(display_name="lora", tooltip="The LoRA."),
+                io.String.Output(display_name="subject_prompt", tooltip="Empty if the file does not say."),
+                io.String.Output(display_name="class_prompt", tooltip="Empty if the file does not say."),
+                io.String.Output(display_name="settings", tooltip="Everything else that the file says, a line each."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str):
+        return lora_file(file).stat().st_mtime_ns
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        from ..anchor_core.adapter_file import load_adapter
+
+        tensors, metadata = load_adapter(lora_file(file))
+        prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
+        settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
+        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings)

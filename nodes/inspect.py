@@ -1,0 +1,87 @@
+"""Measuring what an adapter has changed."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..anchor_core.data import from_images
+from .types import CATEGORY, ConceptType, HistoryType, LoraModel
+
+
+class AnchorDriftReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorDriftReport",
+            display_name="Drift Report",
+            category=CATEGORY,
+            description=(
+                "How far a LoRA has moved the subject's prediction from the model's own prediction for the class "
+                "(drift), and how well it predicts the pictures (reconstruction), by timestep. For any LoRA."
+            ),
+            inputs=[
+                io.Model.Input("model", tooltip="The model without the LoRA."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                io.Vae.Input("vae", tooltip="Its autoencoder."),
+                io.Image.Input("images", tooltip="Pictures to measure on: the references, or some of the class."),
+                ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
+                LoraModel.Input("lora", tooltip="The LoRA to measure."),
+                io.Int.Input("timesteps", default=10, min=1, max=100, tooltip="Timesteps, evenly over the schedule."),
+                io.Int.Input("noises", default=2, min=1, max=64, tooltip="Noises for each picture and timestep."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=2**63 - 1,
+                    control_after_generate=True,
+                    tooltip="Seed of the noises.",
+                ),
+                HistoryType.Input("history", optional=True, tooltip="A training's history, to plot as well."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="plot", tooltip="Drift and error by timestep, and over the training."),
+                io.String.Output(display_name="numbers", tooltip="The same in numbers."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
+        from ..anchor_core.backends.comfyui import ComfyDenoiser
+        from ..anchor_core.drift import DriftProbe
+        from .plot import drift_plot
+
+        pictures = from_images(images).stack()
+        with ComfyDenoiser(model, clip, vae) as denoiser:
+            latents = denoiser.encode_images(pictures)
+            probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
+            before = probe.measure()
+            _attach(denoiser, lora)
+            after = probe.measure()
+        numbers = _numbers(before, after)
+        return io.NodeOutput(drift_plot(before, after, history), numbers, ui={"text": [numbers]})
+
+
+def _attach(denoiser, lora) -> None:
+    """Attach the tensors of a LORA_MODEL."""
+    from ..anchor_core.adapter import AdapterConfig, exact_layers
+    from ..anchor_core.adapter_file import from_file_keys
+
+    state = from_file_keys(lora, denoiser.file_keys())
+    suffix = ".lora_down.weight"
+    names = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
+    ranks = {len(state[name + suffix]) for name in names}
+    if len(ranks) != 1:
+        raise ValueError(f"the LoRA's layers have ranks {sorted(ranks)}, but one rank for all layers is supported")
+    denoiser.attach(AdapterConfig(rank=ranks.pop(), layers=exact_layers(names))).load_state_dict(state)
+
+
+def _numbers(before, after) -> str:
+    lines = [
+        "                 without LoRA   with LoRA",
+        f"drift            {before.drift:12.4f}{after.drift:12.4f}",
+        f"drift (RMS)      {before.drift_rms:12.4f}{after.drift_rms:12.4f}",
+        f"reconstruction   {before.reconstruction:12.4f}{after.reconstruction:12.4f}",
+    ]
+    for (timestep, drift, _), (_, drift_after, _) in zip(before.by_timestep, after.by_timestep, strict=True):
+        lines.append(f"drift, t = {timestep:4.0f}  {drift:12.4f}{drift_after:12.4f}")
+    return "\n".join(lines)
