@@ -62,7 +62,9 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_model(train)
     train.add_argument("--references", required=True, metavar="DIR", help="folder of 1 or more pictures of the subject")
     train.add_argument("--subject", required=True, metavar="PROMPT", help='such as "a photo of a sks dog"')
-    train.add_argument("--class", required=True, dest="class_prompt", metavar="PROMPT", help='such as "a photo of a dog"')
+    train.add_argument(
+        "--class", required=True, dest="class_prompt", metavar="PROMPT", help='such as "a photo of a dog"'
+    )
     _add_settings(train)
     train.add_argument("--class-pictures", "--class_pictures", type=int, default=24, help="for prior_preservation")
 
@@ -81,7 +83,9 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--subject", metavar="PROMPT", help="default: the file's metadata")
     inspect.add_argument("--class", dest="class_prompt", metavar="PROMPT", help="default: the file's metadata")
 
-    demo = _verb(verbs, "demo", "one subject, three ways: DreamBooth, prior preservation, anchored", _demo, out="out/demo")
+    demo = _verb(
+        verbs, "demo", "one subject, three ways: DreamBooth, prior preservation, anchored", _demo, out="out/demo"
+    )
     demo.add_argument("--subject", default="pip", help="one of `semantic-anchor sandbox subjects` (default pip)")
     demo.add_argument("--steps", type=int, help="training steps of each method")
 
@@ -176,7 +180,9 @@ def _check_writable(folder: str) -> Path:
 
 
 def _settings(options) -> TrainSettings:
-    given = {field.name: getattr(options, field.name) for field in fields(TrainSettings) if hasattr(options, field.name)}
+    given = {
+        field.name: getattr(options, field.name) for field in fields(TrainSettings) if hasattr(options, field.name)
+    }
     settings = TrainSettings(**given)
     return replace(settings, probe_every=max(1, settings.steps // 10))
 
@@ -307,7 +313,12 @@ def _inspect(options) -> None:
     axes.set(xlabel="timestep", ylabel="L2 distance in epsilon", title="distance from the pretrained class prediction")
     axes.legend()
     figure.savefig(out / "report.png")
-    written = {"adapter": str(options.adapter), "metadata": metadata, "before": before.to_dict(), "after": after.to_dict()}
+    written = {
+        "adapter": str(options.adapter),
+        "metadata": metadata,
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+    }
     report.write_json(out / "report.json", written)
     print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -140,7 +141,9 @@ class Step:
     @property
     def prior(self) -> PriorBatch:
         if self._prior is None:
-            raise ValueError("this objective reads class pictures, but the training was given none; pass class pictures")
+            raise ValueError(
+                "this objective reads class pictures, but the training was given none; pass class pictures"
+            )
         return self._prior
 
     @cached_property

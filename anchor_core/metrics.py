@@ -14,5 +14,5 @@ def mean_pairwise_cosine(generated: Tensor, references: Tensor) -> float:
 def text_alignment(pictures: Tensor, prompts: Tensor) -> float:
     """Mean cosine of each picture (N, D) with its own prompt (N, D): CLIP-T."""
     if pictures.shape != prompts.shape:
-        raise ValueError(f"pictures are {tuple(pictures.shape)} and prompts {tuple(prompts.shape)}, but they go in pairs")
+        raise ValueError(f"pictures is {tuple(pictures.shape)}, prompts {tuple(prompts.shape)}, but they go in pairs")
     return float(F.cosine_similarity(pictures, prompts, dim=-1).mean())

@@ -137,16 +137,20 @@ class AnchorTrainLoRA(io.ComfyNode):
             adapter = denoiser.attach(config, seed)
             probe = _probe(denoiser, latents, concept) if probe_every else None
             watch = _Watch(denoiser, concept, settings, preview_every, latents)
-            history = train(
-                denoiser, adapter, latents, concept, settings, class_latents=class_latents, probe=probe,
-                on_step=watch.on_step, should_stop=watch.should_stop,
-            )  # fmt: skip
+            try:
+                history = train(
+                    denoiser, adapter, latents, concept, settings, class_latents=class_latents, probe=probe,
+                    on_step=watch.on_step, should_stop=comfy.model_management.processing_interrupted,
+                )  # fmt: skip
+                interrupted = history.cancelled
+            except comfy.model_management.InterruptProcessingException:
+                interrupted = True  # any layer of ComfyUI's raises it; the adapter is that of the last whole step
             tensors = to_file_keys(adapter.state_dict(), denoiser.file_keys())
-            metadata = adapter_metadata(denoiser, concept, settings, len(history.losses))
-        if history.losses:
+            metadata = adapter_metadata(denoiser, concept, settings, watch.made)
+        if watch.made:
             save_adapter(path, tensors, metadata)
-        if watch.interrupted:
-            comfy.model_management.throw_exception_if_processing_interrupted()
+        if interrupted:
+            comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
         lora = AdapterTensors(tensors, metadata)
         adapted = apply_adapter(model, lora, 1.0)
@@ -171,31 +175,25 @@ def _probe(denoiser, latents, concept):
 
 
 class _Watch:
-    """Progress bar, live preview and cancel of one training."""
+    """Progress bar and live preview of one training; `made` counts its whole steps."""
 
     def __init__(self, denoiser, concept, settings: TrainSettings, preview_every: int, latents):
         import torch
 
-        self.denoiser, self.every, self.interrupted = denoiser, preview_every, False
+        self.denoiser, self.every, self.made = denoiser, preview_every, 0
         self.bar = comfy.utils.ProgressBar(settings.steps)
         if preview_every:
             self.subject, self.negative = denoiser.encode_prompt(concept.subject_prompt), denoiser.encode_prompt("")
             generator = torch.Generator().manual_seed(settings.seed)
             self.noise = torch.randn((1, *latents.shape[1:]), generator=generator)
 
-    def should_stop(self) -> bool:
-        self.interrupted = self.interrupted or comfy.model_management.processing_interrupted()
-        return self.interrupted
-
     def on_step(self, report) -> None:
         if report.step % LOG_EVERY == 1:
             logger.info("training: step %d of %d, loss %.4f", report.step, report.steps, report.loss)
+        self.made = report.step
         wanted = self.every and (report.step % self.every == 0 or report.step == report.steps)
-        try:
-            preview = ("JPEG", self._picture(), PREVIEW_SIDE) if wanted else None
-            self.bar.update_absolute(report.step, report.steps, preview)
-        except comfy.model_management.InterruptProcessingException:
-            self.interrupted = True  # the sampler and the progress bar raise it; the training is to keep its adapter
+        preview = ("JPEG", self._picture(), PREVIEW_SIDE) if wanted else None
+        self.bar.update_absolute(report.step, report.steps, preview)
 
     def _picture(self):
         from PIL import Image

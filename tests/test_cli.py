@@ -145,6 +145,7 @@ def test_every_verb_has_help_seed_and_out(verb, capsys):
 
 
 def test_adding_the_command_line_imports_nothing_heavy():
-    script = "import sys, anchor_core.cli; print([m for m in ('peft', 'diffusers', 'transformers', 'matplotlib') if m in sys.modules])"
+    heavy = ("peft", "diffusers", "transformers", "matplotlib")
+    script = f"import sys, anchor_core.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -9,7 +9,6 @@ import subprocess
 import time
 from pathlib import Path
 
-import comfyui_server
 import numpy
 import pytest
 import torch
@@ -17,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from anchor_core.sandbox import model as sandbox
+from tests import comfyui_server
 
 found = comfyui_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))

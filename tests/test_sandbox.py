@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from anchor_core.sandbox import evaluate, judge, model, pretrain, subjects, tokenizer, world
+from anchor_core.sandbox import captions, evaluate, judge, model, pretrain, subjects, tokenizer, world
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,9 @@ def the_judge() -> judge.Judge:
 def test_a_scene_always_gives_the_same_picture():
     scene = world.sample_scene(random.Random(3))
     assert np.array_equal(np.asarray(world.draw(scene)), np.asarray(world.draw(scene)))
-    assert not np.array_equal(np.asarray(world.draw(scene)), np.asarray(world.draw(replace(scene, seed=scene.seed + 1))))
+    assert not np.array_equal(
+        np.asarray(world.draw(scene)), np.asarray(world.draw(replace(scene, seed=scene.seed + 1)))
+    )
 
 
 @pytest.mark.parametrize("shape", world.SHAPES)
@@ -45,7 +47,7 @@ def test_a_complete_caption_says_everything_and_no_caption_says_sks():
     rng = random.Random(1)
     for _ in range(500):
         scene = world.sample_scene(rng)
-        words = world.caption(scene, rng, complete=True).split()
+        words = captions.caption(scene, rng, complete=True).split()
         assert scene.shape in words and scene.colour in words
         if scene.accessory != "none":
             assert scene.accessory in words and scene.accessory_colour in words

@@ -129,7 +129,9 @@ def markdown(rows: Sequence[dict]) -> str:
             scores = [row["scores"].get(str(step), row["scores"].get("0")) for row in rows if row["method"] == method]
             scores = [score for score in scores if score is not None]
             if scores:
-                lines.append(f"| {method} | {len(scores)} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |")
+                lines.append(
+                    f"| {method} | {len(scores)} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |"
+                )
         lines.append("")
     return "\n".join(lines)
 
@@ -139,5 +141,3 @@ def _cell(scores: Sequence[dict], key: str) -> str:
     values = np.array([score[key] for score in scores])
     spread = values.std(ddof=1) if len(values) > 1 else 0.0
     return f"{values.mean():.{digits}f} ± {spread:.{digits}f}"
-
-

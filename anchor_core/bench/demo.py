@@ -16,7 +16,11 @@ from ..sandbox.judge import Judge
 from .personalise import ANCHORED, DREAMBOOTH, PRIOR_PRESERVATION, SETTINGS, TOKEN, Personalisation
 
 METHODS = (DREAMBOOTH, PRIOR_PRESERVATION, ANCHORED)
-LABELS = {"dreambooth": "DreamBooth LoRA", "prior_preservation": "with prior preservation", "anchored": "anchored, w = 0.5"}
+LABELS = {
+    "dreambooth": "DreamBooth LoRA",
+    "prior_preservation": "with prior preservation",
+    "anchored": "anchored, w = 0.5",
+}
 SHOWN = (0, 2, 5, 10, 13, 14, 16, 20, 22)
 """Which of the 25 prompts the figure shows."""
 
@@ -39,7 +43,12 @@ def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTIN
         drawn = personalisation.sample()
         scores = asdict(personalisation.score(drawn))
         denoiser.detach()
-        results[method.name] = {**scores, "seconds": round(seconds, 2), "adapter": adapter.name, "history": history.to_dict()}
+        results[method.name] = {
+            **scores,
+            "seconds": round(seconds, 2),
+            "adapter": adapter.name,
+            "history": history.to_dict(),
+        }
         histories[LABELS[method.name]], pictures[LABELS[method.name]] = history, drawn
     result = {
         "subject": subject.name,

@@ -84,7 +84,9 @@ class Personalisation:
         self.references = torch.stack([_pixels(picture) for picture in subject.references()])  # (N, 3, 64, 64)
         self.latents = denoiser.encode_images(self.references)
         self.shape = tuple(self.latents.shape[1:])
-        self.class_latents = sample_class_latents(denoiser, self.concept, CLASS_PICTURES, self.shape, seed=seed, **SAMPLING)
+        self.class_latents = sample_class_latents(
+            denoiser, self.concept, CLASS_PICTURES, self.shape, seed=seed, **SAMPLING
+        )
         self.probe = DriftProbe(denoiser, self.latents, self.concept, noises=2, seed=seed)
         self.class_probe = DriftProbe(
             denoiser, self.class_latents[:6], self.concept, noises=2, seed=seed, latents_are="class"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends.diffusers import DiffusersDenoiser
 from . import world
+from .captions import caption
 from .judge import Judge
 from .pretrain import PretrainSettings
 
@@ -25,7 +26,7 @@ def held_out_captions(count: int, seed: int, used: Collection[str] = ()) -> list
     captions = []
     while len(captions) < count:
         scene = world.sample_scene(rng)
-        text = world.caption(scene, rng, complete=True, rare=0.0)
+        text = caption(scene, rng, complete=True, rare=0.0)
         if text not in used:
             captions.append((scene, text))
     return captions

@@ -18,8 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import model, pretrain, subjects, tokenizer, world
-from .pretrain import Contrast, PictureTower, Stage
+from . import model, subjects, tokenizer, world
+from .captions import caption
+from .stage import Stage, autocast
+from .towers import Contrast, PictureTower, as_tensor, contrastive_stage
 
 FOLDER = model.WEIGHTS / "judge"
 
@@ -106,7 +108,7 @@ class Judge:
 
     @torch.no_grad()
     def text(self, prompts: list[str]) -> Tensor:
-        """Text side of the contrastive pair: the role of CLIP-T. Prompts name the class only, without the rare token."""
+        """Text side of the contrastive pair: the role of CLIP-T. Prompts name the class only, not the rare token."""
         tokens = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt")
         pooled = self._parts.text(input_ids=tokens.input_ids).pooler_output
         return F.normalize(self._parts.contrast.head(pooled), dim=-1)
@@ -173,7 +175,7 @@ def weathered(x: Tensor, rng: np.random.Generator) -> Tensor:
     return torch.lerp(x, blurred, amount) + noise
 
 
-def train(work: Path, pictures: int = 20000, individuals: int = 5000, steps: int = 1500, device: str = "cpu") -> None:
+def train(work: Path, pictures: int = 20000, individuals: int = 5000, steps: int = 700, device: str = "cpu") -> None:
     """Train the three judges; resumable like pretraining. The tokenizer of the work folder must exist."""
     where = torch.device(device)
     torch.manual_seed(101)
@@ -185,12 +187,14 @@ def train(work: Path, pictures: int = 20000, individuals: int = 5000, steps: int
     clip_tokenizer = tokenizer.load(work / "tokenizer")
     parts = _Parts(clip_tokenizer).to(where)
     _train_readers(Stage(work, "judge-readers", {"readers": parts.readers}, 1e-3, steps), parts.readers, drawn, scenes)
-    _train_identity(Stage(work, "judge-identity", {"identity": parts.identity}, 1e-3, steps), parts.identity, work, individuals)
+    _train_identity(
+        Stage(work, "judge-identity", {"identity": parts.identity}, 1e-3, steps), parts.identity, work, individuals
+    )
     nn.init.normal_(parts.text.get_input_embeddings().weight, 0, 0.1)
     stage = Stage(work, "judge-text", {"text": parts.text, "contrast": parts.contrast}, 1e-3, steps, decay=0.0)
     rng = random.Random("judge captions")
-    captions = [[world.caption(scene, rng, rare=0.05) for _ in range(3)] for scene in scenes]
-    pretrain.contrastive_stage(stage, parts.text, parts.contrast, clip_tokenizer, drawn, captions, 96, weathered)
+    captions = [[caption(scene, rng, rare=0.05) for _ in range(3)] for scene in scenes]
+    contrastive_stage(stage, parts.text, parts.contrast, clip_tokenizer, drawn, captions, 96, weathered)
 
 
 def _train_readers(stage: Stage, readers: Readers, drawn: np.ndarray, scenes: list[world.Scene]) -> None:
@@ -200,9 +204,9 @@ def _train_readers(stage: Stage, readers: Readers, drawn: np.ndarray, scenes: li
     equipped = torch.tensor([s.accessory != "none" for s in scenes])
     for rng in stage:
         index = np.sort(rng.choice(len(drawn), 96, replace=False))
-        x = weathered(pretrain.as_tensor(drawn[index]).to(device), rng)
+        x = weathered(as_tensor(drawn[index]).to(device), rng)
         rows = torch.from_numpy(index)
-        with pretrain.autocast(device):
+        with autocast(device):
             logits = readers(x)
         losses = []
         for name, values in logits.items():
@@ -226,8 +230,8 @@ def _train_identity(stage: Stage, tower: PictureTower, work: Path, count: int) -
         index = np.sort(rng.choice(len(drawn), 64, replace=False))
         views = rng.permuted(np.tile(np.arange(3), (64, 1)), axis=1)[:, :2]
         x = np.concatenate([drawn[index, views[:, 0]], drawn[index, views[:, 1]]])
-        with pretrain.autocast(device):
-            embedded = tower(weathered(pretrain.as_tensor(x).to(device), rng))
+        with autocast(device):
+            embedded = tower(weathered(as_tensor(x).to(device), rng))
         logits = 12.0 * embedded[:64] @ embedded[64:].T
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
         stage.descend(loss, accuracy=(logits.argmax(1) == labels).float().mean().item())
@@ -251,7 +255,7 @@ def assemble(work: Path, folder: Path) -> None:
 
 def pixels(pictures: np.ndarray) -> Tensor:
     """uint8 (N, H, W, 3) to float (N, 3, H, W) in [0, 1]."""
-    return (pretrain.as_tensor(pictures) + 1) / 2
+    return (as_tensor(pictures) + 1) / 2
 
 
 def calibrate(judge: Judge, count: int = 1000) -> dict:
@@ -264,12 +268,14 @@ def calibrate(judge: Judge, count: int = 1000) -> dict:
         asked = [(s, r) for s, r in zip(scenes, readings) if name != "accessory_colour" or s.accessory != "none"]
         accuracy[name] = round(sum(getattr(s, name) == r[name] for s, r in asked) / len(asked), 4)
     rng = random.Random("calibration")
-    texts = judge.text([world.caption(s, rng, complete=True, rare=0.0) for s in scenes])
+    texts = judge.text([caption(s, rng, complete=True, rare=0.0) for s in scenes])
     pictures = judge.picture(drawn)
     similarity = pictures @ texts.T
     blocks = [similarity[i : i + 50, i : i + 50] for i in range(0, count, 50)]
     retrieval = float(torch.stack([(b.argmax(1) == torch.arange(len(b))).float().mean() for b in blocks]).mean())
-    references = {name: pixels(np.stack([np.asarray(p) for p in s.references()])) for name, s in subjects.SUBJECTS.items()}
+    references = {
+        name: pixels(np.stack([np.asarray(p) for p in s.references()])) for name, s in subjects.SUBJECTS.items()
+    }
     roles = {"identity": judge.identity, "picture": judge.picture}
     same: dict[str, float] = {}
     for role, embed in roles.items():

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import random
-import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import model, tokenizer, world
+from .captions import caption
+from .stage import Stage, autocast
+from .towers import Contrast, as_tensor, contrastive_stage
 
 log = logging.getLogger(__name__)
-
-STAGES = ("data", "tokenizer", "autoencoder", "decoder", "text", "denoiser")
 
 
 @dataclass
@@ -55,19 +56,6 @@ class PretrainSettings:
     seed: int = 0
 
 
-def run(work: Path, settings: PretrainSettings, stages=STAGES, device: str = "cpu") -> None:
-    """Run the stages that are asked for, in order."""
-    work.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        log.info("stage %s", stage)
-        globals()[f"_stage_{stage}"](work, settings, torch.device(device))
-
-
-def autocast(device: torch.device):
-    """bfloat16 autocast; the weights stay in float32."""
-    return torch.autocast(device.type, torch.bfloat16)
-
-
 # --- data -----------------------------------------------------------------------------------------------------------
 
 
@@ -78,7 +66,7 @@ def _draw_range(arguments: tuple[int, int, int, int]) -> tuple[np.ndarray, list[
         rng = random.Random(f"{seed}/{index}")
         scene = world.sample_scene(rng)
         pictures.append(np.asarray(world.draw(scene)))
-        texts.append([world.caption(scene, rng) for _ in range(captions)])
+        texts.append([caption(scene, rng) for _ in range(captions)])
         scenes.append(asdict(scene))
     return np.stack(pictures), texts, scenes
 
@@ -115,77 +103,9 @@ def load_pictures(work: Path) -> np.ndarray:
     return np.load(work / "pictures.npy")
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def _stage_tokenizer(work: Path, settings: PretrainSettings, device: torch.device) -> None:
     if not (work / "tokenizer").exists():
         tokenizer.build(work / "tokenizer")
-
-
-# --- the loop that every stage uses ---------------------------------------------------------------------------------
-
-
-class Stage:
-    """A resumable loop: modules, optimizer and step live in one checkpoint file.
-
-    The learning rate warms up over 200 steps, stays, and falls linearly to zero over the last fifth.
-    """
-
-    def __init__(self, work: Path, name: str, modules: dict[str, nn.Module], rate: float, steps: int, decay: float = 1e-2):
-        self.path = work / f"{name}.pt"
-        self.log_path = work / f"{name}.log.jsonl"
-        self.name, self.modules, self.rate, self.steps, self.step = name, modules, rate, steps, 0
-        parameters = [p for key, m in modules.items() if key != "ema" for p in m.parameters()]
-        self.parameters = [p for p in parameters if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=rate, weight_decay=decay, betas=(0.9, 0.99))
-        if self.path.exists():
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-            for key, module in modules.items():
-                module.load_state_dict(state["modules"][key])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.step = state["step"]
-
-    def save(self) -> None:
-        temporary = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "modules": {key: module.state_dict() for key, module in self.modules.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-            },
-            temporary,
-        )
-        os.replace(temporary, self.path)
-
-    def __iter__(self):
-        """Yields a random generator for the step, which a resumed run draws the same; the caller calls `descend`."""
-        started, bar = time.time(), tqdm(total=self.steps, initial=self.step, desc=self.name)
-        while self.step < self.steps:
-            yield np.random.default_rng([self.step, sum(map(ord, self.name))])
-            self.step += 1
-            bar.update()
-            if self.step % 50 == 0 or self.step == self.steps:
-                bar.set_postfix(self.figures)
-                with self.log_path.open("a") as file:
-                    file.write(json.dumps({"step": self.step, "seconds": round(time.time() - started, 1), **self.figures}) + "\n")
-            if self.step % 250 == 0 or self.step == self.steps:
-                self.save()
-        bar.close()
-
-    def descend(self, loss: Tensor, **figures: float) -> None:
-        """One optimizer step on the loss."""
-        tail = self.steps // 5
-        factor = min((self.step + 1) / 200, 1.0, (self.steps - self.step) / max(tail, 1))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate * factor
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.figures = {"loss": round(loss.item(), 5), **{k: round(v, 4) for k, v in figures.items()}}
 
 
 # --- autoencoder ----------------------------------------------------------------------------------------------------
@@ -242,39 +162,6 @@ def load_autoencoder(work: Path):
 # --- text tower -----------------------------------------------------------------------------------------------------
 
 
-class PictureTower(nn.Module):
-    """A small convolutional encoder of 64 px pictures, (B, 3, 64, 64) to unit vectors (B, width)."""
-
-    def __init__(self, width: int = 128, channels: tuple[int, ...] = (32, 64, 128, 192)):
-        super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 3, 2, 1)]
-        for before, after in zip(channels, (*channels[1:], channels[-1])):
-            layers += [_Residual(before), nn.Conv2d(before, after, 3, 2, 1)]
-        self.body = nn.Sequential(*layers)
-        self.norm = nn.GroupNorm(8, channels[-1])
-        self.head = nn.Linear(channels[-1] * 4, width)
-
-    def features(self, x: Tensor) -> Tensor:
-        """Before the projection, (B, 4 C): a 2 x 2 grid of features, so that position is not lost."""
-        return F.silu(self.norm(self.body(x))).flatten(1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.head(self.features(x)).float(), dim=-1)
-
-
-class _Residual(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.norms = nn.ModuleList([nn.GroupNorm(8, channels) for _ in range(2)])
-        self.convolutions = nn.ModuleList([nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for norm, convolution in zip(self.norms, self.convolutions):
-            y = convolution(F.silu(norm(y)))
-        return x + y
-
-
 def build_text_tower(clip_tokenizer, seed: int):
     """CLIPTextModel at random weights, with token embeddings wide enough apart to be told from one another."""
     text = model.build(clip_tokenizer, seed)["text_encoder"]
@@ -289,24 +176,6 @@ def _position_embedding(text) -> nn.Embedding:
     return next(m for name, m in text.named_modules() if name.endswith("position_embedding"))
 
 
-def contrastive_stage(stage: Stage, text, contrast: Contrast, clip_tokenizer, pictures, captions, batch: int, prepare=lambda x, rng: x) -> None:
-    """Symmetric cross-entropy over matching pictures and captions (CLIP, Radford et al. 2021, Fig. 3)."""
-    device = contrast.scale.device
-    for rng in stage:
-        index = np.sort(rng.choice(len(pictures), batch, replace=False))
-        x = prepare(as_tensor(pictures[index]).to(device), rng)
-        texts = [captions[i][rng.integers(len(captions[i]))] for i in index]
-        tokens = clip_tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
-        with autocast(device):
-            pooled = text(input_ids=tokens.input_ids).pooler_output
-            a = F.normalize(contrast.head(pooled).float(), dim=-1)
-            b = contrast.pictures(x)
-        logits = contrast.scale.exp().clamp(max=60) * a @ b.T
-        labels = torch.arange(batch, device=device)
-        loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        stage.descend(loss, accuracy=(logits.argmax(1) == labels).float().mean().item())
-
-
 def _stage_text(work: Path, settings: PretrainSettings, device: torch.device) -> None:
     torch.manual_seed(settings.seed)
     clip_tokenizer = tokenizer.load(work / "tokenizer")
@@ -315,16 +184,6 @@ def _stage_text(work: Path, settings: PretrainSettings, device: torch.device) ->
     stage = Stage(work, "text", {"text": text, "others": contrast}, 1e-3, settings.text_steps, decay=0.0)
     captions = json.loads((work / "captions.json").read_text())
     contrastive_stage(stage, text, contrast, clip_tokenizer, load_pictures(work), captions, settings.text_batch)
-
-
-class Contrast(nn.Module):
-    """What contrastive training adds to a text encoder: a picture tower, a projection and the temperature."""
-
-    def __init__(self, hidden: int, width: int = 128, channels: tuple[int, ...] = (32, 64, 128, 192)):
-        super().__init__()
-        self.pictures = PictureTower(width, channels)
-        self.head = nn.Linear(hidden, width, bias=False)
-        self.scale = nn.Parameter(torch.tensor(2.65))
 
 
 def load_text_tower(work: Path):
@@ -366,7 +225,9 @@ def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device
     unet.set_attn_processor(AttnProcessor())  # plain attention is the faster one on a CPU in bfloat16
     average.load_state_dict(unet.state_dict())
     stage = Stage(work, "denoiser", {"unet": unet, "ema": average}, settings.denoiser_rate, settings.denoiser_steps)
-    scheduler = DDPMScheduler(**{k: v for k, v in model.SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")})
+    scheduler = DDPMScheduler(
+        **{k: v for k, v in model.SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")}
+    )
     for rng in stage:
         index = np.sort(rng.integers(0, len(latents), settings.denoiser_batch))
         z = latents[torch.from_numpy(index)].float().to(device)
@@ -392,3 +253,21 @@ def assemble(work: Path, folder: Path) -> None:
     unet = UNet2DConditionModel(**model.UNET)
     unet.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
     model.save({"unet": unet, "vae": load_autoencoder(work), "text_encoder": text}, clip_tokenizer, folder)
+
+
+STAGES = {
+    "data": _stage_data,
+    "tokenizer": _stage_tokenizer,
+    "autoencoder": _stage_autoencoder,
+    "decoder": _stage_decoder,
+    "text": _stage_text,
+    "denoiser": _stage_denoiser,
+}
+
+
+def run(work: Path, settings: PretrainSettings, stages: Iterable[str] = STAGES, device: str = "cpu") -> None:
+    """Run the stages that are asked for, in order, each from where it was left."""
+    work.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        log.info("stage %s", stage)
+        STAGES[stage](work, settings, torch.device(device))

@@ -1,4 +1,4 @@
-"""Twelve held-out subjects: fixed looks that pretraining never drew, with references and prompts in DreamBench's manner."""
+"""Twelve held-out subjects: fixed looks that pretraining never drew; references, and prompts in DreamBench's manner."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from . import world
+from .captions import phrase_of
 from .world import Paint, Scene
 
 UNUSUAL_PATTERNS = ("halves", "quarters", "bullseye", "zigzag", "diagonal", "band")
@@ -109,7 +110,7 @@ class Subject:
         return next(name for name, value in DYES.items() if value == self.paint.colours[0])
 
     def scenes(self) -> list[Scene]:
-        """The references' scenes: the few surroundings, no accessory, position and size as a photographer varies them."""
+        """The references' scenes: few surroundings, no accessory, position and size as a photographer varies them."""
         rng = random.Random(f"references of {self.name}")
         return [
             Scene(
@@ -132,7 +133,7 @@ class Subject:
         return [scene for scene, _ in self._prompts("{}")]
 
     def prompts(self, token: str = "sks") -> list[str]:
-        """25 prompts: 10 new surroundings, 10 accessories and neighbours, 5 changed properties (DreamBench's shares)."""
+        """25 prompts: 10 new surroundings, 10 accessories and neighbours, 5 changed properties, as in DreamBench."""
         return [text for _, text in self._prompts(token)]
 
     def _prompts(self, token: str) -> list[tuple[Scene | None, str]]:
@@ -144,17 +145,17 @@ class Subject:
         prompts = []
         for place in elsewhere[:10]:
             scene = world.with_background(body, place)
-            prompts.append((scene, f"a photo of a {who} {world.phrase_of(place)}"))
+            prompts.append((scene, f"a photo of a {who} {phrase_of(place)}"))
         kinds = ["hat"] * 4 + ["ball"] * 3 + ["box"] * 3
         for i, kind in enumerate(kinds):
             colour = world.ACCESSORY_COLOURS[i % len(world.ACCESSORY_COLOURS)]
-            places = [name for name in elsewhere if world.contrast(world.COLOURS[colour], world.BACKGROUNDS[name]) > 120]
+            places = [
+                name for name in elsewhere if world.contrast(world.COLOURS[colour], world.BACKGROUNDS[name]) > 120
+            ]
             place = places[i % len(places)]
-            scene = Scene(
-                self.class_word, paint=self.paint, background=place, accessory=kind, accessory_colour=colour
-            )
+            scene = Scene(self.class_word, paint=self.paint, background=place, accessory=kind, accessory_colour=colour)
             with_what = f"wearing a {colour} hat" if kind == "hat" else f"next to a {colour} {kind}"
-            prompts.append((scene, f"a photo of a {who} {with_what} {world.phrase_of(place)}"))
+            prompts.append((scene, f"a photo of a {who} {with_what} {phrase_of(place)}"))
         for word in ("red", "purple", "striped", "small", "dotted"):
             prompts.append((None, f"a photo of a {word} {who}"))
         return prompts

@@ -31,11 +31,14 @@ def build(folder: Path, vocabulary_size: int = 1200, captions: int = 20000) -> N
     from transformers import CLIPTokenizer
 
     from . import world
+    from .captions import caption
 
     rng = random.Random(1)
-    corpus = [world.caption(world.sample_scene(rng), rng, rare=0.0) for _ in range(captions)]
+    corpus = [caption(world.sample_scene(rng), rng, rare=0.0) for _ in range(captions)]
     corpus += [word for word in (*RARE_WORDS, *UNUSED_TOKENS) for _ in range(400)]
-    corpus += ["what a the an and with of on in at to two from sitting standing very old new house tree city dog cat"] * 50
+    corpus += [
+        "what a the an and with of on in at to two from sitting standing very old new house tree city dog cat"
+    ] * 50
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
