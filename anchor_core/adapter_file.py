@@ -114,6 +114,28 @@ def _split(key: str) -> tuple[str, str | None]:
     return key, None
 
 
+def attach_tensors(denoiser: Any, tensors: Mapping[str, Tensor]) -> Adapter:
+    """Attach an adapter's tensors under file keys to `denoiser`, which has none.
+
+    Raises:
+        ValueError: if they were made for another model; the denoiser is then as before.
+    """
+    state = from_file_keys(tensors, denoiser.file_keys())
+    ranks = {int(tensor.shape[0]) for key, tensor in state.items() if key.endswith(".lora_down.weight")}
+    if len(ranks) != 1:
+        raise ValueError(f"its layers have ranks {sorted(ranks)}, but one rank for all layers is supported")
+    alphas = {float(tensor) for key, tensor in state.items() if key.endswith(".alpha")}
+    alpha = alphas.pop() if len(alphas) == 1 else None  # else each layer has its own, from load_state_dict
+    names = sorted({_split(key)[0] for key in state})
+    adapter = denoiser.attach(AdapterConfig(rank=ranks.pop(), alpha=alpha, layers=exact_layers(names)))
+    try:
+        adapter.load_state_dict(state)
+    except ValueError as error:
+        denoiser.detach()
+        raise ValueError(f"this LoRA was made for another model: {error}") from error
+    return adapter
+
+
 def attach_file(denoiser: Any, path: str | Path) -> tuple[Adapter, dict[str, str]]:
     """Attach the adapter of a file to `denoiser`, which has none; gives the adapter and the file's metadata.
 
@@ -122,22 +144,9 @@ def attach_file(denoiser: Any, path: str | Path) -> tuple[Adapter, dict[str, str
     """
     tensors, metadata = load_adapter(path)
     try:
-        state = from_file_keys(tensors, denoiser.file_keys())
-        ranks = {int(tensor.shape[0]) for key, tensor in state.items() if key.endswith(".lora_down.weight")}
-        if len(ranks) != 1:
-            raise ValueError(f"its layers have ranks {sorted(ranks)}, but one rank for all layers is supported")
-        alphas = {float(tensor) for key, tensor in state.items() if key.endswith(".alpha")}
-        alpha = alphas.pop() if len(alphas) == 1 else None  # else each layer has its own, from load_state_dict
-        names = sorted({_split(key)[0] for key in state})
-        adapter = denoiser.attach(AdapterConfig(rank=ranks.pop(), alpha=alpha, layers=exact_layers(names)))
+        return attach_tensors(denoiser, tensors), metadata
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    try:
-        adapter.load_state_dict(state)
-    except ValueError as error:
-        denoiser.detach()
-        raise ValueError(f"{path}: this LoRA was made for another model: {error}") from error
-    return adapter, metadata
 
 
 def save_trained(

@@ -46,6 +46,7 @@ class AnchorDriftReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
+        from ..anchor_core.adapter_file import attach_tensors
         from ..anchor_core.backends.comfyui import ComfyDenoiser
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot
@@ -55,24 +56,10 @@ class AnchorDriftReport(io.ComfyNode):
             latents = denoiser.encode_images(pictures)
             probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
             before = probe.measure()
-            _attach(denoiser, lora)
+            attach_tensors(denoiser, lora)
             after = probe.measure()
         numbers = _numbers(before, after)
         return io.NodeOutput(drift_plot(before, after, history), numbers, ui={"text": [numbers]})
-
-
-def _attach(denoiser, lora) -> None:
-    """Attach the tensors of a LORA_MODEL."""
-    from ..anchor_core.adapter import AdapterConfig, exact_layers
-    from ..anchor_core.adapter_file import from_file_keys
-
-    state = from_file_keys(lora, denoiser.file_keys())
-    suffix = ".lora_down.weight"
-    names = [key.removesuffix(suffix) for key in state if key.endswith(suffix)]
-    ranks = {len(state[name + suffix]) for name in names}
-    if len(ranks) != 1:
-        raise ValueError(f"the LoRA's layers have ranks {sorted(ranks)}, but one rank for all layers is supported")
-    denoiser.attach(AdapterConfig(rank=ranks.pop(), layers=exact_layers(names))).load_state_dict(state)
 
 
 def _numbers(before, after) -> str:

@@ -133,7 +133,7 @@ class ComfyDenoiser:
         if self._stack is None:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
-            raise RuntimeError("the denoiser already has an adapter; detach it first")
+            raise ValueError("the denoiser already has an adapter; detach it first")
         self.adapter = Adapter.attach(self.network, config, seed, self.file_keys())
         return self.adapter
 

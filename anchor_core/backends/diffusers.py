@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class DiffusersDenoiser:
         path = Path(path)
         _check_index(path)
         try:
-            with _no_loading_bars():
+            with _quiet_loading():
                 pipeline = StableDiffusionPipeline.from_pretrained(
                     str(path),
                     local_files_only=True,
@@ -247,19 +247,22 @@ class DiffusersDenoiser:
 
 
 @contextmanager
-def _no_loading_bars() -> Iterator[None]:
-    """Without the progress bars of the two libraries, each of which takes longer to draw than a small model to load."""
+def _quiet_loading() -> Iterator[None]:
+    """Without progress bars, which take longer to draw than a small model to load, and without warnings.
+
+    diffusers warns of every autoencoder but AutoencoderKL; what cannot be used raises.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    shown = [part for part in (diffusers_logging, transformers_logging) if part.is_progress_bar_enabled()]
-    for part in shown:
-        part.disable_progress_bar()
-    try:
+    with ExitStack() as restored:
+        for part in (diffusers_logging, transformers_logging):
+            restored.callback(part.set_verbosity, part.get_verbosity())
+            part.set_verbosity_error()
+            if part.is_progress_bar_enabled():
+                restored.callback(part.enable_progress_bar)
+                part.disable_progress_bar()
         yield
-    finally:
-        for part in shown:
-            part.enable_progress_bar()
 
 
 def _check_index(path: Path) -> None:
