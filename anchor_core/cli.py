@@ -306,12 +306,10 @@ def _inspect(options) -> None:
     attach_file(denoiser, options.adapter)
     after = probe.measure()
     out.mkdir(parents=True, exist_ok=True)
-    figure = report.new_figure(5.5, 3.6)
-    axes = figure.subplots()
-    for label, result in (("model alone", before), ("with the adapter", after)):
-        axes.plot([t for t, _, _ in result.by_timestep], [d for _, d, _ in result.by_timestep], "o-", label=label)
-    axes.set(xlabel="timestep", ylabel="L2 distance in epsilon", title="distance from the pretrained class prediction")
-    axes.legend()
+    figure = report.new_figure(9, 3.6)
+    panels = figure.subplots(1, 2)
+    for panel, quantity in zip(panels, ("drift", "reconstruction")):
+        report.draw_by_timestep(panel, {"model alone": before, "with the adapter": after}, quantity)
     figure.savefig(out / "report.png")
     written = {
         "adapter": str(options.adapter),

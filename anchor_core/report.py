@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from .drift import ProbeResult
 from .trainer import History
 
 
@@ -57,6 +58,17 @@ def draw_drift(axes, histories: Mapping[str, History]) -> None:
     for name, history in histories.items():
         axes.plot([step for step, _ in history.probes], [result.drift for _, result in history.probes], label=name)
     axes.set(xlabel="step", ylabel="L2 distance in epsilon", title="drift from the class anchor (Fig. 8b)")
+    axes.legend(fontsize=8)
+
+
+def draw_by_timestep(axes, results: Mapping[str, ProbeResult], quantity: str = "drift") -> None:
+    """`drift` or `reconstruction` of probe results over the timesteps, a line for each result."""
+    column = {"drift": 1, "reconstruction": 2}[quantity]
+    for (label, result), style in zip(results.items(), ("o--", "o-", "s-", "^-")):
+        rows = result.by_timestep
+        axes.plot([row[0] for row in rows], [row[column] for row in rows], style, markersize=3, label=label)
+    title = {"drift": "drift from the class anchor", "reconstruction": "error on the pictures"}[quantity]
+    axes.set(title=title, xlabel="timestep", ylabel="L2 distance in epsilon", ylim=(0, None))
     axes.legend(fontsize=8)
 
 

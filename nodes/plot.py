@@ -9,23 +9,17 @@ import torch
 
 def drift_plot(before, after, history: dict[str, Any] | None) -> torch.Tensor:
     """IMAGE (1, H, W, 3): two `ProbeResult`s by timestep and, with a training's history, its loss and drift by step."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from ..anchor_core.report import draw_by_timestep, new_figure
 
-    figure = Figure(figsize=(12 if history else 8, 4), dpi=100, layout="constrained")
+    figure = new_figure(12 if history else 8, 4)
     panels = figure.subplots(1, 3 if history else 2)
-    for panel, column, title in ((panels[0], 1, "drift from the class"), (panels[1], 2, "error on the pictures")):
-        for result, label, style in ((before, "without LoRA", "--"), (after, "with LoRA", "-")):
-            rows = result.by_timestep
-            panel.plot([row[0] for row in rows], [row[column] for row in rows], style, label=label)
-        panel.set(title=title, xlabel="timestep", ylabel="L2 norm, epsilon space", ylim=(0, None))
-        panel.legend()
+    for panel, quantity in zip(panels, ("drift", "reconstruction")):
+        draw_by_timestep(panel, {"without LoRA": before, "with LoRA": after}, quantity)
     if history:
         _course(panels[2], history)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    width, height = canvas.get_width_height()
+    figure.canvas.draw()
+    pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
+    width, height = figure.canvas.get_width_height()
     return pixels.reshape(1, height, width, 4)[..., :3].float() / 255
 
 

@@ -48,7 +48,7 @@ class PretrainSettings:
     autoencoder_batch: int = 32
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 6000
+    denoiser_steps: int = 6500
     denoiser_batch: int = 32
     denoiser_rate: float = 8e-4
     ema: float = 0.999
@@ -252,7 +252,22 @@ def assemble(work: Path, folder: Path) -> None:
     clip_tokenizer, text = load_text_tower(work)
     unet = UNet2DConditionModel(**model.UNET)
     unet.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
-    model.save({"unet": unet, "vae": load_autoencoder(work), "text_encoder": text}, clip_tokenizer, folder)
+    vae = load_autoencoder(work)
+    preview = _latent_rgb(vae, load_pictures(work)[:256])
+    model.save({"unet": unet, "vae": vae, "text_encoder": text}, clip_tokenizer, folder)
+    _write_json(folder / "vae" / "latent_rgb.json", preview)
+
+
+def _latent_rgb(vae, pictures: np.ndarray) -> dict:
+    """Least squares from scaled latents (4) to RGB in [-1, 1] (3): ComfyUI's quick preview while it samples."""
+    x = as_tensor(pictures)
+    with torch.no_grad():
+        z = vae.encode(x).latents * vae.config.scaling_factor
+    colours = F.interpolate(x, z.shape[-2:], mode="area").movedim(1, -1).reshape(-1, 3)
+    z = z.movedim(1, -1).reshape(-1, z.shape[1])
+    solution = torch.linalg.lstsq(torch.cat([z, torch.ones(len(z), 1)], 1), colours).solution
+    rounded = [[round(value, 4) for value in row] for row in solution.tolist()]
+    return {"factors": rounded[:-1], "bias": rounded[-1]}
 
 
 STAGES = {
