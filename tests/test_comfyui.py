@@ -225,7 +225,7 @@ def test_empty_latent_fits_the_picture_size(server):
     assert pixels(server.picture(output["24"])).shape == (64, 64, 3)
 
 
-def test_base_picture_is_the_same_after_a_training_and_a_cancelled_training(server):
+def test_base_picture_is_the_same_after_a_training_a_cancelled_and_a_failed_one(server):
     before = base_latents(server, 9999)
     server.run({**training(seed=7), "5": node("PreviewAny", source=["4", 4])})
     assert torch.equal(base_latents(server, 9998), before)
@@ -240,6 +240,18 @@ def test_base_picture_is_the_same_after_a_training_and_a_cancelled_training(serv
     assert torch.equal(base_latents(server, 9997), before)
     (kept,) = set(loras(server)) - set(files)  # a cancelled training keeps what it has learnt
     assert any(tensor.any() for name, tensor in load_file(kept).items() if "lora_up" in name)
+
+    layer = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    huge = {
+        f"{layer}.lora_down.weight": torch.full((4, 128), 1e30),
+        f"{layer}.lora_up.weight": torch.full((128, 4), 1e30),
+    }
+    save_file(huge, server.base / "models/loras/huge.safetensors")
+    failing = {**training(seed=9, model=["9", 0]), "5": node("PreviewAny", source=["4", 4])}
+    failing["9"] = node("AnchorApplyAdapter", model=["1", 0], strength=1.0, file="huge.safetensors")
+    with pytest.raises(RuntimeError, match="became nan at step 1 of 4"):
+        server.run(failing)
+    assert torch.equal(base_latents(server, 9996), before)
     assert server.log.read_text().count("model_type ") == 1  # one model all the time
 
 
