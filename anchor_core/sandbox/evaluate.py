@@ -79,15 +79,74 @@ def evaluate(folder: Path, judge: Judge, count: int = 500, seed: int = 0, used: 
 
 
 def describe(work: Path, folder: Path, settings: PretrainSettings) -> dict:
-    """Write the card into `folder`: settings, training log, accuracies, `samples.png`. Gives the accuracies."""
+    """Write the model card into `folder`: `README.md`, `training.json`, `samples.png`. Gives the accuracies."""
     judge = Judge(folder / "judge")
     used = {text for texts in json.loads((work / "captions.json").read_text()) for text in texts}
     scores = evaluate(folder, judge, used=used)
     logs = {path.name.split(".")[0]: _thinned(path) for path in sorted(work.glob("*.log.jsonl"))}
     card = {"settings": asdict(settings), "accuracy": scores, "judge": judge.card, "log": logs}
     (folder / "training.json").write_text(json.dumps(card) + "\n")
-    _sample_grid(folder, held_out_captions(40, 1, used))
+    captions = held_out_captions(40, 1, used)
+    _sample_grid(folder, captions)
+    (folder / "README.md").write_text(_card_text(card, [text for _, text in captions]))
     return scores
+
+
+def _card_text(card: dict, captions: list[str]) -> str:
+    def rows(values: dict) -> str:
+        return "".join(f"| {key.replace('_', ' ')} | {value} |\n" for key, value in values.items())
+
+    drawn = {key: value for key, value in card["accuracy"].items() if isinstance(value, float)}
+    judged = {f"reader: {key}": value for key, value in card["judge"]["accuracy"].items()}
+    judged |= {key: value for key, value in card["judge"].items() if key != "accuracy"}
+    ends = {
+        name: " -> ".join(f"{key} {value}" for key, value in lines[-1].items() if key != "seconds")
+        for name, lines in card["log"].items()
+    }
+    sampling = card["accuracy"]["sampling"]
+    return f"""# The embedded model
+
+A text-to-image latent diffusion model of SD1.5's classes at a small size (CLIPTextModel, UNet2DConditionModel with
+v-prediction, AutoencoderTiny; 64 x 64 pictures, 4 x 16 x 16 latents), in diffusers' folder layout, float16.
+Pretrained from nothing by `semantic-anchor sandbox pretrain` on pictures that code draws
+(`anchor_core/sandbox/world.py`, `captions.py`); no other data went in. Licence: Apache-2.0.
+
+Captions name shapes, colours, patterns, outlines, surroundings, accessories, neighbours, position and size in many
+phrasings, 15 % of them with a rare adjective without meaning, so that a rare token changes little by itself. `sks`,
+`ohwx`, `zwx` and `qwe` are single tokens that no caption used. The text tower was trained contrastively against a small
+picture encoder and then frozen.
+
+![samples](samples.png)
+
+## What it draws
+
+Share of {card["accuracy"]["captions"]} captions, none of them used in training, on which the judge's reader finds
+what the caption says (DDIM, {sampling["steps"]} steps, guidance {sampling["guidance"]}). `accessory` counts kind and
+colour, `accessory kind` the kind alone.
+
+| | |
+|---|---|
+{rows(drawn)}
+## The judge
+
+Encoders and readers trained apart from the generator, on other pictures, measured on {card["judge"]["pictures"]} fresh
+drawings.
+`identity` is in the role of DINO, `picture` in that of CLIP-I, `text` in that of CLIP-T.
+
+| | |
+|---|---|
+{rows(judged)}
+## Settings and log
+
+{", ".join(f"{key} {value}" for key, value in card["settings"].items())}. The end of each stage's log, of which
+`training.json` holds more points:
+
+| stage | |
+|---|---|
+{rows(ends)}
+## The captions of the samples, row by row
+
+{"".join(f"{i + 1}. {caption}" + chr(10) for i, caption in enumerate(captions))}"""
 
 
 def _thinned(path: Path, points: int = 40) -> list[dict]:
@@ -105,5 +164,3 @@ def _sample_grid(folder: Path, captions) -> None:
     for i, picture in enumerate(pictures):
         grid.paste(Image.fromarray(as_picture(picture)), (i % 10 * 66 + 1, i // 10 * 66 + 1))
     grid.save(folder / "samples.png", optimize=True)
-    text = "".join(f"{i + 1}. {caption}\n" for i, (_, caption) in enumerate(captions))
-    (folder / "samples.txt").write_text(text)
