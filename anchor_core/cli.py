@@ -92,7 +92,7 @@ def _build_parser() -> argparse.ArgumentParser:
     bench = _verb(verbs, "bench", "the tables of docs/RESULTS.md, on the embedded model", _bench, out="out/bench")
     bench.add_argument("--subjects", nargs="+", metavar="NAME", help="default: the four of the tables")
     bench.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    bench.add_argument("--at", nargs="+", type=int, default=[100, 200], help="step counts to score at")
+    bench.add_argument("--at", nargs="+", type=int, default=[75, 150], help="step counts to score at")
     bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
 
     sandbox = verbs.add_parser("sandbox", help="the embedded model: pretrain it, list and draw its subjects")

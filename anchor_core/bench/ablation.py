@@ -34,7 +34,7 @@ METHODS = (
     DREAMBOOTH,  # which is w = 0
     PRIOR_PRESERVATION,
     *(Method(f"w = {w:g}", "anchor", w=w) for w in WEIGHTS),
-    *(Method(f"DreamBooth, rate x {1 + w:g}", "reconstruction", w=w, matched=True) for w in (0.5, 1.0)),
+    Method("DreamBooth, rate x 1.5", "reconstruction", w=0.5, matched=True),
     Method("blended target, w = 0.5", "blended_target", w=0.5),
     Method("w = 0.5, current anchor", "anchor", w=0.5, anchor="current"),
 )

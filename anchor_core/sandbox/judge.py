@@ -35,7 +35,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "accessory_colour": world.ACCESSORY_COLOURS,
 }
 _OF_THE_LOOK = ("colour", "pattern", "outline")
-_CHANNELS = (32, 48, 96, 128)
+_CHANNELS = (24, 32, 64, 96)
 _TEXT = {"hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
