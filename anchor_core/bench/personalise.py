@@ -24,7 +24,7 @@ TUNING_SUBJECTS = ("rosie", "ziggy")
 """The settings below were chosen on these two; the tables leave them out."""
 TABLE_SUBJECTS = ("pip", "momo", "bolt", "luna")
 
-SETTINGS = TrainSettings(steps=150, learning_rate=1e-3, batch_size=4, probe_every=20)
+SETTINGS = TrainSettings(steps=150, learning_rate=2e-3, batch_size=4, probe_every=20)
 ADAPTER = AdapterConfig(rank=8)
 CLASS_PICTURES = 24
 SAMPLING = {"steps": 20, "guidance": 4.0}
