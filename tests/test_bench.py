@@ -57,4 +57,3 @@ def test_methods_differ_in_what_they_say():
     assert settings["w = 0.5"].w == 0.5 and settings["w = 0.5"].objective == "anchor"
     base = personalise.SETTINGS.learning_rate
     assert settings["DreamBooth, rate x 1.5"].learning_rate == pytest.approx(1.5 * base)
-    assert settings["w = 0.5, current anchor"].anchor == "current"

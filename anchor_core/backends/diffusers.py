@@ -49,13 +49,14 @@ class DiffusersDenoiser:
         Raises:
             ValueError: if `path` is no folder of a Stable Diffusion pipeline, or one that is not supported.
         """
-        from diffusers import StableDiffusionPipeline
         from safetensors import SafetensorError
 
         path = Path(path)
         _check_index(path)
         try:
             with _quiet_loading():
+                from diffusers import StableDiffusionPipeline
+
                 pipeline = StableDiffusionPipeline.from_pretrained(
                     str(path),
                     local_files_only=True,

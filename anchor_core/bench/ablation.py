@@ -35,8 +35,6 @@ METHODS = (
     PRIOR_PRESERVATION,
     *(Method(f"w = {w:g}", "anchor", w=w) for w in WEIGHTS),
     Method("DreamBooth, rate x 1.5", "reconstruction", w=0.5, matched=True),
-    Method("blended target, w = 0.5", "blended_target", w=0.5),
-    Method("w = 0.5, current anchor", "anchor", w=0.5, anchor="current"),
 )
 COLUMNS = {
     "subject_fidelity": ("ID", 3),
