@@ -43,13 +43,17 @@ def test_tables_leave_the_tuning_subjects_out():
 
 
 def test_a_table_has_mean_and_spread_of_its_cells():
-    def row(value: float) -> dict:
-        return {"method": "anchored", "scores": {"10": dict.fromkeys(ablation.COLUMNS, value)}}
+    def row(method: str, subject: str, value: float) -> dict:
+        scores = {"10": dict.fromkeys(ablation.COLUMNS, value)}
+        return {"method": method, "subject": subject, "seed": 0, "scores": scores}
 
-    rows = [dict(row(v), method="dreambooth") for v in (0.25, 0.75)]
+    rows = [row("dreambooth", "pip", 0.25), row("dreambooth", "momo", 0.75)]
+    rows += [row("w = 0.5", "pip", 0.375), row("w = 0.5", "momo", 0.875)]
     text = ablation.markdown(rows)
     assert "### After 10 steps" in text
     assert "| dreambooth | 2 | 0.500 ± 0.354 |" in text
+    assert "| w = 0.5 | 2 | 0.625 ± 0.354 |" in text
+    assert "| w = 0.5 | 2 | 0.125 ± 0.000 |" in text  # run by run
 
 
 def test_methods_differ_in_what_they_say():

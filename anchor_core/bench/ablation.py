@@ -130,8 +130,28 @@ def markdown(rows: Sequence[dict]) -> str:
                 lines.append(
                     f"| {method} | {len(scores)} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |"
                 )
-        lines.append("")
+        lines += ["", f"Difference to dreambooth after {step} steps, run by run:", "", *_paired(rows, str(step)), ""]
     return "\n".join(lines)
+
+
+def _paired(rows: Sequence[dict], step: str) -> list[str]:
+    """The same subject and seed under each method and under DreamBooth: subjects differ more than methods do."""
+    by_run = {(row["method"], row["subject"], row["seed"]): row["scores"].get(step) for row in rows}
+    keys = ("subject_fidelity", "text_alignment", "drift", "drift_class")
+    lines = ["| method | runs | " + " | ".join(COLUMNS[key][0] for key in keys) + " |", "|" + "---|" * (len(keys) + 2)]
+    for method in METHODS[1:]:
+        pairs = [
+            (scores, by_run.get((DREAMBOOTH.name, subject, seed)))
+            for (name, subject, seed), scores in by_run.items()
+            if name == method.name
+        ]
+        pairs = [(scores, base) for scores, base in pairs if scores and base]
+        if pairs:
+            differences = [{key: scores[key] - base[key] for key in keys} for scores, base in pairs]
+            lines.append(
+                f"| {method.name} | {len(pairs)} | " + " | ".join(_cell(differences, key) for key in keys) + " |"
+            )
+    return lines
 
 
 def _cell(scores: Sequence[dict], key: str) -> str:
