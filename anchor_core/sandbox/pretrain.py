@@ -1,11 +1,13 @@
 """Pretraining of the embedded model from nothing: pictures, tokenizer, autoencoder, text tower, denoiser.
 
-Each stage keeps its state in the work folder and picks up where it was left. The order is SD1.5's: the text tower is
-trained contrastively against a small picture encoder and then frozen; the denoiser learns on the autoencoder's latents.
+Each stage keeps its state in the work folder and picks up where it was left. The text tower is first trained
+contrastively against a small picture encoder, as CLIP is, and then goes on learning with the denoiser: the contrast alone
+leaves words almost equal that rarely tell two pictures apart, such as `ball` and `box`, and the denoiser then ignores them.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -37,7 +39,7 @@ class PretrainSettings:
         *_steps: optimizer steps of a stage.
         *_batch: pictures a step.
         denoiser_rate: peak learning rate, reached after 200 steps and brought to zero over the last fifth.
-        ema: decay of the denoiser's averaged weights, which are what is shipped.
+        ema: decay of the averaged weights of denoiser and text tower, which are what is shipped.
         drop: share of captions replaced by the empty prompt, for classifier-free guidance.
     """
 
@@ -48,7 +50,7 @@ class PretrainSettings:
     autoencoder_batch: int = 32
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 6500
+    denoiser_steps: int = 13000
     denoiser_batch: int = 32
     denoiser_rate: float = 8e-4
     ema: float = 0.999
@@ -221,10 +223,12 @@ def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device
     latents = _latents(work, vae, device)
     captions = json.loads((work / "captions.json").read_text())
     torch.manual_seed(settings.seed)
-    unet, average = UNet2DConditionModel(**model.UNET).to(device), UNet2DConditionModel(**model.UNET).to(device)
+    unet = UNet2DConditionModel(**model.UNET).to(device)
     unet.set_attn_processor(AttnProcessor())  # plain attention is the faster one on a CPU in bfloat16
-    average.load_state_dict(unet.state_dict())
-    stage = Stage(work, "denoiser", {"unet": unet, "ema": average}, settings.denoiser_rate, settings.denoiser_steps)
+    trained = nn.ModuleDict({"unet": unet, "text": text.requires_grad_(True)})
+    average = copy.deepcopy(trained).requires_grad_(False)
+    modules = {"trained": trained, "ema": average}
+    stage = Stage(work, "denoiser", modules, settings.denoiser_rate, settings.denoiser_steps)
     scheduler = DDPMScheduler(
         **{k: v for k, v in model.SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")}
     )
@@ -236,13 +240,12 @@ def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device
         noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(device)
         t = torch.from_numpy(rng.integers(0, 1000, len(z))).to(device)
         with autocast(device):
-            with torch.no_grad():
-                context = text(input_ids=tokens.input_ids).last_hidden_state
+            context = text(input_ids=tokens.input_ids).last_hidden_state
             prediction = unet(scheduler.add_noise(z, noise, t), t, context).sample.float()
         stage.descend(F.mse_loss(prediction, scheduler.get_velocity(z, noise, t)))
         decay = min(settings.ema, (stage.step + 1) / (stage.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(unet.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
 
 
 def assemble(work: Path, folder: Path) -> None:
@@ -250,11 +253,11 @@ def assemble(work: Path, folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     clip_tokenizer, text = load_text_tower(work)
-    unet = UNet2DConditionModel(**model.UNET)
-    unet.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
+    trained = nn.ModuleDict({"unet": UNet2DConditionModel(**model.UNET), "text": text})
+    trained.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
     vae = load_autoencoder(work)
     preview = _latent_rgb(vae, load_pictures(work)[:256])
-    model.save({"unet": unet, "vae": vae, "text_encoder": text}, clip_tokenizer, folder)
+    model.save({"unet": trained["unet"], "vae": vae, "text_encoder": text}, clip_tokenizer, folder)
     _write_json(folder / "vae" / "latent_rgb.json", preview)
 
 
