@@ -38,14 +38,18 @@ class Denoiser(Protocol):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures in [0, 1], shape (B, 3, H, W)."""
 
-    def encode_prompt(self, prompt: str) -> Condition:
-        """One prompt to one condition, always by the pretrained text encoder."""
+    def encode_prompt(self, prompt: str, adapted: bool = False) -> Condition:
+        """One prompt to one condition, by the pretrained text encoder; with its adapter and a graph if `adapted`."""
 
-    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` training timesteps, shape (count,), drawn on the CPU from `generator`."""
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Training timesteps (B,) at these shares of the schedule, (B,) in [0, 1), ascending in noise."""
 
-    def timestep_grid(self, count: int) -> Tensor:
-        """`count` timesteps spread evenly over the schedule, ascending in noise, shape (count,)."""
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, (B,)."""
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """The network's blocks, whose activations gradient checkpointing computes again in the backward pass."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t from z_0 and the noise, all (B, C, h, w); timesteps (B,)."""
@@ -78,6 +82,7 @@ class PriorBatch:
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
+    weights: Tensor | None = None
 
 
 class Step:
@@ -91,6 +96,8 @@ class Step:
         subject: one subject condition for each row.
         class_: one class condition for each row.
         prior: class pictures, for objectives that read `prior` or `prior_target`.
+        weights: factor of each row's errors, (B,), the same for every term (min-SNR).
+        masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
     """
 
     def __init__(
@@ -102,6 +109,8 @@ class Step:
         subject: Sequence[Condition],
         class_: Sequence[Condition],
         prior: PriorBatch | None = None,
+        weights: Tensor | None = None,
+        masks: Tensor | None = None,
     ):
         self.denoiser = denoiser
         self.latents = latents
@@ -110,6 +119,8 @@ class Step:
         self.subject_conditions = subject
         self.class_conditions = class_
         self._prior = prior
+        self.weights = weights
+        self.masks = masks
 
     @cached_property
     def noisy(self) -> Tensor:

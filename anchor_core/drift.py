@@ -72,7 +72,8 @@ class DriftProbe:
         if latents.ndim != 4 or not len(latents):
             raise ValueError(f"latents is {tuple(latents.shape)}, but it takes (N, C, h, w) with at least one")
         self.denoiser = denoiser
-        grid = denoiser.timestep_grid(timesteps).to(denoiser.device)  # (T,)
+        middles = (torch.arange(timesteps, dtype=torch.float64) + 0.5) / timesteps
+        grid = denoiser.timesteps(middles).to(denoiser.device)  # (T,)
         generator = torch.Generator().manual_seed(seed)
         with torch.inference_mode(False), torch.no_grad():
             self._latents = latents.detach().to(denoiser.device, torch.float32, copy=True)

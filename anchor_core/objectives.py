@@ -2,7 +2,8 @@
 
 Every squared error is the mean over all elements, in the model's native prediction space. The paper writes the
 sum over elements; w, a ratio of two such terms, is the same in both, and in every prediction space, because the
-native and the epsilon form of both terms differ by one factor per timestep that they share.
+native and the epsilon form of both terms differ by one factor per timestep that they share. For the same reason a
+step's row weights and masks go into every term alike.
 
 A step computes a prediction when an objective first reads it, so an objective pays for the passes it reads only.
 """
@@ -24,16 +25,28 @@ Terms = dict[str, Tensor]
 ANCHORS = ("pretrained", "current")
 
 
-def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error over all elements, in float32 or better."""
+def mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
+    """Mean squared error of (B, C, h, w) in float32 or better: the mean over the rows of each row's own mean.
+
+    `weights` (B,) multiplies each row's error; `masks` (B, 1, h, w) says where a row's error is taken.
+    """
     if prediction.element_size() < 4:
         prediction = prediction.float()
-    return (prediction - target.to(prediction.dtype)).square().mean()
+    error = (prediction - target.to(prediction.dtype)).square()
+    if masks is not None:
+        error = error * (masks / masks.mean(dim=(1, 2, 3), keepdim=True)).to(error.dtype)
+    if weights is not None:
+        error = error * weights.reshape(-1, *[1] * (error.ndim - 1)).to(error.dtype)
+    return error.mean()
+
+
+def _error(step: Step, prediction: Tensor, target: Tensor) -> Tensor:
+    return mse(prediction, target, step.weights, step.masks)
 
 
 def reconstruction(step: Step) -> Terms:
     """|eps - eps_theta(z_t, c_sbj, t)|^2 (Semantic Anchoring, Eq. 1). One pass."""
-    return {"reconstruction": mse(step.subject, step.target)}
+    return {"reconstruction": _error(step, step.subject, step.target)}
 
 
 def prior_preservation(step: Step, weight: float = 1.0) -> Terms:
@@ -43,7 +56,7 @@ def prior_preservation(step: Step, weight: float = 1.0) -> Terms:
     """
     terms = reconstruction(step)
     if check_number("prior_weight", weight, minimum=0) > 0:
-        terms["prior"] = weight * mse(step.prior_prediction, step.prior_target)
+        terms["prior"] = weight * mse(step.prior_prediction, step.prior_target, step.prior.weights)
     return terms
 
 
@@ -57,7 +70,8 @@ def semantic_anchoring(step: Step, w: float = 0.5, anchor: str = "pretrained") -
     check_choice("anchor", anchor, ANCHORS)
     terms = reconstruction(step)
     if check_number("w", w, minimum=0) > 0:
-        terms["anchor"] = w * mse(step.subject, step.anchor if anchor == "pretrained" else step.current_anchor)
+        target = step.anchor if anchor == "pretrained" else step.current_anchor
+        terms["anchor"] = w * _error(step, step.subject, target)
     return terms
 
 
@@ -69,7 +83,7 @@ def blended_target(step: Step, w: float = 0.5) -> Terms:
     """
     check_number("w", w, minimum=0)
     target = step.target if w == 0 else (step.target + w * step.anchor) / (1 + w)
-    return {"blended": mse(step.subject, target)}
+    return {"blended": _error(step, step.subject, target)}
 
 
 OBJECTIVES: dict[str, Callable[..., Terms]] = {

@@ -202,7 +202,7 @@ class _Draw:
         while len(deck) < self.batch:
             deck += torch.randperm(len(latents), generator=self.generator).tolist()
         rows = latents[torch.tensor([deck.pop(0) for _ in range(self.batch)], device=latents.device)]
-        timesteps = self.denoiser.sample_timesteps(self.batch, self.generator)
+        timesteps = self.denoiser.timesteps(torch.rand(self.batch, generator=self.generator, dtype=torch.float64))
         noise = torch.randn(rows.shape, generator=self.generator)
         return rows, noise.to(rows.device), timesteps.to(rows.device)
 

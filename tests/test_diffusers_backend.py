@@ -79,8 +79,7 @@ def test_each_row_has_its_own_condition_and_timestep(denoiser):
 
 
 def test_noise_process_is_diffusers(denoiser, latents):
-    generator = torch.Generator().manual_seed(1)
-    timesteps = denoiser.sample_timesteps(3, generator)
+    timesteps = denoiser.timesteps(torch.tensor([0.02, 0.5, 0.93]))
     eps = noise(3)
     torch.testing.assert_close(
         denoiser.add_noise(latents, eps, timesteps), denoiser.scheduler.add_noise(latents, eps, timesteps)
@@ -89,12 +88,15 @@ def test_noise_process_is_diffusers(denoiser, latents):
     torch.testing.assert_close(denoiser.target(latents, eps, timesteps), wanted)
 
 
-def test_timesteps(denoiser):
-    drawn = denoiser.sample_timesteps(4000, torch.Generator().manual_seed(0))
-    assert drawn.min() >= 0 and drawn.max() <= 999
-    assert abs(drawn.double().mean().item() - 499.5) < 15
-    assert torch.equal(drawn, denoiser.sample_timesteps(4000, torch.Generator().manual_seed(0)))
-    assert denoiser.timestep_grid(10).tolist() == list(range(50, 1000, 100))
+def test_timesteps_are_shares_of_the_schedule(denoiser):
+    levels = torch.tensor([0.0, 0.05, 0.5, 0.9999], dtype=torch.float64)
+    assert denoiser.timesteps(levels).tolist() == [0, 50, 500, 999]
+
+
+def test_snr_is_alpha_over_sigma_squared(denoiser):
+    timesteps = torch.tensor([0, 300, 999])
+    cumulative = denoiser.scheduler.alphas_cumprod[timesteps].double()
+    torch.testing.assert_close(denoiser.snr(timesteps).double(), cumulative / (1 - cumulative), rtol=1e-4, atol=0)
 
 
 def test_pictures_are_encoded_to_the_mode_and_scaled(denoiser):

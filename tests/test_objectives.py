@@ -209,3 +209,32 @@ def test_unknown_objective_lists_the_known_ones():
 def test_bad_lambda_is_named(lam):
     with pytest.raises(ValueError, match="^lambda is"):
         w_from_lambda(lam)
+
+
+def test_masks_and_weights_take_each_rows_own_mean():
+    prediction, target = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+    masks = torch.zeros(2, 1, 3, 3)
+    masks[0, :, :2], masks[1, :, 1, 1] = 1, 0.5
+    weights = torch.tensor([3.0, 0.25])
+    error = (prediction - target).square()
+    rows = torch.stack([error[0, :, :2].mean(), error[1, :, 1, 1].mean()])
+    torch.testing.assert_close(mse(prediction, target, weights, masks), (weights * rows).mean())
+    torch.testing.assert_close(mse(prediction, target, torch.ones(2), torch.ones(2, 1, 3, 3)), mse(prediction, target))
+
+
+def test_weights_and_masks_keep_the_gradient_identity_of_eq_5(eps_denoiser, concept, latents, stir):
+    from anchor_core.denoiser import Step
+
+    adapter = eps_denoiser.attach(AdapterConfig(rank=2))
+    stir(adapter)
+    masks = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    subject, class_ = ([eps_denoiser.encode_prompt(p)] * 3 for p in (concept.subject_prompt, concept.class_prompt))
+    gradients = []
+    for objective in (semantic_anchoring, blended_target):
+        step = Step(
+            eps_denoiser, latents, latents.flip(0), torch.tensor([20, 400, 900]), subject, class_,
+            weights=torch.tensor([0.5, 2.0, 1.0]), masks=masks,
+        )  # fmt: skip
+        gradients.append(torch.autograd.grad(sum(objective(step, w=0.7).values()), adapter.parameters()))
+    for full, blended in zip(*gradients):
+        torch.testing.assert_close(full, 1.7 * blended, rtol=1e-4, atol=1e-8)

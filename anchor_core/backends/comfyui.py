@@ -174,7 +174,7 @@ class ComfyDenoiser:
             unscaled = self.model.model.process_latent_out(latents.detach().clone())
             return self.vae.decode(unscaled).movedim(-1, 1).clamp(0, 1)
 
-    def encode_prompt(self, prompt: str) -> ComfyCondition:
+    def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
         with self._released(), torch.no_grad():
             encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
             if len(encoded) != 1:
@@ -195,15 +195,14 @@ class ComfyDenoiser:
         alpha = (1 + sigma**2).rsqrt()
         return alpha, sigma * alpha, sigma
 
-    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
+    def timesteps(self, levels: Tensor) -> Tensor:
         if self.prediction_type == "flow":
-            return 1000 * torch.rand(count, generator=generator)
-        return torch.randint(0, self._sampling.num_timesteps, (count,), generator=generator)
+            return (1000 * levels.double()).float()
+        return (levels.double() * self._sampling.num_timesteps).long()
 
-    def timestep_grid(self, count: int) -> Tensor:
-        end = 1000 if self.prediction_type == "flow" else self._sampling.num_timesteps
-        middles = (torch.arange(count, dtype=torch.float64) + 0.5) * end / count
-        return middles.float() if self.prediction_type == "flow" else middles.long()
+    def snr(self, timesteps: Tensor) -> Tensor:
+        alpha, sigma, _ = self._coefficients(timesteps)
+        return (alpha / sigma).square()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma, _ = (_column(c, latents) for c in self._coefficients(timesteps))
@@ -243,6 +242,13 @@ class ComfyDenoiser:
         finally:
             hook.remove()
         return outputs[-1].float()
+
+    @property
+    def blocks(self) -> list[torch.nn.Module]:
+        """Every block of the module lists that ComfyUI's networks are made of."""
+        names = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
+        lists = [getattr(self.network, name) for name in names if hasattr(self.network, name)]
+        return [block for part in lists for block in part]
 
     def _encoded(self, condition: ComfyCondition, noisy: Tensor) -> dict[str, Any]:
         """What the model's `extra_conds` makes of a condition, for one row of latents of this shape."""

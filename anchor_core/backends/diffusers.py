@@ -132,7 +132,7 @@ class DiffusersDenoiser:
         return getattr(self.vae.config, "shift_factor", None) or 0.0
 
     @torch.no_grad()
-    def encode_prompt(self, prompt: str) -> Tensor:
+    def encode_prompt(self, prompt: str, adapted: bool = False) -> Tensor:
         """One prompt to its (tokens, width) embedding, padded to the text encoder's length."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r}, but it takes a text")
@@ -144,14 +144,14 @@ class DiffusersDenoiser:
 
     # The noise process
 
-    def sample_timesteps(self, count: int, generator: torch.Generator) -> Tensor:
-        """`count` timesteps, uniform over the schedule, (count,), int64 on the CPU."""
-        return torch.randint(0, len(self._alphas_cumprod), (count,), generator=generator)
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Levels in [0, 1) to timesteps, (B,), int64."""
+        return (levels.double() * len(self._alphas_cumprod)).long()
 
-    def timestep_grid(self, count: int) -> Tensor:
-        """The middles of `count` equal parts of the schedule, ascending, (count,), int64: 50, 150, ..., 950 for 10."""
-        check_count("count", count)
-        return ((torch.arange(count, dtype=torch.float64) + 0.5) * len(self._alphas_cumprod) / count).long()
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """alpha_t^2 / sigma_t^2, (B,)."""
+        alpha, sigma = self._alpha_sigma(timesteps)
+        return (alpha / sigma).square()
 
     def _alpha_sigma(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         cumulative = self._alphas_cumprod[timesteps.long().cpu()]
@@ -220,6 +220,10 @@ class DiffusersDenoiser:
 
     def _repeat(self, timestep: int, rows: int) -> Tensor:
         return torch.full((rows,), timestep, dtype=torch.int64, device=self.device)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.network.down_blocks, self.network.mid_block, *self.network.up_blocks]
 
     # The adapter
 

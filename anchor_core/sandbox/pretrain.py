@@ -1,8 +1,9 @@
 """Pretraining of the embedded model from nothing: pictures, tokenizer, autoencoder, text tower, denoiser.
 
 Each stage keeps its state in the work folder and picks up where it was left. The text tower is first trained
-contrastively against a small picture encoder, as CLIP is, and then goes on learning with the denoiser: the contrast alone
-leaves words almost equal that rarely tell two pictures apart, such as `ball` and `box`, and the denoiser then ignores them.
+contrastively against a small picture encoder, as CLIP is, and then goes on learning with the denoiser: the contrast
+alone leaves words almost equal that rarely tell two pictures apart, such as `ball` and `box`, and the denoiser then
+ignores them.
 """
 
 from __future__ import annotations
