@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -25,6 +25,9 @@ class ProbeResult:
         reconstruction: |eps - eps_theta(z_t, c_sbj, t)| (Fig. 8a).
         drift: |eps_theta(z_t, c_sbj, t) - eps_theta'(z_t, c_cls, t)|, the same z_t in both (Fig. 8b).
         drift_rms: drift / sqrt(C h w), which compares between latent sizes.
+        subject: |eps_theta(z_t, c_sbj, t) - eps_theta(z_t, c_cls, t)|, what the subject's own words do.
+        class_drift: |eps_theta(z_t, c_cls, t) - eps_theta'(z_t, c_cls, t)|, how far the class itself has moved.
+        reconstruction_mse, drift_mse: mean squares over all elements, the two terms of Eq. 5 without w.
         by_timestep: (timestep, drift, reconstruction) for each timestep of the grid.
         latents_are: `references` or `class`, what z_t was made from.
     """
@@ -32,11 +35,25 @@ class ProbeResult:
     reconstruction: float
     drift: float
     drift_rms: float
+    subject: float
+    class_drift: float
+    reconstruction_mse: float
+    drift_mse: float
     by_timestep: list[tuple[float, float, float]]
     latents_are: str = "references"
 
+    def objective(self, w: float) -> float:
+        """Eq. 5 on the probe's points, in epsilon."""
+        return self.reconstruction_mse + w * self.drift_mse
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ProbeResult:
+        """What `to_dict` gave, beside which `values` may hold more."""
+        own = {each.name: values[each.name] for each in fields(cls)}
+        return cls(**{**own, "by_timestep": [tuple(row) for row in own["by_timestep"]]})
 
 
 class DriftProbe:
@@ -80,9 +97,9 @@ class DriftProbe:
             self._noises = torch.randn((noises, *latents.shape[1:]), generator=generator).to(denoiser.device)
             self._subject = denoiser.encode_prompt(concept.subject_prompt)
             self._grid = grid
-            class_ = denoiser.encode_prompt(concept.class_prompt)
+            self._class = denoiser.encode_prompt(concept.class_prompt)
             with denoiser.adapter_disabled():
-                self._anchors = [self._predict(rows, class_) for rows in self._chunks()]
+                self._anchors = [self._predict(rows, self._class) for rows in self._chunks()]
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(latents, noise, timesteps) of the probe points in chunks, timestep by timestep."""
@@ -99,25 +116,26 @@ class DriftProbe:
     @torch.no_grad()
     def measure(self) -> ProbeResult:
         """The distances of the network as it is now, adapter included."""
-        drifts, reconstructions = [], []
+        norms = []
         for rows, anchor in zip(self._chunks(), self._anchors, strict=True):
             latents, noise, timesteps = rows
-            prediction = self._predict(rows, self._subject)
+            subject, class_ = self._predict(rows, self._subject), self._predict(rows, self._class)
             target = self.denoiser.target(latents, noise, timesteps)
+            differences = (subject - target, subject - anchor, subject - class_, class_ - anchor)
             scale = self.denoiser.epsilon_scale(timesteps).abs()
-            drifts.append(scale * _norm(prediction - anchor))
-            reconstructions.append(scale * _norm(prediction - target))
-        drift = torch.cat(drifts).double().cpu()
-        reconstruction = torch.cat(reconstructions).double().cpu()
+            norms.append(torch.stack([scale * _norm(difference) for difference in differences]))
+        reconstruction, drift, subject, class_drift = torch.cat(norms, dim=1).double().cpu()
         size = self._latents[0].numel()
-        steps = len(self._grid)
-        by_drift = drift.reshape(steps, -1).mean(dim=1).tolist()
-        by_reconstruction = reconstruction.reshape(steps, -1).mean(dim=1).tolist()
+        rows = (part.reshape(len(self._grid), -1).mean(dim=1).tolist() for part in (drift, reconstruction))
         return ProbeResult(
             reconstruction=reconstruction.mean().item(),
             drift=drift.mean().item(),
             drift_rms=drift.mean().item() / size**0.5,
-            by_timestep=list(zip(self._grid.double().tolist(), by_drift, by_reconstruction, strict=True)),
+            subject=subject.mean().item(),
+            class_drift=class_drift.mean().item(),
+            reconstruction_mse=reconstruction.square().mean().item() / size,
+            drift_mse=drift.square().mean().item() / size,
+            by_timestep=list(zip(self._grid.double().tolist(), *rows, strict=True)),
             latents_are=self.latents_are,
         )
 

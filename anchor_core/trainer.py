@@ -1,83 +1,40 @@
-"""The training loop: an objective, an adapter, and a history."""
+"""The training loop: an objective, an adapter, a history, and checkpoints to go on from."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .checks import check_choice, check_count, check_number
+from .adapter_file import base_fingerprint
+from .checkpoint import Checkpoints
 from .data import Concept
-from .denoiser import Denoiser, PriorBatch, Step
+from .dataset import Dataset, Example
+from .denoiser import Condition, Denoiser, PriorBatch, Step
 from .drift import DriftProbe, ProbeResult
-from .objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_names
+from .gradient_checkpointing import checkpointed
+from .noise_levels import min_snr_weights, sample_levels
+from .optimizers import AveragedWeights, make_optimizer, make_schedule
+from .parallel import ALONE, Workers
+from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift")
+"""Settings that a resumed training may have otherwise: they do not enter the steps already made."""
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """Everything that a training depends on besides the model, the adapter's config and the pictures.
-
-    Args:
-        objective: a name of `OBJECTIVES`.
-        w: weight of the anchor term (Eq. 5); lambda = 1 / (1 + w).
-        anchor: `pretrained`, or `current` for the ablation.
-        prior_weight: weight of prior preservation (Eq. 2).
-        steps: optimiser steps.
-        learning_rate: of AdamW, constant.
-        batch_size: rows of a step, drawn from shuffled epochs of the references.
-        weight_decay: of AdamW.
-        betas: of AdamW, each in [0, 1).
-        grad_clip: largest norm of the whole gradient; 0 for no clipping.
-        seed: of every draw of the training.
-        probe_every: steps between two measurements of the drift probe, if one is given.
-    """
-
-    objective: str = "anchor"
-    w: float = 0.5
-    anchor: str = "pretrained"
-    prior_weight: float = 1.0
-    steps: int = 300
-    learning_rate: float = 1e-3
-    batch_size: int = 4
-    weight_decay: float = 1e-2
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 1.0
-    seed: int = 0
-    probe_every: int = 50
-
-    def __post_init__(self):
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("anchor", self.anchor, ANCHORS)
-        for name in ("w", "prior_weight", "weight_decay", "grad_clip"):
-            check_number(name, getattr(self, name), minimum=0)
-        check_number("learning_rate", self.learning_rate, above=0)
-        for name in ("steps", "batch_size", "probe_every"):
-            check_count(name, getattr(self, name))
-        check_count("seed", self.seed, minimum=0)
-        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
-            raise ValueError(f"betas is {self.betas!r}, but it takes two numbers from 0 to below 1")
-        for beta in self.betas:
-            if check_number("betas", beta, minimum=0) >= 1:
-                raise ValueError(f"betas is {self.betas!r}, but it takes two numbers from 0 to below 1")
-
-    def make_objective(self) -> Objective:
-        """The objective with those of these settings that it takes."""
-        options = {"w": self.w, "anchor": self.anchor, "weight": self.prior_weight}
-        return make_objective(self.objective, **{name: options[name] for name in option_names(self.objective)})
 
 
 @dataclass(frozen=True)
@@ -93,29 +50,42 @@ class StepReport:
 
 @dataclass
 class History:
-    """What happened: a loss and its weighted terms for each step made, and the probes as (steps made, result)."""
+    """What happened: a loss and its weighted terms for each step made, and the probes as (steps made, result).
+
+    Attributes:
+        kept: the step whose weights the adapter was left with.
+        cancelled: `should_stop` ended the training.
+        over_budget: `stop_on_drift` ended it.
+    """
 
     losses: list[float] = field(default_factory=list)
     terms: dict[str, list[float]] = field(default_factory=dict)
     probes: list[tuple[int, ProbeResult]] = field(default_factory=list)
     seconds: float = 0.0
+    kept: int = 0
     cancelled: bool = False
+    over_budget: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers that JSON holds."""
         return {
+            **self.__dict__,
             "losses": list(self.losses),
             "terms": {name: list(values) for name, values in self.terms.items()},
             "probes": [{"step": step, **result.to_dict()} for step, result in self.probes],
-            "seconds": self.seconds,
-            "cancelled": self.cancelled,
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> History:
+        """What `to_dict` gave."""
+        probes = [(probe["step"], ProbeResult.from_dict(probe)) for probe in values["probes"]]
+        return cls(**{**values, "probes": probes})
 
 
 def train(
     denoiser: Denoiser,
     adapter: Adapter,
-    references_latents: Tensor,
+    references: Dataset | Tensor,
     concept: Concept,
     settings: TrainSettings,
     *,
@@ -123,129 +93,294 @@ def train(
     probe: DriftProbe | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    checkpoints: Checkpoints | None = None,
+    workers: Workers = ALONE,
 ) -> History:
     """Train `adapter`, which is attached to `denoiser`, in place.
 
-    Every draw comes from one CPU generator in a fixed order (references, timesteps, noise; then, for an objective
+    Every draw comes from one CPU generator in a fixed order (references, noise levels, noise; then, for an objective
     that reads class pictures, the same three for those), so that two backends see the same training. The global
     random state is left as it was.
 
     Args:
-        references_latents: (N, C, h, w), scaled latents of the references.
+        references: a dataset, or scaled latents (N, C, h, w) that all have the concept's two prompts.
         class_latents: (M, C, h, w), for prior preservation.
         probe: measured before the first step, every `settings.probe_every` steps, and after the last.
         on_step: called after each step; what it raises ends the training and is passed on.
         should_stop: asked before each step; True ends the training with what has been learnt.
+        checkpoints: written every `settings.checkpoint_every` steps and at the end; where it holds one already, the
+            training goes on from there.
+        workers: the processes that train together.
 
     Raises:
         TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
-        ValueError: for latents of a wrong shape, or an objective whose class pictures are missing.
+        ValueError: for latents of a wrong shape, an objective whose class pictures are missing, a probe that the
+            settings need and that is missing, or a checkpoint of another training.
     """
     objective = settings.make_objective()
-    _check_latents("references_latents", references_latents)
+    if not isinstance(references, Dataset):
+        _check_latents("references", references)
+        references = Dataset.of_latents(references, concept)
+    classes = None
     if objective.reads_class_pictures:
         if class_latents is None:
             raise ValueError(f"objective {objective.name!r} reads class pictures, but class_latents is None; pass them")
         _check_latents("class_latents", class_latents)
-    history, started = History(), time.perf_counter()
-    # ComfyUI runs nodes in inference mode, where nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad(), _own_random_state(denoiser.device, settings.seed):
-        draw = _Draw(denoiser, references_latents, class_latents if objective.reads_class_pictures else None, settings)
-        subject = [denoiser.encode_prompt(concept.subject_prompt)] * settings.batch_size
-        class_ = [denoiser.encode_prompt(concept.class_prompt)] * settings.batch_size
-        optimiser = torch.optim.AdamW(
-            adapter.parameters(),
-            lr=settings.learning_rate,
-            betas=tuple(settings.betas),
-            weight_decay=settings.weight_decay,
-        )
-        if probe is not None:
-            history.probes.append((0, probe.measure()))
-        for number in range(1, settings.steps + 1):
+        own = class_latents.detach().to("cpu", torch.float32, copy=True)
+        classes = Dataset([Example(row, (concept.class_prompt,), (concept.class_prompt,)) for row in own])
+    if probe is None and (settings.keep == "best" or settings.stop_on_drift):
+        raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; pass a probe")
+    with ExitStack() as stack:
+        # ComfyUI runs nodes in inference mode, where nothing can be trained.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        if settings.gradient_checkpointing:
+            stack.enter_context(checkpointed(denoiser.blocks))
+        run = _Run(denoiser, adapter, references, classes, settings, probe, checkpoints, workers)
+        try:
+            run.loop(on_step, should_stop)
+        finally:
+            run.average.apply()
+        run.keep()
+        return run.history
+
+
+class _Run:
+    """One training: all that changes while it goes on is in `state_dict`."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        adapter: Adapter,
+        references: Dataset,
+        classes: Dataset | None,
+        settings: TrainSettings,
+        probe: DriftProbe | None,
+        checkpoints: Checkpoints | None,
+        workers: Workers,
+    ):
+        self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
+        self.objective, self.probe, self.checkpoints = settings.make_objective(), probe, checkpoints
+        self.datasets = [references] if classes is None else [references, classes]
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.parameters = adapter.parameters()
+        self.optimizer = make_optimizer(self.parameters, settings)
+        self.schedule = make_schedule(self.optimizer, settings)
+        self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
+        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.history, self.started = History(), time.perf_counter()
+        self.best: dict[str, Any] | None = None  # of the probes within the budget: step, score, weights
+        prompts = dict.fromkeys(prompt for dataset in self.datasets for prompt in dataset.prompts())
+        self.conditions = {prompt: denoiser.encode_prompt(prompt) for prompt in prompts}
+        if checkpoints is not None:
+            self._resume()
+
+    @property
+    def made(self) -> int:
+        return len(self.history.losses)
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def loop(self, on_step: Callable[[StepReport], None] | None, should_stop: Callable[[], bool] | None) -> None:
+        settings, history = self.settings, self.history
+        if self.probe is not None and not history.probes:
+            self._measure()
+        while self.made < settings.steps and not history.over_budget:
             if should_stop is not None and should_stop():
                 history.cancelled = True
                 break
-            latents, noise, timesteps = draw.references()
-            step = Step(denoiser, latents, noise, timesteps, subject, class_, draw.prior())
-            with adapter.dropout():
-                terms = objective(step)
-                loss = sum(terms.values())
-                _update(loss, adapter, optimiser, settings, number)
-            _record(history, loss, terms)
-            measured = probe is not None and (number % settings.probe_every == 0 or number == settings.steps)
+            terms = self._optimize()
+            history.losses.append(sum(terms.values()))
+            for name, value in terms.items():
+                history.terms.setdefault(name, []).append(value)
+            measured = self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps)
             if measured:
-                history.probes.append((number, probe.measure()))
-            history.seconds = time.perf_counter() - started
+                self._measure()
+            history.seconds += time.perf_counter() - self.started
+            self.started = time.perf_counter()
+            if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
+                self._save()
             if on_step is not None:
                 drift = history.probes[-1][1].drift if measured else None
-                on_step(StepReport(number, settings.steps, history.losses[-1], _last(history.terms), drift))
-        made = len(history.losses)
-        if probe is not None and history.probes[-1][0] != made:
-            history.probes.append((made, probe.measure()))
-    history.seconds = time.perf_counter() - started
-    logger.info("trained %d of %d steps in %.1f s", made, settings.steps, history.seconds)
-    return history
+                on_step(StepReport(self.made, settings.steps, history.losses[-1], terms, drift))
+        if self.probe is not None and history.probes[-1][0] != self.made:
+            self._measure()
+        if self.made and (settings.checkpoint_every and self.made % settings.checkpoint_every):
+            self._save()
+        history.seconds += time.perf_counter() - self.started
+        logger.info("trained %d of %d steps in %.1f s", self.made, settings.steps, history.seconds)
+
+    def _optimize(self) -> dict[str, float]:
+        """One step of the optimizer; gives the weighted terms of the loss."""
+        settings = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for _ in range(settings.accumulation):
+            step = self._draw()
+            with self.adapter.dropout(), self._autocast():
+                terms = self.objective(step)
+            self.scaler.scale(sum(terms.values()) / settings.accumulation).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
+        self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
+        values = {name: value.item() for name, value in sums.items()}
+        self._check_finite("loss", sum(values.values()))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
+            self._check_finite("gradient", norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:
+            self.schedule.step()
+            self.average.update()
+        return values
+
+    def _autocast(self):
+        dtype = _DTYPES[self.settings.precision]
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _draw(self) -> Step:
+        (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
+        prior = None
+        if len(self.datasets) > 1:
+            prior = PriorBatch(*self._rows(self.datasets[1])[0])
+        masks = None if rows.masks is None else rows.masks[mine].to(latents)
+        return Step(
+            self.denoiser,
+            latents,
+            noise,
+            timesteps,
+            self._encoded(rows.subject_prompts[mine]),
+            self._encoded(rows.class_prompts[mine]),
+            prior,
+            weights,
+            masks,
+        )
+
+    def _rows(self, dataset: Dataset):
+        """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None: of all workers, then this one's share."""
+        count, device = self.settings.batch_size * self.workers.count, self.denoiser.device
+        rows = dataset.draw(count, self.generator)
+        levels = sample_levels(count, self.generator, self.settings)
+        noise = torch.randn(rows.latents.shape, generator=self.generator)
+        mine = self.workers.share(count)
+        timesteps = self.denoiser.timesteps(levels[mine]).to(device)
+        weights = None
+        if self.settings.min_snr:
+            snr = self.denoiser.snr(timesteps)
+            weights = min_snr_weights(snr, self.settings.min_snr, self.denoiser.prediction_type)
+        return (rows.latents[mine].to(device), noise[mine].to(device), timesteps, weights), rows, mine
+
+    def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
+        return [self.conditions[prompt] for prompt in prompts]
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the {what} became {value} at step {self.made + 1} of {self.settings.steps}; take a learning_rate "
+                f"below {self.settings.learning_rate:g}, and pictures and latents without NaN"
+            )
+
+    # --- when to stop and what to keep --------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Measure the probe on the weights that would be kept now, and remember them if they are the best so far.
+
+        Best is the least value of Eq. 5 on the probe, reconstruction + keep_w * drift, each a mean squared error in
+        epsilon. Its points are fixed, so that unlike the training's loss it can be compared between steps; past its
+        minimum a further gain on the pictures costs more drift than it is worth at this w. With `keep="last"` a
+        budget on drift goes back to the last measurement within it.
+        """
+        settings = self.settings
+        with self.average:
+            result = self.probe.measure()
+            self.history.probes.append((self.made, result))
+            if settings.stop_on_drift and result.drift > settings.stop_on_drift:
+                if self.made == 0:
+                    raise ValueError(
+                        f"stop_on_drift is {settings.stop_on_drift:g}, but the model alone measures "
+                        f"{result.drift:.4g}; take more than that"
+                    )
+                self.history.over_budget = True
+                return
+            score = result.objective(settings.keep_w)
+            wanted = settings.keep == "best" or settings.stop_on_drift
+            if wanted and (settings.keep == "last" or self.best is None or score < self.best["score"]):
+                self.best = {"step": self.made, "score": score, "weights": self.adapter.state_dict()}
+
+    def keep(self) -> None:
+        """Leave the adapter with the weights to keep."""
+        self.history.kept = self.made
+        if self.best is not None and (self.settings.keep == "best" or self.history.over_budget):
+            self.adapter.load_state_dict(self.best["weights"])
+            self.history.kept = self.best["step"]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint must agree in with the training that goes on from it."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _MAY_CHANGE}
+        return {
+            "base model": base_fingerprint(self.denoiser),
+            "adapter": asdict(self.adapter.config),
+            "number of processes": self.workers.count,
+            "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in self.datasets[0].examples],
+            "prompts": self.datasets[0].prompts(),
+            **settings,
+        }
+
+    def _save(self) -> None:
+        if self.checkpoints is None or not self.workers.is_first:
+            return
+        devices = [self.denoiser.device] if self.denoiser.device.type == "cuda" else []
+        state = {
+            "about": self._about(),
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
+            "datasets": [dataset.state_dict() for dataset in self.datasets],
+            "history": self.history.to_dict(),
+            "best": self.best,
+        }
+        self.checkpoints.save(self.made, state)
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load()
+        if state is None:
+            return
+        for name, value in self._about().items():
+            saved = state["about"].get(name)
+            if saved != value:
+                raise ValueError(
+                    f"checkpoint in {self.checkpoints.folder} is of another training: its {name} is "
+                    f"{_short(saved)}, and {_short(value)} here; give another folder or the same settings"
+                )
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"][0])
+        for random in state["random"][1:]:
+            torch.cuda.set_rng_state(random, self.denoiser.device)
+        for dataset, saved in zip(self.datasets, state["datasets"], strict=True):
+            dataset.load_state_dict(saved)
+        self.history, self.best = History.from_dict(state["history"]), state["best"]
+        self.history.cancelled = False
+        logger.info("going on from step %d of %d", self.made, self.settings.steps)
 
 
-class _Draw:
-    """The random part of a step, always drawn in float32 on the CPU."""
-
-    def __init__(self, denoiser: Denoiser, references: Tensor, class_: Tensor | None, settings: TrainSettings):
-        self.denoiser = denoiser
-        self.batch = settings.batch_size
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        # A copy made here is a normal tensor, even where the latents are inference tensors.
-        self._references = (references.detach().to(denoiser.device, torch.float32, copy=True), [])
-        self._class = None if class_ is None else (class_.detach().to(denoiser.device, torch.float32, copy=True), [])
-
-    def _rows(self, latents: Tensor, deck: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        while len(deck) < self.batch:
-            deck += torch.randperm(len(latents), generator=self.generator).tolist()
-        rows = latents[torch.tensor([deck.pop(0) for _ in range(self.batch)], device=latents.device)]
-        timesteps = self.denoiser.timesteps(torch.rand(self.batch, generator=self.generator, dtype=torch.float64))
-        noise = torch.randn(rows.shape, generator=self.generator)
-        return rows, noise.to(rows.device), timesteps.to(rows.device)
-
-    def references(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents and noise (B, C, h, w), timesteps (B,)."""
-        return self._rows(*self._references)
-
-    def prior(self) -> PriorBatch | None:
-        if self._class is None:
-            return None
-        latents, noise, timesteps = self._rows(*self._class)
-        return PriorBatch(latents, noise, timesteps)
-
-
-def _update(
-    loss: Tensor, adapter: Adapter, optimiser: torch.optim.Optimizer, settings: TrainSettings, number: int
-) -> None:
-    value = loss.item()
-    if not math.isfinite(value):
-        raise _diverged("loss", value, number, settings)
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), settings.grad_clip or math.inf).item()
-    if not math.isfinite(norm):
-        raise _diverged("gradient", norm, number, settings)
-    optimiser.step()
-
-
-def _diverged(what: str, value: float, number: int, settings: TrainSettings) -> TrainingDiverged:
-    return TrainingDiverged(
-        f"the {what} became {value} at step {number} of {settings.steps}; "
-        f"take a learning_rate below {settings.learning_rate:g}, and pictures and latents without NaN"
-    )
-
-
-def _record(history: History, loss: Tensor, terms: dict[str, Tensor]) -> None:
-    history.losses.append(loss.item())
-    for name, term in terms.items():
-        history.terms.setdefault(name, []).append(term.item())
-
-
-def _last(terms: dict[str, list[float]]) -> dict[str, float]:
-    return {name: values[-1] for name, values in terms.items()}
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_latents(name: str, latents: Tensor) -> None:

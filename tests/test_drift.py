@@ -67,7 +67,7 @@ def test_probe_is_fixed_and_the_anchor_is_made_once(eps_denoiser, latents, conce
     probe = DriftProbe(eps_denoiser, latents, concept)  # 3 x 10 x 4 = 120 points, 4 chunks
     assert len(calls) == 4
     first = probe.measure()
-    assert len(calls) == 8
+    assert len(calls) == 12  # the subject prompt's and the class prompt's pass, with the adapter
     assert probe.measure() == first
     stir(adapter)
     assert probe.measure().drift > first.drift

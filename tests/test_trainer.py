@@ -277,8 +277,15 @@ def test_training_runs_on_inference_tensors(eps_denoiser, latents, concept):
         ({"batch_size": 0}, "^batch_size is 0"),
         ({"weight_decay": -1}, "^weight_decay is -1"),
         ({"grad_clip": -1}, "^grad_clip is -1"),
-        ({"betas": (0.9, 1.0)}, "^betas is"),
-        ({"betas": 0.9}, "^betas is 0.9"),
+        ({"beta1": 1.0}, "^beta1 is 1.0, but it takes a number below 1"),
+        ({"beta2": -0.1}, "^beta2 is -0.1"),
+        ({"ema": 1.0}, "^ema is 1.0"),
+        ({"optimizer": "sgd"}, "^optimizer is 'sgd'.*adamw, adamw8bit, prodigy, schedule_free"),
+        ({"schedule": "cosine", "optimizer": "schedule_free"}, "^schedule is 'cosine'"),
+        ({"warmup": 300}, "^warmup is 300.*the 300 steps"),
+        ({"timestep_min": 0.5, "timestep_max": 0.5}, "^timestep_max is 0.5"),
+        ({"timestep_max": 1.5}, "^timestep_max is 1.5"),
+        ({"gradient_checkpointing": "yes"}, "^gradient_checkpointing is 'yes'"),
         ({"seed": -1}, "^seed is -1"),
         ({"probe_every": 0}, "^probe_every is 0"),
         ({"objective": "dreambooth"}, "^objective is 'dreambooth'.*reconstruction, prior_preservation, anchor"),
@@ -293,7 +300,7 @@ def test_bad_settings_are_named_in_one_line(options, message):
 
 def test_missing_pictures_are_named(eps_denoiser, latents, concept):
     adapter = eps_denoiser.attach(AdapterConfig(rank=1))
-    with pytest.raises(ValueError, match="references_latents is"):
+    with pytest.raises(ValueError, match="references is"):
         train(eps_denoiser, adapter, latents[:0], concept, TrainSettings(**QUICK))
     with pytest.raises(ValueError, match="reads class pictures, but class_latents is None"):
         train(eps_denoiser, adapter, latents, concept, TrainSettings(**QUICK, objective="prior_preservation"))

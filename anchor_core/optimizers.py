@@ -1,0 +1,112 @@
+"""Optimizers and the course of their learning rate."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .settings import TrainSettings
+
+_PACKAGES = {
+    "adamw": ("torch.optim", "AdamW"),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "Prodigy"),
+    "schedule_free": ("schedulefree", "AdamWScheduleFree"),
+}
+
+
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that `settings` names.
+
+    Raises:
+        ValueError: if its package is not installed.
+    """
+    module, name = _PACKAGES[settings.optimizer]
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        package = module.split(".")[0]
+        raise ValueError(
+            f"optimizer is {settings.optimizer!r}, which needs the package {package}; install it or take adamw"
+        ) from error
+    options: dict[str, Any] = {"weight_decay": settings.weight_decay, "betas": (settings.beta1, settings.beta2)}
+    if settings.optimizer == "schedule_free":
+        options["warmup_steps"] = settings.warmup
+    return kind(parameters, lr=settings.learning_rate, **options)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then constant, a half cosine or a line to 0 at the end of the training."""
+    # Schedule-free warms up by itself.
+    warmup = 0 if settings.optimizer == "schedule_free" else settings.warmup
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        progress = (step - warmup) / max(1, settings.steps - warmup)
+        if settings.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return max(0.0, 1 - progress) if settings.schedule == "linear" else 1.0
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class AveragedWeights:
+    """The weights that a training keeps, which the running ones may differ from: an EMA, or schedule-free's average.
+
+    Inside `with average:` the network runs on the average.
+
+    Args:
+        parameters: the running weights.
+        decay: of the exponential moving average, 0 for none; it starts lower, at (1 + n) / (10 + n) after n updates.
+        optimizer: asked for its own average if it keeps one.
+    """
+
+    def __init__(self, parameters: Sequence[torch.nn.Parameter], decay: float, optimizer: torch.optim.Optimizer):
+        self._parameters, self._decay, self._optimizer = list(parameters), decay, optimizer
+        self._average = [p.detach().clone() for p in self._parameters] if decay else []
+        self._updates = 0
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After a step of the optimizer."""
+        if self._average:
+            self._updates += 1
+            decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
+            torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self._parameters, self._average):
+            running = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(running)
+
+    def apply(self) -> None:
+        """Put the average in the place of the running weights."""
+        if hasattr(self._optimizer, "eval"):
+            self._optimizer.eval()
+        self._swap()
+
+    def __enter__(self) -> None:
+        self.apply()
+
+    def __exit__(self, *exception) -> None:
+        self._swap()
+        if hasattr(self._optimizer, "train"):
+            self._optimizer.train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self._average, "updates": self._updates}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for average, saved in zip(self._average, state["average"], strict=True):
+            average.copy_(saved)
+        self._updates = state["updates"]

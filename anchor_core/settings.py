@@ -1,0 +1,108 @@
+"""Everything that a training depends on besides the model, the adapter's config and the pictures.
+
+Each option is declared once, with its limits and its help; the command line and the nodes are made from these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from .checks import check_choice, check_count, check_number
+from .objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_names
+
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
+SCHEDULES = ("constant", "cosine", "linear")
+TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "shifted")
+PRECISIONS = ("fp32", "bf16", "fp16")
+KEEPS = ("last", "best")
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help and limits: `choices`, `minimum`, `above`, `below`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def check_options(instance: Any) -> None:
+    """Check every field made by `option` against its limits; ValueError naming the first that fails."""
+    for each in fields(instance):
+        _check(each, getattr(instance, each.name))
+
+
+def _check(each: Field, value: Any) -> None:
+    limits = {name: each.metadata[name] for name in ("minimum", "above") if name in each.metadata}
+    if "choices" in each.metadata:
+        check_choice(each.name, value, each.metadata["choices"])
+    elif isinstance(each.default, bool):
+        check_choice(each.name, value, (True, False))
+    elif isinstance(each.default, int):
+        check_count(each.name, value, **limits)
+    elif isinstance(each.default, float):
+        below = each.metadata.get("below")
+        if check_number(each.name, value, **limits) >= (float("inf") if below is None else below):
+            raise ValueError(f"{each.name} is {value!r}, but it takes a number below {below:g}")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The options of a training; `fields(TrainSettings)` holds the help and the limits of each.
+
+    `w` is that of Eq. 5, lambda = 1 / (1 + w). A step of the optimizer sees `batch_size * accumulation` rows. Levels
+    of noise lie in [0, 1), the share of the schedule, 0 being clean.
+
+    Raises:
+        ValueError: naming the option that is out of its limits.
+    """
+
+    objective: str = option("anchor", "what is minimised", choices=tuple(OBJECTIVES))
+    w: float = option(0.5, "weight of the anchor; 0 learns the pictures alone", minimum=0)
+    anchor: str = option("pretrained", "the network that gives the anchor; current is an ablation", choices=ANCHORS)
+    prior_weight: float = option(1.0, "weight of prior_preservation's class pictures", minimum=0)
+    steps: int = option(300, "steps of the optimizer")
+    learning_rate: float = option(1e-3, "about 1e-4 for SD1.5, 2e-3 for the sandbox, 1 for prodigy", above=0)
+    batch_size: int = option(4, "rows of a pass")
+    accumulation: int = option(1, "passes of a step")
+    optimizer: str = option("adamw", "8 bit needs bitsandbytes, the last two a package each", choices=OPTIMIZERS)
+    weight_decay: float = option(1e-2, "of the optimizer", minimum=0)
+    beta1: float = option(0.9, "decay of the optimizer's mean of gradients", minimum=0, below=1)
+    beta2: float = option(0.999, "decay of the optimizer's mean of squared gradients", minimum=0, below=1)
+    grad_clip: float = option(1.0, "largest norm of the whole gradient; 0 for none", minimum=0)
+    schedule: str = option("constant", "of the learning rate; cosine and linear end at 0", choices=SCHEDULES)
+    warmup: int = option(0, "steps in which the learning rate rises from 0", minimum=0)
+    ema: float = option(0.0, "decay of the averaged weights, which are then kept; 0 for none", minimum=0, below=1)
+    min_snr: float = option(0.0, "gamma of min-SNR weighting (eps and v models), usually 5; 0 for none", minimum=0)
+    timestep_sampling: str = option("uniform", "how noise levels are drawn", choices=TIMESTEP_SAMPLINGS)
+    timestep_mean: float = option(0.0, "logit_normal: mean of the logit; above 0 draws more noise")
+    timestep_std: float = option(1.0, "logit_normal: standard deviation of the logit", above=0)
+    timestep_shift: float = option(3.0, "shifted: level u becomes s u / (1 + (s - 1) u)", above=0)
+    timestep_min: float = option(0.0, "lowest noise level", minimum=0, below=1)
+    timestep_max: float = option(1.0, "noise levels stay below this one", above=0)
+    precision: str = option("fp32", "of the passes; the adapter itself is always fp32", choices=PRECISIONS)
+    gradient_checkpointing: bool = option(False, "less memory, more time: blocks are computed again for the gradient")
+    seed: int = option(0, "of every draw of the training", minimum=0)
+    probe_every: int = option(50, "steps between two measurements of the drift")
+    stop_on_drift: float = option(0.0, "end when the drift exceeds this and go back to the last below it", minimum=0)
+    keep: str = option("last", "best: the measured adapter with the least Eq. 5 on the probe", choices=KEEPS)
+    checkpoint_every: int = option(0, "steps between two checkpoints; 0 for none", minimum=0)
+
+    def __post_init__(self):
+        check_options(self)
+        if self.timestep_max > 1 or self.timestep_min >= self.timestep_max:
+            raise ValueError(
+                f"timestep_max is {self.timestep_max!r}, but it takes a number above timestep_min "
+                f"({self.timestep_min:g}) and at most 1"
+            )
+        if self.optimizer == "schedule_free" and self.schedule != "constant":
+            raise ValueError(f"schedule is {self.schedule!r}, but the schedule_free optimizer takes constant alone")
+        if self.warmup >= self.steps:
+            raise ValueError(f"warmup is {self.warmup}, but it takes less than the {self.steps} steps of the training")
+
+    def make_objective(self) -> Objective:
+        """The objective with those of these settings that it takes."""
+        options = {"w": self.w, "anchor": self.anchor, "weight": self.prior_weight}
+        return make_objective(self.objective, **{name: options[name] for name in option_names(self.objective)})
+
+    @property
+    def keep_w(self) -> float:
+        """The w of the probe's Eq. 5 by which `keep` chooses: the training's own, else the paper's 0.5."""
+        return self.w if self.objective in ("anchor", "blended_target") and self.w > 0 else 0.5
