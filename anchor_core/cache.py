@@ -72,7 +72,7 @@ class Cache:
                 part = list(group)[start : start + BATCH]
                 encoded = self.denoiser.encode_images(torch.stack([group[name] for name in part]))
                 for name, row in zip(part, encoded.detach().to("cpu", torch.float32)):
-                    self._keep_latents(name, row.clone())
+                    self._keep_latents(name, row.clone(memory_format=torch.contiguous_format))
         return [self._latents[name] for name in names]
 
     def _keep_latents(self, name: str, latents: Tensor) -> None:
