@@ -1,151 +1,84 @@
-"""What a training is given: reference pictures and the two prompts of the concept."""
+"""What a training is given: pictures and captions through the model's encoders, and class pictures."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
+from .cache import Cache
+from .captions import Concept, check_captions, prompt_pairs
 from .checks import check_count, check_number
+from .dataset import Dataset, Example, check_dropout
+from .pictures import References, bucket_sizes, from_images, load_references
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from .denoiser import Denoiser
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+__all__ = [
+    "Concept",
+    "References",
+    "bucket_sizes",
+    "build_dataset",
+    "check_captions",
+    "from_images",
+    "load_references",
+    "sample_class_latents",
+]
 
 
-@dataclass(frozen=True)
-class Concept:
-    """The subject prompt ("a photo of a sks dog") and the class prompt ("a photo of a dog").
+def build_dataset(
+    denoiser: Denoiser,
+    references: References,
+    concept: Concept,
+    *,
+    templates: Sequence[str] = (),
+    shuffle: bool = False,
+    caption_dropout: float = 0.0,
+    flip: bool = False,
+    cache: Cache | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The references, encoded, each with what may be said of it.
 
-    Raises:
-        ValueError: if one is empty or no text, or if both are the same: the anchor would then hold the subject
-            prompt to what it meant before, and nothing could be learnt.
-    """
-
-    subject_prompt: str
-    class_prompt: str
-
-    def __post_init__(self):
-        for name in ("subject_prompt", "class_prompt"):
-            value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
-                raise ValueError(f"{name} is {value!r}, but it takes a text that is not empty")
-            object.__setattr__(self, name, " ".join(value.split()))
-        if self.subject_prompt.casefold() == self.class_prompt.casefold():
-            raise ValueError(
-                f"class_prompt is {self.class_prompt!r}, the same as subject_prompt; "
-                "put a rare word such as sks into the subject prompt only"
-            )
-
-
-@dataclass(frozen=True)
-class References:
-    """Reference pictures in [0, 1], each of shape (3, H, W), in float32, with their names."""
-
-    pixels: list[Tensor]
-    names: list[str]
-
-    def __post_init__(self):
-        if not self.pixels:
-            raise ValueError("references holds no picture, but a training takes at least one")
-        for name, picture in zip(self.names, self.pixels, strict=True):
-            if picture.ndim != 3 or picture.shape[0] != 3 or not picture.is_floating_point():
-                raise ValueError(
-                    f"reference {name} is {tuple(picture.shape)} {picture.dtype}, but it takes float (3, H, W)"
-                )
-            if not bool(torch.isfinite(picture).all()):
-                raise ValueError(f"reference {name} holds NaN or infinite values, but it takes values in [0, 1]")
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    def stack(self) -> Tensor:
-        """All pictures, (N, 3, H, W); ValueError if their sizes differ."""
-        sizes = {tuple(picture.shape[1:]) for picture in self.pixels}
-        if len(sizes) > 1:
-            raise ValueError(f"the references have sizes {sorted(sizes)}, but one size is needed; give a size")
-        return torch.stack(self.pixels)
-
-
-def load_references(folder: str | Path, size: int) -> References:
-    """The pictures of a folder, in natural order (2.png before 10.png), each size x size.
-
-    The EXIF orientation is applied, transparency is laid over white, and the centre square is cut out and resized.
-    Files that are no pictures by their suffix are passed over.
+    Args:
+        references: at the sizes to train on (`bucket_sizes`, or one size); each size is a bucket.
+        templates: prompts with {} for the subject's words, in place of the concept's own prompts.
+        shuffle: take the comma-separated tags of each prompt in up to 8 orders, drawn from `seed`.
+        caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
+        flip: encode the mirrored pictures too, which are drawn half of the time.
+        cache: latents that are known already; without it, none are.
 
     Raises:
-        ValueError: if the folder does not exist, holds no picture, or a picture cannot be read (naming it).
+        ValueError: before any encoding, for prompts that do not fit (see `prompt_pairs`) or a share out of range;
+            after it, for a masked picture whose edges are no multiples of the autoencoder's.
     """
-    check_count("size", size)
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"references is {str(folder)!r}, which is no folder, but it takes a folder of pictures")
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
-    if not files:
-        raise ValueError(f"references folder {folder} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files there")
-    files.sort(key=lambda file: _natural(file.name))
-    return References([_read(file, size) for file in files], [file.name for file in files])
+    check_dropout(caption_dropout)
+    pairs = prompt_pairs(concept, references.names, references.captions, templates, shuffle, seed)
+    cache = cache or Cache(denoiser)
+    latents = cache.latents(references.pixels)
+    flipped = cache.latents([picture.flip(-1) for picture in references.pixels]) if flip else [None] * len(latents)
+    masks = references.masks or [None] * len(latents)
+    examples = []
+    for name, own, mirrored, mask, told in zip(references.names, latents, flipped, masks, pairs):
+        subject, class_ = zip(*told)
+        small = None if mask is None else _latent_mask(name, mask, own)
+        examples.append(Example(own, subject, class_, small, mirrored, name))
+    return Dataset(examples, caption_dropout)
 
 
-def from_images(images: Tensor, size: int | None = None) -> References:
-    """References from ComfyUI's IMAGE, (B, H, W, C) in [0, 1] with C = 3, or 4 (alpha laid over white).
-
-    With `size`, the centre square is cut out and resized; without, the pictures are taken as they are.
-    """
-    if images.ndim != 4 or images.shape[-1] not in (3, 4):
-        raise ValueError(f"images is {tuple(images.shape)}, but it takes (B, H, W, 3) or (B, H, W, 4)")
-    pixels = images.detach().float().movedim(-1, 1).clone()  # (B, C, H, W)
-    if pixels.shape[1] == 4:
-        alpha = pixels[:, 3:]
-        pixels = pixels[:, :3] * alpha + (1 - alpha)
-    if size is not None:
-        check_count("size", size)
-        side = min(pixels.shape[2:])
-        top, left = (pixels.shape[2] - side) // 2, (pixels.shape[3] - side) // 2
-        pixels = pixels[:, :, top : top + side, left : left + side]
-        if side != size:
-            pixels = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True)
-    return References(list(pixels.clamp(0, 1)), [f"image {index + 1}" for index in range(len(pixels))])
-
-
-def _natural(name: str) -> list[Any]:
-    # Digits and text alternate, so that numbers are only ever compared with numbers.
-    return [int(part) if part.isdigit() else part.casefold() for part in re.split(r"([0-9]+)", name)] + [name]
-
-
-def _read(file: Path, size: int) -> Tensor:
-    import numpy
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            picture = _over_white(ImageOps.exif_transpose(opened))
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
+def _latent_mask(name: str, mask: Tensor, latents: Tensor) -> Tensor:
+    """(1, H, W) to (1, h, w): the mean over the pixels of each latent."""
+    height, width = latents.shape[1:]
+    if mask.shape[1] % height or mask.shape[2] % width:
         raise ValueError(
-            f"picture {file} cannot be read ({reason}); replace it or take it out of the folder"
-        ) from error
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    # Cut first: a resize of a box would let in what is outside of it.
-    picture = picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(numpy.asarray(picture).copy()).movedim(-1, 0).float() / 255
-
-
-def _over_white(picture: Image) -> Image:
-    from PIL import Image as images
-
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        return images.alpha_composite(images.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return picture.convert("RGB")
+            f"reference {name} is {mask.shape[2]}x{mask.shape[1]} and its latents {width}x{height}, but a mask takes "
+            "pictures of whole latents; give a size that is a multiple of 8"
+        )
+    return adaptive_avg_pool2d(mask.detach().to("cpu", torch.float32), (height, width))
 
 
 @torch.no_grad()
@@ -162,7 +95,8 @@ def sample_class_latents(
 ) -> Tensor:
     """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
 
-    `shape` is that of one latent, (C, h, w). The adapter is off while they are made.
+    `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
+    through the network in a pass of their own. The adapter is off while they are made.
     """
     check_count("count", count)
     check_number("guidance", guidance, minimum=0)
