@@ -13,11 +13,13 @@ from torch import Tensor
 class Workers:
     """This process among `count`; each draws the rows of all from the one seed and keeps its own share.
 
-    So `count` processes of batch B make the steps of one process of batch `count` * B.
+    So `count` processes of batch B make the steps of one process of batch `count` * B. `device` is the one that this
+    process was given, None where it is alone.
     """
 
     rank: int = 0
     count: int = 1
+    device: str | None = None
 
     @classmethod
     def from_environment(cls) -> Workers:
@@ -29,7 +31,7 @@ class Workers:
         from accelerate import PartialState
 
         state = PartialState()
-        return cls(state.process_index, state.num_processes)
+        return cls(state.process_index, state.num_processes, str(state.device))
 
     @property
     def is_first(self) -> bool:

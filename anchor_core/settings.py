@@ -106,3 +106,18 @@ class TrainSettings:
     def keep_w(self) -> float:
         """The w of the probe's Eq. 5 by which `keep` chooses: the training's own, else the paper's 0.5."""
         return self.w if self.objective in ("anchor", "blended_target") and self.w > 0 else 0.5
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """How pictures and captions become a dataset."""
+
+    buckets: bool = option(False, "keep aspect ratios, at sizes of about the resolution's area, instead of a square")
+    captions: bool = option(False, "read name.txt beside each picture; it names the subject by its words")
+    masks: bool = option(False, "count the loss where name-masklabel.png, or else the alpha channel, is white")
+    flip: bool = option(False, "mirror the pictures half of the time; not for subjects with a left and a right")
+    shuffle: bool = option(False, "see a caption's comma-separated tags in several orders")
+    caption_dropout: float = option(0.0, "share of rows with the empty prompt", minimum=0, below=1)
+
+    def __post_init__(self):
+        check_options(self)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .adapter import Adapter
 from .adapter_file import base_fingerprint
+from .cache import Cache
 from .checkpoint import Checkpoints
 from .data import Concept
 from .dataset import Dataset, Example
@@ -94,6 +95,7 @@ def train(
     on_step: Callable[[StepReport], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     checkpoints: Checkpoints | None = None,
+    cache: Cache | None = None,
     workers: Workers = ALONE,
 ) -> History:
     """Train `adapter`, which is attached to `denoiser`, in place.
@@ -110,6 +112,7 @@ def train(
         should_stop: asked before each step; True ends the training with what has been learnt.
         checkpoints: written every `settings.checkpoint_every` steps and at the end; where it holds one already, the
             training goes on from there.
+        cache: of encoded prompts.
         workers: the processes that train together.
 
     Raises:
@@ -137,7 +140,8 @@ def train(
         stack.enter_context(_own_random_state(denoiser.device, settings.seed))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
-        run = _Run(denoiser, adapter, references, classes, settings, probe, checkpoints, workers)
+        datasets = [references] if classes is None else [references, classes]
+        run = _Run(denoiser, adapter, datasets, settings, probe, checkpoints, cache or Cache(denoiser), workers)
         try:
             run.loop(on_step, should_stop)
         finally:
@@ -153,16 +157,16 @@ class _Run:
         self,
         denoiser: Denoiser,
         adapter: Adapter,
-        references: Dataset,
-        classes: Dataset | None,
+        datasets: list[Dataset],
         settings: TrainSettings,
         probe: DriftProbe | None,
         checkpoints: Checkpoints | None,
+        cache: Cache,
         workers: Workers,
     ):
         self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
         self.objective, self.probe, self.checkpoints = settings.make_objective(), probe, checkpoints
-        self.datasets = [references] if classes is None else [references, classes]
+        self.datasets = datasets
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, settings)
@@ -171,8 +175,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
         self.history, self.started = History(), time.perf_counter()
         self.best: dict[str, Any] | None = None  # of the probes within the budget: step, score, weights
-        prompts = dict.fromkeys(prompt for dataset in self.datasets for prompt in dataset.prompts())
-        self.conditions = {prompt: denoiser.encode_prompt(prompt) for prompt in prompts}
+        prompts = dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts())
+        self.conditions = {prompt: cache.condition(prompt) for prompt in prompts}
         if checkpoints is not None:
             self._resume()
 
