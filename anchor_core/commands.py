@@ -63,7 +63,6 @@ def train(options: Namespace) -> None:
     from . import report
     from .adapter_file import save_trained
     from .cache import Cache
-    from .checkpoint import Checkpoints
     from .data import Concept, bucket_sizes, build_dataset, load_references, sample_class_latents
     from .drift import DriftProbe
     from .parallel import Workers

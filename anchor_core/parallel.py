@@ -30,7 +30,7 @@ class Workers:
             return cls()
         from accelerate import PartialState
 
-        state = PartialState()
+        state = PartialState(cpu=not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes, str(state.device))
 
     @property

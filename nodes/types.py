@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import Field, fields
 from pathlib import Path
 
 import folder_paths
@@ -13,6 +15,8 @@ LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
 ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.data.Concept
 HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.trainer.History.to_dict()
+ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.pictures.References
+OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, AdapterConfig and DataSettings to values
 
 
 class AdapterTensors(dict[str, Tensor]):
@@ -21,6 +25,25 @@ class AdapterTensors(dict[str, Tensor]):
     def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
         super().__init__(tensors)
         self.metadata = metadata
+
+
+def inputs_of(kind: type, names: Iterable[str], **texts: str) -> list[io.Input]:
+    """The node inputs of a settings class's fields; `texts` replaces the tooltip of a field."""
+    declared = {field.name: field for field in fields(kind)}
+    return [_input(declared[name], texts.get(name)) for name in names]
+
+
+def _input(field: Field, text: str | None) -> io.Input:
+    text = text or field.metadata["help"]
+    options = {"default": field.default, "tooltip": text[0].upper() + text[1:] + "."}
+    if "choices" in field.metadata:
+        return io.Combo.Input(field.name, options=list(field.metadata["choices"]), **options)
+    if isinstance(field.default, bool):
+        return io.Boolean.Input(field.name, **options)
+    if isinstance(field.default, int):
+        return io.Int.Input(field.name, min=field.metadata.get("minimum", 1), max=100_000, **options)
+    lowest = field.metadata.get("minimum", 0.0 if "above" in field.metadata else -100.0)
+    return io.Float.Input(field.name, min=lowest, max=field.metadata.get("below", 1e6), step=1e-6, **options)
 
 
 def new_lora_file(name: str) -> Path:
