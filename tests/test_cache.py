@@ -73,6 +73,8 @@ def test_other_pictures_and_models_are_other_entries(eps_denoiser, pictures, cal
     changed = pictures[0].clone()
     changed[0, 0, 0] += 1e-3
     assert not torch.equal(first.latents([changed])[0], latents[0])
+    turned = pictures[1].reshape(3, 24, 16)  # the same values in another shape
+    assert first.latents([turned])[0].shape != latents[1].shape
     # The very last weights: whatever of the encoder changes, its fingerprint does.
     with torch.no_grad():
         eps_denoiser.vae.quant_conv.bias += 0.01
@@ -83,7 +85,7 @@ def test_other_pictures_and_models_are_other_entries(eps_denoiser, pictures, cal
     assert not torch.equal(second.condition("a dog"), condition)
     eps_denoiser.vae.register_to_config(scaling_factor=0.5)
     assert not torch.equal(Cache(eps_denoiser, tmp_path).latents(pictures)[0], second.latents(pictures)[0])
-    assert len(list(tmp_path.glob("latents-*"))) == 3 + 1 + 3 + 3
+    assert len(list(tmp_path.glob("latents-*"))) == 3 + 2 + 3 + 3
     assert len(list(tmp_path.glob("condition-*"))) == 2
 
 
@@ -151,6 +153,7 @@ class Compound:
     cross_attention: torch.Tensor
     extras: dict[str, Any]
     encoded: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    kind: str = field(default="compound", init=False)
 
 
 class CompoundDenoiser:

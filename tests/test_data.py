@@ -273,6 +273,12 @@ def test_pictures_take_the_nearest_bucket(tmp_path, size, bucket):
     assert from_images(images, bucket_sizes(64, 16)).pixels[0].shape[1:] == bucket
 
 
+def test_of_buckets_as_near_the_larger_is_taken(tmp_path):
+    picture(tmp_path / "1.png", size=(20, 20))
+    for sizes in ([(8, 8), (16, 16)], [(16, 16), (8, 8)]):
+        assert load_references(tmp_path, sizes).pixels[0].shape == (3, 16, 16)
+
+
 def test_a_bucket_covers_and_keeps_the_aspect_ratio(tmp_path):
     # A square of 20 in a picture of 100 x 60: at 64 x 32 the cut is 100 x 50 and the scale 0.64.
     image = Image.new("RGB", (100, 60), "blue")
@@ -306,7 +312,7 @@ def test_long_pictures_are_named(tmp_path, size):
 def test_pictures_of_16_bits_keep_their_greys(tmp_path):
     import numpy
 
-    Image.fromarray(numpy.full((8, 8), 51 * 257, dtype=numpy.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(numpy.full((8, 8), 51 * 256 + 7, dtype=numpy.uint16)).save(tmp_path / "grey.png")
     assert color_of(load_references(tmp_path, 8).pixels[0]) == [51, 51, 51]
 
 

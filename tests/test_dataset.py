@@ -48,9 +48,10 @@ def test_one_bucket_and_one_prompt_is_the_deck_of_shuffled_epochs(concept):
     assert dataset.prompts() == [concept.subject_prompt, concept.class_prompt]
 
 
-def test_latents_are_a_copy_in_float32(concept):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_latents_are_a_copy_in_float32(concept, dtype):
     with torch.inference_mode():
-        latents = torch.ones(2, 4, 8, 8, dtype=torch.float16)
+        latents = torch.ones(2, 4, 8, 8, dtype=dtype)
         dataset = Dataset.of_latents(latents, concept)
         latents.zero_()
     weight = torch.ones((), requires_grad=True)
