@@ -1,0 +1,132 @@
+"""Opening a model for diffusers, from a folder or a single-file checkpoint. Nothing is ever downloaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .diffusers_families import FAMILIES, Family
+
+_LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def open_pipeline(path: str | Path, dtype: torch.dtype, config: str | Path | None = None) -> Any:
+    """The diffusers pipeline of a folder, or of a `.safetensors` checkpoint, on the CPU.
+
+    A checkpoint holds weights only. The configs and tokenizers come from `config`, a diffusers folder of the same
+    architecture (its weights are not needed, but text encoders that the checkpoint lacks are taken from it), or from
+    Hugging Face's cache on this machine, if a model of the architecture is in it.
+
+    Raises:
+        ValueError: if `path` is no model, not a supported one, or not a whole one.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".safetensors":
+        return _open_file(path, dtype, config)
+    if not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"model is {str(path)!r}, but it takes a diffusers folder, which holds a model_index.json, or a "
+            ".safetensors checkpoint"
+        )
+    if config is not None:
+        raise ValueError(f"config is {str(config)!r}, but it goes with a .safetensors checkpoint only; leave it out")
+    family = _check_folder(path, "model")
+    with _loading(path, "give a whole diffusers folder"):
+        pipeline = _pipeline_class(family)
+        return pipeline.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True, **_without(pipeline))
+
+
+def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
+    folder = _cached_config(path) if config is None else Path(config)
+    family = _check_folder(folder, "config")
+    with _loading(path, f"give a whole checkpoint and, as config, a folder of its architecture (not {folder})"):
+        pipeline = _pipeline_class(family)
+        return pipeline.from_single_file(
+            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **_without(pipeline)
+        )
+
+
+def _cached_config(path: Path) -> Path:
+    """The folder in Hugging Face's cache that diffusers would configure this checkpoint from."""
+    with _loading(path, "give a Stable Diffusion or Flux checkpoint"):
+        from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        repository = fetch_diffusers_config(load_single_file_checkpoint(str(path), local_files_only=True))
+        name = repository["pretrained_model_name_or_path"]
+        try:
+            return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.model"]))
+        except LocalEntryNotFoundError as error:
+            raise ValueError(
+                f"it holds no tokenizer and no configs, and {name} is not in the local cache, nor is anything "
+                "downloaded; give config, a diffusers folder of this architecture, which needs no weights"
+            ) from error
+
+
+def _pipeline_class(family: type[Family]) -> Any:
+    import diffusers
+
+    return getattr(diffusers, family.pipeline)
+
+
+def _without(pipeline: Any) -> dict[str, None]:
+    """Arguments that leave out the parts of a pipeline that neither train nor denoise."""
+    return {name: None for name in _LEFT_OUT if name in inspect.signature(pipeline.__init__).parameters}
+
+
+def _check_folder(path: Path, argument: str) -> type[Family]:
+    """The family of a diffusers folder; ValueError if it is not supported, or a part is missing."""
+    try:
+        index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{argument} {path} has an unreadable model_index.json; give a diffusers folder") from error
+    family = next((family for family in FAMILIES if family.pipeline == name), None)
+    if family is None:
+        known = ", ".join(family.pipeline for family in FAMILIES)
+        raise ValueError(f"{argument} {path} is a {name}, but it takes one of {known}")
+    parts = (family.part, *family.text_parts, *family.tokenizer_parts, "vae", "scheduler")
+    for part in parts:
+        left_out = part in family.optional and index.get(part, [None])[0] is None
+        # Without this, a missing tokenizer would be an empty one.
+        if not left_out and not (path / part).is_dir():
+            raise ValueError(f"{argument} {path} has no folder {part}; give a whole diffusers folder")
+    return family
+
+
+@contextmanager
+def _loading(path: Path, remedy: str) -> Iterator[None]:
+    """diffusers and transformers say nothing while it is open; what they raise becomes one sentence.
+
+    Progress bars take longer to draw than a small model to load, and diffusers warns of every autoencoder but
+    AutoencoderKL; what cannot be used raises.
+    """
+    from safetensors import SafetensorError
+
+    with ExitStack() as restored, warnings.catch_warnings():
+        # diffusers < 0.37 knows `torch_dtype` alone, later ones warn of it.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            from diffusers.utils import logging as diffusers_logging
+            from transformers.utils import logging as transformers_logging
+
+            for part in (diffusers_logging, transformers_logging):
+                restored.callback(part.set_verbosity, part.get_verbosity())
+                part.set_verbosity_error()
+                if part.is_progress_bar_enabled():
+                    restored.callback(part.enable_progress_bar)
+                    part.disable_progress_bar()
+            yield
+        except (
+            OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError, SafetensorError
+        ) as error:  # fmt: skip
+            reason = " ".join(str(error).split())[:400]
+            raise ValueError(f"model {path} cannot be loaded ({reason}); {remedy}") from error
