@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_kinds import KINDS, NAME
 from .adapter_layers import LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
-from .checks import check_choice, check_count, check_number
+from .checks import check_count, check_number, check_options, option
 
 __all__ = ["KINDS", "LAYERS", "Adapter", "AdapterConfig", "exact_layers", "matching_modules"]
 
@@ -37,22 +37,19 @@ class AdapterConfig:
         ranks: by module name, where it is not `rank`: that of a file whose layers differ.
     """
 
-    rank: int = 8
-    alpha: float | None = None
-    dropout: float = 0.0
-    layers: str = "attention"
-    kind: str = "lora"
-    text_encoder: bool = False
+    rank: int = option(8, "width of the update: its capacity")
+    alpha: float | None = option(None, "the update counts alpha / rank; none means rank")
+    dropout: float = option(0.0, "share of the update's inputs left out in training", minimum=0, below=1)
+    layers: str = option("attention", f"{', '.join(LAYERS)}, or a regular expression over the names of layers")
+    kind: str = option("lora", "of the adapter", choices=tuple(KINDS))
+    text_encoder: bool = option(False, "adapt the text encoders too; the anchor keeps the pretrained ones")
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_count("rank", self.rank)
         if self.alpha is None:
-            object.__setattr__(self, "alpha", float(self.rank))
+            object.__setattr__(self, "alpha", float(check_count("rank", self.rank)))
+        check_options(self)
         check_number("alpha", self.alpha, above=0)
-        if check_number("dropout", self.dropout, minimum=0) >= 1:
-            raise ValueError(f"dropout is {self.dropout!r}, but it takes a number from 0 to below 1")
-        check_choice("kind", self.kind, KINDS)
         if self.kind == "oft" and self.dropout:
             raise ValueError(f"dropout is {self.dropout!r}, but with kind 'oft' it takes 0: a rotation has no dropout")
         if not isinstance(self.layers, str) or not self.layers:

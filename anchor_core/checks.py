@@ -1,8 +1,12 @@
-"""Checks of settings: each returns the value, or raises a one-sentence ValueError that names the argument."""
+"""Checks of settings: each returns the value, or raises a one-sentence ValueError that names the argument.
+
+`option` declares a field of a settings class with its limits and help, of which command line and nodes are made.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,3 +37,28 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in tuple(choices):
         raise ValueError(f"{name} is {value!r}, but it takes one of {', '.join(map(str, choices))}")
     return value
+
+
+def option(default: Any, help: str, **limits: Any) -> Any:
+    """A field with its help and limits: `choices`, `minimum`, `above`, `below`."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+def check_options(instance: Any) -> None:
+    """Check every field made by `option` against its limits; ValueError naming the first that fails."""
+    for each in fields(instance):
+        _check(each, getattr(instance, each.name))
+
+
+def _check(each: Field, value: Any) -> None:
+    limits = {name: each.metadata[name] for name in ("minimum", "above") if name in each.metadata}
+    if "choices" in each.metadata:
+        check_choice(each.name, value, each.metadata["choices"])
+    elif isinstance(each.default, bool):
+        check_choice(each.name, value, (True, False))
+    elif isinstance(each.default, int):
+        check_count(each.name, value, **limits)
+    elif isinstance(each.default, float):
+        below = each.metadata.get("below")
+        if check_number(each.name, value, **limits) >= (float("inf") if below is None else below):
+            raise ValueError(f"{each.name} is {value!r}, but it takes a number below {below:g}")

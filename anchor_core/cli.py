@@ -63,7 +63,7 @@ def _build_parser() -> argparse.ArgumentParser:
     for part, title in ((TrainSettings, "training"), (AdapterConfig, "adapter"), (DataSettings, "data")):
         group = train.add_argument_group(title)
         for field in fields(part):
-            if field.name != "seed":
+            if "help" in field.metadata and field.name != "seed":
                 _add_field(group, field)
     train.add_argument("--class_pictures", "--class-pictures", type=int, default=24, help="for prior_preservation")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")

@@ -51,7 +51,7 @@ def _check_writable(folder: str) -> Path:
 
 def _given(options: Namespace, kind: type):
     """The settings of `kind` from the options of the same names."""
-    return kind(**{field.name: getattr(options, field.name) for field in fields(kind)})
+    return kind(**{field.name: getattr(options, field.name) for field in fields(kind) if "help" in field.metadata})
 
 
 # --- the verbs ------------------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
 
 Condition = Any
 """One encoded prompt. Opaque: made by `Denoiser.encode_prompt`, read by `Denoiser.predict`."""
@@ -24,6 +27,8 @@ class Denoiser(Protocol):
 
     prediction_type: str
     """`epsilon`, `v_prediction` or `flow`."""
+
+    adapter: Adapter | None
 
     @property
     def network(self) -> torch.nn.Module:
@@ -77,12 +82,16 @@ class Denoiser(Protocol):
 
 @dataclass
 class PriorBatch:
-    """Class pictures with noise and timesteps of their own (DreamBooth, Eq. 2): latents and noise (B, C, h, w)."""
+    """Class pictures with noise and timesteps of their own (DreamBooth, Eq. 2): latents and noise (B, C, h, w).
+
+    Their `conditions` are those of the step's class prompts, unless the text encoder is trained too.
+    """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     weights: Tensor | None = None
+    conditions: Sequence[Condition] | None = None
 
 
 class Step:
@@ -162,7 +171,7 @@ class Step:
         """Adapter on, class prompt, on class pictures, with gradient (Eq. 2)."""
         prior = self.prior
         noisy = self.denoiser.add_noise(prior.latents, prior.noise, prior.timesteps)
-        return self.denoiser.predict(noisy, prior.timesteps, self.class_conditions)
+        return self.denoiser.predict(noisy, prior.timesteps, prior.conditions or self.class_conditions)
 
     @cached_property
     def prior_target(self) -> Tensor:

@@ -95,11 +95,11 @@ class DriftProbe:
         with torch.inference_mode(False), torch.no_grad():
             self._latents = latents.detach().to(denoiser.device, torch.float32, copy=True)
             self._noises = torch.randn((noises, *latents.shape[1:]), generator=generator).to(denoiser.device)
-            self._subject = denoiser.encode_prompt(concept.subject_prompt)
+            self._prompts = (concept.subject_prompt, concept.class_prompt)
+            self._conditions = [denoiser.encode_prompt(prompt) for prompt in self._prompts]
             self._grid = grid
-            self._class = denoiser.encode_prompt(concept.class_prompt)
             with denoiser.adapter_disabled():
-                self._anchors = [self._predict(rows, self._class) for rows in self._chunks()]
+                self._anchors = [self._predict(rows, self._conditions[1]) for rows in self._chunks()]
 
     def _chunks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """(latents, noise, timesteps) of the probe points in chunks, timestep by timestep."""
@@ -116,10 +116,13 @@ class DriftProbe:
     @torch.no_grad()
     def measure(self) -> ProbeResult:
         """The distances of the network as it is now, adapter included."""
+        conditions, adapter = self._conditions, self.denoiser.adapter
+        if adapter is not None and adapter.config.text_encoder:
+            conditions = [self.denoiser.encode_prompt(prompt, adapted=True) for prompt in self._prompts]
         norms = []
         for rows, anchor in zip(self._chunks(), self._anchors, strict=True):
             latents, noise, timesteps = rows
-            subject, class_ = self._predict(rows, self._subject), self._predict(rows, self._class)
+            subject, class_ = (self._predict(rows, condition) for condition in conditions)
             target = self.denoiser.target(latents, noise, timesteps)
             differences = (subject - target, subject - anchor, subject - class_, class_ - anchor)
             scale = self.denoiser.epsilon_scale(timesteps).abs()

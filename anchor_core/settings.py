@@ -5,10 +5,9 @@ Each option is declared once, with its limits and its help; the command line and
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
 
-from .checks import check_choice, check_count, check_number
+from .checks import check_options, option
 from .objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_names
 
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
@@ -16,31 +15,6 @@ SCHEDULES = ("constant", "cosine", "linear")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "shifted")
 PRECISIONS = ("fp32", "bf16", "fp16")
 KEEPS = ("last", "best")
-
-
-def option(default: Any, help: str, **limits: Any) -> Any:
-    """A field with its help and limits: `choices`, `minimum`, `above`, `below`."""
-    return field(default=default, metadata={"help": help, **limits})
-
-
-def check_options(instance: Any) -> None:
-    """Check every field made by `option` against its limits; ValueError naming the first that fails."""
-    for each in fields(instance):
-        _check(each, getattr(instance, each.name))
-
-
-def _check(each: Field, value: Any) -> None:
-    limits = {name: each.metadata[name] for name in ("minimum", "above") if name in each.metadata}
-    if "choices" in each.metadata:
-        check_choice(each.name, value, each.metadata["choices"])
-    elif isinstance(each.default, bool):
-        check_choice(each.name, value, (True, False))
-    elif isinstance(each.default, int):
-        check_count(each.name, value, **limits)
-    elif isinstance(each.default, float):
-        below = each.metadata.get("below")
-        if check_number(each.name, value, **limits) >= (float("inf") if below is None else below):
-            raise ValueError(f"{each.name} is {value!r}, but it takes a number below {below:g}")
 
 
 @dataclass(frozen=True)

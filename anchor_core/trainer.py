@@ -221,9 +221,8 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.accumulation):
-            step = self._draw()
             with self.adapter.dropout(), self._autocast():
-                terms = self.objective(step)
+                terms = self.objective(self._draw())
             self.scaler.scale(sum(terms.values()) / settings.accumulation).backward()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
@@ -250,14 +249,15 @@ class _Run:
         (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
         prior = None
         if len(self.datasets) > 1:
-            prior = PriorBatch(*self._rows(self.datasets[1])[0])
+            drawn, class_rows, share = self._rows(self.datasets[1])
+            prior = PriorBatch(*drawn, self._encoded(class_rows.class_prompts[share], adapted=True))
         masks = None if rows.masks is None else rows.masks[mine].to(latents)
         return Step(
             self.denoiser,
             latents,
             noise,
             timesteps,
-            self._encoded(rows.subject_prompts[mine]),
+            self._encoded(rows.subject_prompts[mine], adapted=True),
             self._encoded(rows.class_prompts[mine]),
             prior,
             weights,
@@ -278,8 +278,12 @@ class _Run:
             weights = min_snr_weights(snr, self.settings.min_snr, self.denoiser.prediction_type)
         return (rows.latents[mine].to(device), noise[mine].to(device), timesteps, weights), rows, mine
 
-    def _encoded(self, prompts: Sequence[str]) -> list[Condition]:
-        return [self.conditions[prompt] for prompt in prompts]
+    def _encoded(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
+        """A condition a prompt: the pretrained encoder's, or that of the adapter on it if there is one."""
+        if not (adapted and self.adapter.config.text_encoder):
+            return [self.conditions[prompt] for prompt in prompts]
+        encoded = {prompt: self.denoiser.encode_prompt(prompt, adapted=True) for prompt in dict.fromkeys(prompts)}
+        return [encoded[prompt] for prompt in prompts]
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):

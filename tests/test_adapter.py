@@ -159,7 +159,7 @@ def test_presets_select_what_they_say(eps_denoiser):
         ({"dropout": 1}, "^dropout is 1"),
         ({"layers": ""}, "^layers is ''.*attention"),
         ({"layers": "("}, r"^layers is '\('.*regular expression"),
-        ({"kind": "loha"}, "^kind is 'loha'.*lora"),
+        ({"kind": "glora"}, "^kind is 'glora'.*lora"),
     ],
 )
 def test_bad_config_is_named(options, message):
