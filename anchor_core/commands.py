@@ -63,7 +63,7 @@ def train(options: Namespace) -> None:
     from . import report
     from .adapter_file import save_trained
     from .cache import Cache
-    from .data import Concept, bucket_sizes, build_dataset, load_references, sample_class_latents
+    from .data import Concept, bucket_sizes, build_dataset, load_references, of_one_size, sample_class_latents
     from .drift import DriftProbe
     from .parallel import Workers
     from .trainer import train as run
@@ -85,7 +85,7 @@ def train(options: Namespace) -> None:
     adapter = denoiser.attach(config, seed=settings.seed)
     checkpoints = _checkpoints(options, out, settings)
     # Pictures of one size, the first one's, for what takes a stack: class pictures and the probe.
-    latents = _of_one_size(dataset)
+    latents = of_one_size(dataset)
     class_latents = None
     if settings.make_objective().reads_class_pictures:
         shape = tuple(latents.shape[1:])
@@ -140,13 +140,6 @@ def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):
     if not options.resume and checkpoints.files():
         raise ValueError(f"--out: {folder} holds checkpoints of a training; give --resume or another folder")
     return checkpoints
-
-
-def _of_one_size(dataset):
-    import torch
-
-    first = dataset.examples[0].latents
-    return torch.stack([e.latents for e in dataset.examples if e.latents.shape == first.shape])
 
 
 def sample(options: Namespace) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "check_captions",
     "from_images",
     "load_references",
+    "of_one_size",
     "sample_class_latents",
 ]
 
@@ -68,6 +69,12 @@ def build_dataset(
         small = None if mask is None else _latent_mask(name, mask, own)
         examples.append(Example(own, subject, class_, small, mirrored, name))
     return Dataset(examples, caption_dropout)
+
+
+def of_one_size(dataset: Dataset) -> Tensor:
+    """Latents (N, C, h, w) of the examples that are of the first one's size, for what takes a stack."""
+    first = dataset.examples[0].latents
+    return torch.stack([example.latents for example in dataset.examples if example.latents.shape == first.shape])
 
 
 def _latent_mask(name: str, mask: Tensor, latents: Tensor) -> Tensor:

@@ -6,13 +6,14 @@ from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorLoadReferences
-from .train import AnchorTrainLoRA
+from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
     AnchorSandboxModel,
     AnchorLoadReferences,
     AnchorConcept,
     AnchorTrainLoRA,
+    AnchorTrainOptions,
     AnchorDriftReport,
     AnchorApplyAdapter,
     AnchorSaveAdapter,

@@ -8,9 +8,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.data import Concept, load_references
+from ..anchor_core.data import Concept, bucket_sizes, from_images, load_references
 from ..anchor_core.sandbox import subjects
-from .types import CATEGORY, ConceptType
+from ..anchor_core.settings import DataSettings
+from .types import CATEGORY, ConceptType, ReferencesType, inputs_of
 
 SANDBOX = "sandbox/"
 
@@ -40,28 +41,42 @@ class AnchorLoadReferences(io.ComfyNode):
                     tooltip="Side in pixels: the centre square of each picture is resized to it. "
                     "The sandbox's pictures are 64 x 64 always.",
                 ),
+                *inputs_of(
+                    DataSettings,
+                    ("buckets", "captions", "masks"),
+                    buckets="references only: keep aspect ratios, at sizes of about size x size in area",
+                    captions="references only: read name.txt beside each picture; it names the subject by its words",
+                    masks="references only: count the loss where name-masklabel.png, or the alpha channel, is white",
+                ),
             ],
-            outputs=[io.Image.Output(display_name="images", tooltip="The pictures as one batch.")],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The pictures as one batch of squares."),
+                ReferencesType.Output(display_name="references", tooltip="With their captions, masks and shapes."),
+            ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, references: str, size: int):
-        digest = hashlib.sha256(f"{references}:{size}".encode())
+    def fingerprint_inputs(cls, references: str, size: int, **options):
+        digest = hashlib.sha256(f"{references}:{size}:{options}".encode())
         if not references.startswith(SANDBOX) and _folder(references).is_dir():
             for file in sorted(_folder(references).iterdir()):
                 digest.update(f"{file.name}:{file.stat().st_mtime_ns}".encode())
         return digest.hexdigest()
 
     @classmethod
-    def execute(cls, references: str, size: int) -> io.NodeOutput:
+    def execute(cls, references: str, size: int, buckets: bool, captions: bool, masks: bool) -> io.NodeOutput:
         import numpy
         import torch
 
         if references.startswith(SANDBOX):
             pictures = subjects.get(references.removeprefix(SANDBOX)).references()
             arrays = [numpy.asarray(picture.convert("RGB")) for picture in pictures]
-            return io.NodeOutput(torch.from_numpy(numpy.stack(arrays)).float() / 255)
-        return io.NodeOutput(load_references(_folder(references), size).stack().movedim(1, -1))
+            images = torch.from_numpy(numpy.stack(arrays)).float() / 255
+            return io.NodeOutput(images, from_images(images))
+        folder = _folder(references)
+        sizes = bucket_sizes(size) if buckets else size
+        own = load_references(folder, sizes, captions=captions, masks=masks)
+        return io.NodeOutput(load_references(folder, size).stack().movedim(1, -1), own)
 
 
 def _folder(name: str) -> Path:
@@ -107,9 +122,5 @@ class AnchorConcept(io.ComfyNode):
 
     @classmethod
     def execute(cls, token: str, class_word: str, template: str) -> io.NodeOutput:
-        if not class_word.strip():
-            raise ValueError("class_word is empty, but it takes what the subject is, such as dog")
-        if template.count("{}") != 1:
-            raise ValueError(f"template is {template!r}, but it takes a text with one {{}} for the words")
-        concept = Concept(template.replace("{}", f"{token} {class_word}"), template.replace("{}", class_word))
+        concept = Concept.from_words(token, class_word, template)
         return io.NodeOutput(concept, concept.subject_prompt, concept.class_prompt)

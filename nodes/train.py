@@ -9,21 +9,72 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..anchor_core.adapter import LAYERS, AdapterConfig
-from ..anchor_core.data import from_images
-from ..anchor_core.objectives import OBJECTIVES
-from ..anchor_core.trainer import TrainSettings
-from .types import CATEGORY, AdapterTensors, ConceptType, HistoryType, LoraModel, LossMap, new_lora_file
+from ..anchor_core.data import from_images, of_one_size
+from ..anchor_core.settings import DataSettings, TrainSettings
+from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .types import (
+    CATEGORY,
+    AdapterTensors,
+    ConceptType,
+    HistoryType,
+    LoraModel,
+    LossMap,
+    OptionsType,
+    ReferencesType,
+    inputs_of,
+    new_lora_file,
+)
 
 logger = logging.getLogger(__name__)
 
 LOG_EVERY = 50
+TRAIN_OPTIONS = (
+    "anchor optimizer weight_decay beta1 beta2 grad_clip accumulation schedule warmup ema min_snr timestep_sampling "
+    "timestep_mean timestep_std timestep_shift timestep_min timestep_max precision gradient_checkpointing "
+    "stop_on_drift keep checkpoint_every"
+).split()
 PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_SIDE = 12, 5.0, 512
+
+
+class AnchorTrainOptions(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorTrainOptions",
+            display_name="Train Options",
+            category=CATEGORY,
+            description="What else a training can be told: optimizer, noise levels, precision, when to stop.",
+            inputs=[
+                *inputs_of(AdapterConfig, ("kind", "dropout", "text_encoder")),
+                io.Float.Input(
+                    "alpha", default=0.0, min=0.0, max=1024.0, tooltip="The update counts alpha / rank; 0 for the rank."
+                ),
+                io.String.Input(
+                    "layer_pattern",
+                    default="",
+                    tooltip="A regular expression over the names of layers, in place of the node's choice.",
+                ),
+                *inputs_of(TrainSettings, TRAIN_OPTIONS),
+                *inputs_of(DataSettings, ("flip", "shuffle", "caption_dropout")),
+                io.Combo.Input(
+                    "resume",
+                    options=[NEW_TRAINING, *checkpoint_names()],
+                    default=NEW_TRAINING,
+                    tooltip="Go on from the checkpoints of a training that was cancelled, under output/"
+                    f"{CHECKPOINTS}; everything else must be as it was.",
+                ),
+            ],
+            outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **options) -> io.NodeOutput:
+        return io.NodeOutput(options)
 
 
 class AnchorTrainLoRA(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        default, adapter = TrainSettings(), AdapterConfig()
         return io.Schema(
             node_id="AnchorTrainLoRA",
             display_name="Train Anchored LoRA",
@@ -36,39 +87,19 @@ class AnchorTrainLoRA(io.ComfyNode):
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to teach; LoRAs on it count as part of it."),
-                io.Clip.Input("clip", tooltip="Its text encoder, which is not trained."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", tooltip="3 to 20 pictures of the subject."),
+                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject."),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
+                *inputs_of(
+                    TrainSettings,
+                    ("objective", "w", "steps", "learning_rate", "batch_size"),
+                    objective="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
+                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target",
+                ),
+                *inputs_of(AdapterConfig, ("rank",)),
                 io.Combo.Input(
-                    "objective",
-                    options=list(OBJECTIVES),
-                    default=default.objective,
-                    tooltip="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
-                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target.",
-                ),
-                io.Float.Input(
-                    "w",
-                    default=default.w,
-                    min=0.0,
-                    max=100.0,
-                    step=0.05,
-                    tooltip="Weight of the anchor: 0 learns the pictures alone; more keeps more of the model's own.",
-                ),
-                io.Int.Input("steps", default=default.steps, min=1, max=100000, tooltip="Training steps."),
-                io.Float.Input(
-                    "learning_rate",
-                    default=default.learning_rate,
-                    min=0.0,
-                    max=1.0,
-                    step=1e-6,
-                    tooltip="Size of a step: about 1e-4 for SD1.5 and 2e-3 for the sandbox. Larger learns faster and "
-                    "forgets more; NaN means that it is too large.",
-                ),
-                io.Int.Input("batch_size", default=default.batch_size, min=1, max=64, tooltip="Pictures in a step."),
-                io.Int.Input("rank", default=adapter.rank, min=1, max=512, tooltip="Width of the LoRA: its capacity."),
-                io.Combo.Input(
-                    "layers", options=list(LAYERS), default=adapter.layers, tooltip="The layers that get a LoRA."
+                    "layers", options=list(LAYERS), default=AdapterConfig.layers, tooltip="The layers that are adapted."
                 ),
                 io.Int.Input(
                     "seed",
@@ -88,20 +119,12 @@ class AnchorTrainLoRA(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "probe_every",
-                    default=default.probe_every,
+                    default=TrainSettings.probe_every,
                     min=0,
                     max=100000,
                     tooltip="Steps between two measurements of the drift for the history; 0 for none.",
                 ),
-                io.Float.Input(
-                    "prior_weight",
-                    default=default.prior_weight,
-                    min=0.0,
-                    max=100.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="prior_preservation only: weight of the class pictures.",
-                ),
+                *inputs_of(TrainSettings, ("prior_weight",)),
                 io.Int.Input(
                     "class_count",
                     default=24,
@@ -111,6 +134,13 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="prior_preservation only: how many class pictures are made if none are connected.",
                 ),
                 io.Image.Input("class_images", optional=True, tooltip="For prior_preservation: pictures of the class."),
+                ReferencesType.Input(
+                    "references",
+                    optional=True,
+                    tooltip="In place of images: pictures of several sizes, with captions and masks.",
+                ),
+                io.Mask.Input("masks", optional=True, tooltip="For images: 1 (white) where the loss counts."),
+                OptionsType.Input("options", optional=True, tooltip="From Train Options."),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the trained LoRA."),
@@ -123,39 +153,64 @@ class AnchorTrainLoRA(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, clip, vae, images, concept, rank, layers, seed, name, preview_every, probe_every, class_count,
-        class_images=None, **options,
+        cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
+        class_images=None, references=None, masks=None, options=None, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.adapter_file import adapter_metadata, save_adapter, to_file_keys
         from ..anchor_core.backends.comfyui import ComfyDenoiser, apply_adapter
-        from ..anchor_core.trainer import train
+        from ..anchor_core.data import build_dataset
+        from ..anchor_core.trainer import TrainingDiverged, train
 
-        settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **options)
-        config, path, pictures = AdapterConfig(rank=rank, layers=layers), new_lora_file(name), from_images(images)
+        options = dict(options or {})
+        resume, pattern, alpha = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha"))
+        data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
+        adapted = {key: options.pop(key) for key in ("kind", "dropout", "text_encoder") if key in options}
+        settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
+        config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
+        pictures = _pictures(images, masks, references)
+        path = new_lora_file(name)
+        checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
+        diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            latents = denoiser.encode_images(pictures.stack())
+            dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
+            latents = of_one_size(dataset)
             class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
             adapter = denoiser.attach(config, seed)
             probe = _probe(denoiser, latents, concept) if probe_every else None
             watch = _Watch(denoiser, concept, settings, preview_every, latents)
             try:
                 history = train(
-                    denoiser, adapter, latents, concept, settings, class_latents=class_latents, probe=probe,
+                    denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe,
                     on_step=watch.on_step, should_stop=comfy.model_management.processing_interrupted,
+                    checkpoints=checkpoints,
                 )  # fmt: skip
-                interrupted = history.cancelled
+                interrupted, watch.made = history.cancelled, history.kept
             except comfy.model_management.InterruptProcessingException:
                 interrupted = True  # any layer of ComfyUI's raises it; the adapter is that of the last whole step
+            except TrainingDiverged as error:
+                interrupted, diverged = False, error
             tensors = to_file_keys(adapter, denoiser.file_keys())
             metadata = adapter_metadata(denoiser, concept, settings, watch.made)
         if watch.made:
             save_adapter(path, tensors, metadata)
+            logger.info("the LoRA of %d steps is in %s", watch.made, path)
+        if diverged is not None:
+            kept = f"; the LoRA of the {watch.made} steps before is in {path}" if watch.made else ""
+            raise TrainingDiverged(f"{diverged}{kept}")
         if interrupted:
             comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
         lora = AdapterTensors(tensors, metadata)
         adapted = apply_adapter(model, lora, 1.0)
         return io.NodeOutput(adapted, lora, {"loss": history.losses}, history.to_dict(), str(path))
+
+
+def _pictures(images, masks, references):
+    if (images is None) == (references is None):
+        raise ValueError("images and references are both or neither connected; connect one of the two")
+    if references is not None and masks is not None:
+        raise ValueError("masks is connected beside references, which has its own; connect masks with images alone")
+    return from_images(images, masks=masks) if references is None else references
 
 
 def _class_latents(denoiser, concept, settings: TrainSettings, class_images, class_count: int, latents):
@@ -184,7 +239,8 @@ class _Watch:
         self.denoiser, self.every, self.made = denoiser, preview_every, 0
         self.bar = comfy.utils.ProgressBar(settings.steps)
         if preview_every:
-            self.subject, self.negative = denoiser.encode_prompt(concept.subject_prompt), denoiser.encode_prompt("")
+            self.prompt = concept.subject_prompt
+            self.subject, self.negative = denoiser.encode_prompt(self.prompt), denoiser.encode_prompt("")
             generator = torch.Generator().manual_seed(settings.seed)
             self.noise = torch.randn((1, *latents.shape[1:]), generator=generator)
 
@@ -199,6 +255,8 @@ class _Watch:
     def _picture(self):
         from PIL import Image
 
+        if self.denoiser.adapter.config.text_encoder:
+            self.subject = self.denoiser.encode_prompt(self.prompt, adapted=True)
         latents = self.denoiser.sample(
             [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=PREVIEW_GUIDANCE
         )

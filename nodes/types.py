@@ -43,7 +43,10 @@ def _input(field: Field, text: str | None) -> io.Input:
     if isinstance(field.default, int):
         return io.Int.Input(field.name, min=field.metadata.get("minimum", 1), max=100_000, **options)
     lowest = field.metadata.get("minimum", 0.0 if "above" in field.metadata else -100.0)
-    return io.Float.Input(field.name, min=lowest, max=field.metadata.get("below", 1e6), step=1e-6, **options)
+    step = 1e-6 if field.name == "learning_rate" else 0.05
+    return io.Float.Input(
+        field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
+    )
 
 
 def new_lora_file(name: str) -> Path:
