@@ -56,7 +56,7 @@ def _t5(tokenizer):
 def _told_apart(encoder):
     # A random text encoder hardly tells prompts apart; wide embeddings make it do so.
     torch.nn.init.normal_(encoder.get_input_embeddings().weight)
-    return encoder
+    return encoder.eval()
 
 
 def _vae(**options: Any):

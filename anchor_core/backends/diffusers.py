@@ -282,7 +282,8 @@ class DiffusersDenoiser:
 
     def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
         """Attach an adapter of zero effect; ValueError if there is one already."""
-        self.adapter = Adapter.attach(self.network, config, seed, keys=self.file_keys())
+        networks = {"": self.network, **(self.text_encoders if config.text_encoder else {})}
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys())
         return self.adapter
 
     def detach(self) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .diffusers_families import FAMILIES, Family
+from .diffusers_families import FAMILIES
 
 _LEFT_OUT = ("safety_checker", "feature_extractor", "image_encoder")
 
@@ -37,20 +37,27 @@ def open_pipeline(path: str | Path, dtype: torch.dtype, config: str | Path | Non
         )
     if config is not None:
         raise ValueError(f"config is {str(config)!r}, but it goes with a .safetensors checkpoint only; leave it out")
-    family = _check_folder(path, "model")
+    name, absent = _check_folder(path, "model")
     with _loading(path, "give a whole diffusers folder"):
-        pipeline = _pipeline_class(family)
-        return pipeline.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True, **_without(pipeline))
+        pipeline, absent = _pipeline(name, absent)
+        return pipeline.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True, **absent)
 
 
 def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
     folder = _cached_config(path) if config is None else Path(config)
-    family = _check_folder(folder, "config")
+    name, absent = _check_folder(folder, "config")
     with _loading(path, f"give a whole checkpoint and, as config, a folder of its architecture (not {folder})"):
-        pipeline = _pipeline_class(family)
-        return pipeline.from_single_file(
-            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **_without(pipeline)
+        pipeline, absent = _pipeline(name, absent)
+        opened = pipeline.from_single_file(
+            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **absent
         )
+        for name, part in opened.components.items():
+            parameters = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
+            # diffusers leaves what it did not find where accelerate put it, without a word.
+            missing = [key for key, weight in parameters if weight.is_meta]
+            if missing:
+                raise ValueError(f"it lacks {len(missing)} weights of the {name}, such as {missing[0]}")
+        return opened
 
 
 def _cached_config(path: Path) -> Path:
@@ -71,19 +78,17 @@ def _cached_config(path: Path) -> Path:
             ) from error
 
 
-def _pipeline_class(family: type[Family]) -> Any:
+def _pipeline(name: str, absent: Sequence[str]) -> tuple[Any, dict[str, None]]:
+    """A pipeline class, and the arguments that leave out what the model lacks, or what neither trains nor denoises."""
     import diffusers
 
-    return getattr(diffusers, family.pipeline)
+    pipeline = getattr(diffusers, name)
+    known = inspect.signature(pipeline.__init__).parameters
+    return pipeline, dict.fromkeys(name for name in (*_LEFT_OUT, *absent) if name in known)
 
 
-def _without(pipeline: Any) -> dict[str, None]:
-    """Arguments that leave out the parts of a pipeline that neither train nor denoise."""
-    return {name: None for name in _LEFT_OUT if name in inspect.signature(pipeline.__init__).parameters}
-
-
-def _check_folder(path: Path, argument: str) -> type[Family]:
-    """The family of a diffusers folder; ValueError if it is not supported, or a part is missing."""
+def _check_folder(path: Path, argument: str) -> tuple[str, list[str]]:
+    """A folder's pipeline and the optional parts that it goes without; ValueError if not supported, or not whole."""
     try:
         index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
         name = index["_class_name"]
@@ -93,13 +98,12 @@ def _check_folder(path: Path, argument: str) -> type[Family]:
     if family is None:
         known = ", ".join(family.pipeline for family in FAMILIES)
         raise ValueError(f"{argument} {path} is a {name}, but it takes one of {known}")
-    parts = (family.part, *family.text_parts, *family.tokenizer_parts, "vae", "scheduler")
-    for part in parts:
-        left_out = part in family.optional and index.get(part, [None])[0] is None
+    absent = [part for part in family.optional if (index.get(part) or [None])[0] is None]
+    for part in (family.part, *family.text_parts, *family.tokenizer_parts, "vae", "scheduler"):
         # Without this, a missing tokenizer would be an empty one.
-        if not left_out and not (path / part).is_dir():
+        if part not in absent and not (path / part).is_dir():
             raise ValueError(f"{argument} {path} has no folder {part}; give a whole diffusers folder")
-    return family
+    return name, absent
 
 
 @contextmanager
