@@ -44,6 +44,7 @@ class AnchorLoadReferences(io.ComfyNode):
                 *inputs_of(
                     DataSettings,
                     ("buckets", "captions", "masks"),
+                    optional=True,  # they are later than the node, and a saved prompt may lack them
                     buckets="references only: keep aspect ratios, at sizes of about size x size in area",
                     captions="references only: read name.txt beside each picture; it names the subject by its words",
                     masks="references only: count the loss where name-masklabel.png, or the alpha channel, is white",
@@ -64,7 +65,7 @@ class AnchorLoadReferences(io.ComfyNode):
         return digest.hexdigest()
 
     @classmethod
-    def execute(cls, references: str, size: int, buckets: bool, captions: bool, masks: bool) -> io.NodeOutput:
+    def execute(cls, references: str, size: int, buckets=False, captions=False, masks=False) -> io.NodeOutput:
         import numpy
         import torch
 

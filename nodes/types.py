@@ -27,15 +27,15 @@ class AdapterTensors(dict[str, Tensor]):
         self.metadata = metadata
 
 
-def inputs_of(kind: type, names: Iterable[str], **texts: str) -> list[io.Input]:
+def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:
     """The node inputs of a settings class's fields; `texts` replaces the tooltip of a field."""
     declared = {field.name: field for field in fields(kind)}
-    return [_input(declared[name], texts.get(name)) for name in names]
+    return [_input(declared[name], texts.get(name), optional) for name in names]
 
 
-def _input(field: Field, text: str | None) -> io.Input:
+def _input(field: Field, text: str | None, optional: bool) -> io.Input:
     text = text or field.metadata["help"]
-    options = {"default": field.default, "tooltip": text[0].upper() + text[1:] + "."}
+    options = {"default": field.default, "tooltip": text[0].upper() + text[1:] + ".", "optional": optional}
     if "choices" in field.metadata:
         return io.Combo.Input(field.name, options=list(field.metadata["choices"]), **options)
     if isinstance(field.default, bool):
