@@ -12,6 +12,7 @@ from dataclasses import Field, fields
 
 from . import commands
 from .adapter import AdapterConfig
+from .adapter_formats import FORMATS
 from .checks import check_count
 from .settings import PRECISIONS, DataSettings, TrainSettings
 from .trainer import TrainingDiverged
@@ -84,6 +85,10 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
     inspect.add_argument("--subject", metavar="PROMPT", help="default: the file's metadata")
     inspect.add_argument("--class", dest="class_prompt", metavar="PROMPT", help="default: the file's metadata")
+
+    convert = _verb(verbs, "convert", "rewrite a LoRA file for another program", commands.convert)
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("--to", required=True, choices=FORMATS, help="whose names of layers the new file has")
 
     demo = _verb(
         verbs,

@@ -214,6 +214,17 @@ def inspect(options: Namespace) -> None:
     print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
 
 
+def convert(options: Namespace) -> None:
+    from . import report
+    from .adapter_formats import convert_file
+
+    out = _check_writable(options.out)
+    target = out / f"{Path(options.file).stem}.{options.to}.safetensors"
+    convert_file(options.file, target, options.to)
+    report.write_json(out / "report.json", {"file": target.name, "source": str(options.file), "to": options.to})
+    print(target)
+
+
 def demo(options: Namespace) -> None:
     from .bench import demo
     from .sandbox import subjects

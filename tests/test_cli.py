@@ -27,6 +27,7 @@ def references(tmp_path_factory) -> str:
 
 def refused(capsys, arguments: list[str]) -> str:
     """The one line on stderr of a call that must be refused with exit status 2."""
+    capsys.readouterr()
     try:
         status = cli.main(arguments)
     except SystemExit as exit_:
@@ -149,3 +150,98 @@ def test_adding_the_command_line_imports_nothing_heavy():
     script = f"import sys, anchor_core.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def trained(references, out, *options: str) -> dict:
+    assert cli.main(["train", *QUICK, "--references", references, *PROMPTS, "--out", str(out), *options]) == 0
+    return json.loads((out / "report.json").read_text())
+
+
+def test_every_setting_is_an_option_with_help(capsys):
+    from dataclasses import fields
+
+    from anchor_core.adapter import AdapterConfig
+    from anchor_core.settings import DataSettings, TrainSettings
+
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for kind in (TrainSettings, AdapterConfig, DataSettings):
+        for field in fields(kind):
+            assert f"--{field.name}" in text or "help" not in field.metadata
+
+
+def test_resume_goes_on_where_a_training_was_broken_off(references, tmp_path, capsys):
+    whole = trained(references, tmp_path / "whole", "--steps", "5")
+    trained(references, tmp_path / "parts", "--steps", "3", "--checkpoint_every", "2")
+    line = refused(
+        capsys, ["train", *QUICK, "--references", references, *PROMPTS, "--out", str(tmp_path / "parts"),
+                 "--checkpoint_every", "2"]
+    )  # fmt: skip
+    assert "--out" in line and "give --resume or another folder" in line
+    resumed = trained(references, tmp_path / "parts", "--steps", "5", "--checkpoint_every", "2", "--resume")
+    assert resumed["history"]["losses"] == whole["history"]["losses"]
+    one, other = (load_adapter(tmp_path / name / "adapter.safetensors")[0] for name in ("whole", "parts"))
+    assert all((one[key] == other[key]).all() for key in one)
+
+
+def test_resume_needs_a_checkpoint_of_this_training(references, tmp_path, capsys):
+    arguments = ["train", *QUICK, "--references", references, *PROMPTS, "--out", str(tmp_path / "run")]
+    assert "--resume" in refused(capsys, [*arguments, "--resume"])
+    assert not (tmp_path / "run").exists()
+    trained(references, tmp_path / "run", "--checkpoint_every", "2")
+    assert "of another training: its w is 0.5" in refused(capsys, [*arguments, "--resume", "--w", "0.25"])
+
+
+def test_two_processes_train_what_one_trains_on_the_larger_batch(references, tmp_path):
+    """The losses are the means over the processes, so the whole training agrees to rounding."""
+    one = trained(references, tmp_path / "one", "--batch_size", "4")
+    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "anchor_core.cli", "train", *QUICK, "--references", references, *PROMPTS]
+    command += ["--out", tmp_path / "two", "--batch_size", "2", "--device", "cpu"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-2000:]
+    two = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], rel=1e-5)
+    assert done.stdout.count("adapter.safetensors") == 1
+
+
+def test_captions_buckets_masks_and_cache(references, tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for number, size in enumerate([(64, 64), (96, 64), (64, 96)]):
+        picture = Image.open(Path(references) / f"{number}.png").convert("RGB").resize(size)
+        picture.putalpha(Image.linear_gradient("L").resize(size))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"a sks star, number {number}, in the snow")
+    options = ["--captions", "--masks", "--buckets", "--flip", "--shuffle", "--caption_dropout", "0.2"]
+    first = trained(str(folder), tmp_path / "first", *options, "--cache", str(tmp_path / "cache"))
+    files = {file.name for file in (tmp_path / "cache").iterdir()}
+    again = trained(str(folder), tmp_path / "again", *options, "--cache", str(tmp_path / "cache"))
+    assert first["history"]["losses"] == again["history"]["losses"]
+    assert files and files == {file.name for file in (tmp_path / "cache").iterdir()}
+    assert first["data"]["masks"] is True
+
+
+def test_convert_rewrites_a_file(references, tmp_path, capsys):
+    trained(references, tmp_path / "run")
+    source = tmp_path / "run" / "adapter.safetensors"
+    assert cli.main(["convert", str(source), "--to", "diffusers", "--out", str(tmp_path / "converted")]) == 0
+    target = tmp_path / "converted" / json.loads((tmp_path / "converted" / "report.json").read_text())["file"]
+    tensors, metadata = load_adapter(target)
+    assert all(key.startswith("unet.") for key in tensors) and metadata["anchor.w"] == "0.5"
+    (tmp_path / "text").write_text("no LoRA")
+    line = refused(capsys, ["convert", str(tmp_path / "text"), "--to", "kohya", "--out", str(tmp_path / "none")])
+    assert "not a readable safetensors file" in line and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("kind", ["dora", "lokr", "loha", "oft"])
+def test_every_kind_of_adapter_trains_and_is_read_again(references, tmp_path, kind):
+    report = trained(references, tmp_path / "run", "--kind", kind, "--text_encoder")
+    file = str(tmp_path / "run" / "adapter.safetensors")
+    arguments = ["--model", "sandbox", "--adapter", file, "--references", references, "--out", str(tmp_path / "seen")]
+    assert cli.main(["inspect", *arguments]) == 0
+    seen = json.loads((tmp_path / "seen" / "report.json").read_text())
+    assert seen["metadata"]["anchor.kind"] == kind and report["history"]["kept"] == 3
+    assert seen["after"]["drift"] != seen["before"]["drift"]
