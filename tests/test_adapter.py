@@ -146,6 +146,16 @@ def test_a_layer_that_is_too_narrow_is_named_and_nothing_is_left(eps_denoiser, o
     assert eps_denoiser.adapter is None
 
 
+def test_an_adapter_that_fails_half_way_leaves_nothing():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    network[1].weight = torch.nn.Parameter(network[1].weight.detach().to(torch.float8_e4m3fn))  # DoRA cannot add to it
+    modules, before = dict(network.named_modules()), snapshot(network)
+    with pytest.raises(RuntimeError):
+        Adapter.attach({"": network}, AdapterConfig(rank=2, kind="dora", layers="."))
+    assert dict(network.named_modules()) == modules and not hasattr(network, "peft_config")
+    assert [entry[:3] for entry in snapshot(network)] == [entry[:3] for entry in before]
+
+
 def test_switching_off_survives_an_exception_and_nests(eps_denoiser, stir):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     with pytest.raises(KeyError), adapter.disabled(), adapter.disabled():
@@ -499,6 +509,29 @@ def test_keys_are_kohyas(eps_denoiser, tmp_path):
     assert back.keys() == adapter.state_dict().keys()
     del keys[f"{prefix}.alpha"]
     assert from_file_keys(keys, eps_denoiser.file_keys())[f"{adapter.module_names[0]}.alpha"] == 1
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_file_of_diffusers_own_attaches(eps_denoiser, model_folders, make_step, tmp_path, stated):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_folders["epsilon"], local_files_only=True, safety_checker=None
+    )
+    config = LoraConfig(r=4, lora_alpha=8 if stated else 4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    metadata = {"unet_lora_adapter_metadata": config.to_dict()} if stated else {}
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, **metadata)
+    adapter, _ = attach_file(eps_denoiser, next(tmp_path.glob("*.safetensors")))
+    step = make_step(eps_denoiser)
+    with torch.no_grad():
+        theirs = pipeline.unet(step.noisy, step.timesteps, torch.stack(step.subject_conditions)).sample
+    torch.testing.assert_close(predict(eps_denoiser, make_step), theirs)
+    assert adapter.config.rank == 4 and adapter.config.alpha == (8 if stated else 4)
 
 
 def test_file_keys_are_the_same_with_an_adapter(eps_denoiser):

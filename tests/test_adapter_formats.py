@@ -427,14 +427,12 @@ def test_text_encoders_change_their_prefix():
                 ("alpha", torch.tensor(2.0)),
             )
         }
-        other = convert(
-            file, {"modelspec.architecture": "stable-diffusion-xl-v1-base"} if count == 2 else {}, to="diffusers"
-        )
+        metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base"} if count == 2 else {}
+        other = convert(file, metadata, to="diffusers")
         encoders = ["text_encoder", "text_encoder_2"][:count]
         assert {key for key in other if key.startswith("text")} == {
             f"{encoder}.{name}.lora_{part}.weight" for encoder in encoders for part in "AB"
         }
-        metadata = {"modelspec.architecture": "stable-diffusion-xl-v1-base"} if count == 2 else {}
         assert equal(convert(other, metadata, to="kohya"), file)
 
 
@@ -443,6 +441,10 @@ def test_what_cannot_be_converted_says_why(stir, tmp_path):
         bare = attached(kind, stir, "diffusion_model.double_blocks.0.")
         with pytest.raises(ValueError, match=f"^to is 'diffusers'.*{reason}"):
             convert(to_file_keys(bare.adapter, bare.file_keys()), to="diffusers")
+    peft = attached("dora", stir, "transformer.single_transformer_blocks.0.")
+    tensors = to_file_keys(peft.adapter, peft.file_keys())
+    with pytest.raises(ValueError, match="^to is 'kohya', but this is a dora file"):
+        convert({key: tensor for key, tensor in tensors.items() if "dora_scale" not in key}, to="kohya")
     down, up = torch.ones(1, 5), torch.ones(5, 1)
     either = {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": down}
     either["transformer.transformer_blocks.0.attn.to_q.lora_B.weight"] = up
