@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from anchor_core.adapter import AdapterConfig
 from anchor_core.adapter_file import save_adapter, to_file_keys
 from anchor_core.backends.diffusers import DiffusersDenoiser
 from tests import contract, tiny_models

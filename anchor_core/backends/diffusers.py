@@ -226,7 +226,7 @@ class DiffusersDenoiser:
         return alpha * noise - sigma * latents
 
     def epsilon_scale(self, timesteps: Tensor) -> Tensor:
-        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v; 1 - sigma_t for flow, which is alpha_t too."""
+        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v, and for flow, as eps = z_t + alpha_t u."""
         alpha, _ = self._noise.coefficients(timesteps)
         return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
 

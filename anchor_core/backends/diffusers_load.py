@@ -48,9 +48,12 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
     name, absent = _check_folder(folder, "config")
     with _loading(path, f"give a whole checkpoint and, as config, a folder of its architecture (not {folder})"):
         pipeline, absent = _pipeline(name, absent)
-        opened = pipeline.from_single_file(
-            str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **absent
-        )
+        try:
+            opened = pipeline.from_single_file(
+                str(path), config=str(folder), torch_dtype=dtype, local_files_only=True, **absent
+            )
+        except NotImplementedError as error:  # of a weight that has no data
+            raise ValueError("it lacks weights of the network or the autoencoder") from error
         for name, part in opened.components.items():
             parameters = part.named_parameters() if isinstance(part, torch.nn.Module) else ()
             # diffusers leaves what it did not find where accelerate put it, without a word.
@@ -62,20 +65,21 @@ def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any
 
 def _cached_config(path: Path) -> Path:
     """The folder in Hugging Face's cache that diffusers would configure this checkpoint from."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     with _loading(path, "give a Stable Diffusion or Flux checkpoint"):
         from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        repository = fetch_diffusers_config(load_single_file_checkpoint(str(path), local_files_only=True))
-        name = repository["pretrained_model_name_or_path"]
-        try:
-            return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.model"]))
-        except LocalEntryNotFoundError as error:
-            raise ValueError(
-                f"it holds no tokenizer and no configs, and {name} is not in the local cache, nor is anything "
-                "downloaded; give config, a diffusers folder of this architecture, which needs no weights"
-            ) from error
+        known = fetch_diffusers_config(load_single_file_checkpoint(str(path), local_files_only=True))
+    name = known["pretrained_model_name_or_path"]
+    try:
+        return Path(snapshot_download(name, local_files_only=True, allow_patterns=["*.json", "*.txt", "*.model"]))
+    except LocalEntryNotFoundError as error:
+        raise ValueError(
+            f"model {path} holds neither tokenizers nor configs, and {name} is not in the local cache; "
+            "give config, a diffusers folder of this architecture, which needs no weights"
+        ) from error
 
 
 def _pipeline(name: str, absent: Sequence[str]) -> tuple[Any, dict[str, None]]:
@@ -113,24 +117,24 @@ def _loading(path: Path, remedy: str) -> Iterator[None]:
     Progress bars take longer to draw than a small model to load, and diffusers warns of every autoencoder but
     AutoencoderKL; what cannot be used raises.
     """
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+    from diffusers.utils import logging as diffusers_logging
     from safetensors import SafetensorError
+    from transformers.utils import logging as transformers_logging
 
+    refusals = (OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError)
     with ExitStack() as restored, warnings.catch_warnings():
-        # diffusers < 0.37 knows `torch_dtype` alone, later ones warn of it.
+        # Newer releases of diffusers warn of `torch_dtype`, older ones know no other name for it.
         warnings.simplefilter("ignore", FutureWarning)
+        for part in (diffusers_logging, transformers_logging):
+            restored.callback(part.set_verbosity, part.get_verbosity())
+            part.set_verbosity_error()
+            if part.is_progress_bar_enabled():
+                restored.callback(part.enable_progress_bar)
+                part.disable_progress_bar()
         try:
-            from diffusers.utils import logging as diffusers_logging
-            from transformers.utils import logging as transformers_logging
-
-            for part in (diffusers_logging, transformers_logging):
-                restored.callback(part.set_verbosity, part.get_verbosity())
-                part.set_verbosity_error()
-                if part.is_progress_bar_enabled():
-                    restored.callback(part.enable_progress_bar)
-                    part.disable_progress_bar()
             yield
-        except (
-            OSError, ValueError, RuntimeError, KeyError, AttributeError, TypeError, IndexError, SafetensorError
-        ) as error:  # fmt: skip
-            reason = " ".join(str(error).split())[:400]
+        except (*refusals, SafetensorError, SingleFileComponentError) as error:
+            # What diffusers advises is Python code.
+            reason = " ".join(str(error).split("\nPlease")[0].split())[:400]
             raise ValueError(f"model {path} cannot be loaded ({reason}); {remedy}") from error
