@@ -84,8 +84,8 @@ def test_checkpoints_that_cannot_be_opened(made, tmp_path):
     ("lost", "message"),
     [
         ("model.diffusion_model.out.2.bias", "lacks weights of the network"),
-        ("first_stage_model.", "AutoencoderKL"),
-        ("cond_stage_model.", "CLIPTextModel"),
+        ("first_stage_model.", "no file named diffusion_pytorch_model"),
+        ("cond_stage_model.", "no file named model.safetensors"),
         ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "lacks 1 weights of the text_encoder"),
     ],
 )
@@ -93,6 +93,17 @@ def test_checkpoints_that_are_not_whole(made, tmp_path, lost, message):
     _, config, tensors = made["sd1"]
     save_file({key: tensor for key, tensor in tensors.items() if not key.startswith(lost)}, tmp_path / "m.safetensors")
     refused(tmp_path / "m.safetensors", message, config)
+
+
+def test_what_a_checkpoint_lacks_comes_from_the_config_folder(made, tmp_path):
+    whole, _, tensors = made["sd3"]
+    network = {key: tensor for key, tensor in tensors.items() if key.startswith("model.")}
+    save_file(network, tmp_path / "m.safetensors")
+    ours = DiffusersDenoiser.from_pretrained(tmp_path / "m.safetensors", config=whole)
+    theirs = DiffusersDenoiser.from_pretrained(whole)
+    latents = torch.randn(1, *tiny_models.LATENT, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.decode_latents(latents), theirs.decode_latents(latents))
+    torch.testing.assert_close(ours.encode_prompt("a dog"), theirs.encode_prompt("a dog"))
 
 
 def test_folders_that_cannot_be_opened(made, tmp_path):

@@ -216,3 +216,12 @@ def build(name: str, folder: Path, seed: int = 0, **options: Any):
         pipeline = BUILDERS[name](folder / "words", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def denoiser_of(pipeline):
+    """The denoiser over a pipeline's own parts, with whatever LoRA it has loaded."""
+    from anchor_core.backends.diffusers import DiffusersDenoiser
+
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith(("text_", "tokenizer"))}
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    return DiffusersDenoiser(network, vae=pipeline.vae, scheduler=pipeline.scheduler, **parts)
