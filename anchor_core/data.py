@@ -59,6 +59,9 @@ def build_dataset(
     """
     check_dropout(caption_dropout)
     pairs = prompt_pairs(concept, references.names, references.captions, templates, shuffle, seed)
+    if denoiser.token_limit is not None:
+        longest = {name: max((subject for subject, _ in told), key=len) for name, told in zip(references.names, pairs)}
+        check_captions(longest, denoiser.count_tokens, denoiser.token_limit)
     cache = cache or Cache(denoiser)
     latents = cache.latents(references.pixels)
     flipped = cache.latents([picture.flip(-1) for picture in references.pixels]) if flip else [None] * len(latents)

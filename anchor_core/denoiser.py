@@ -46,6 +46,13 @@ class Denoiser(Protocol):
     def encode_prompt(self, prompt: str, adapted: bool = False) -> Condition:
         """One prompt to one condition, by the pretrained text encoder; with its adapter and a graph if `adapted`."""
 
+    @property
+    def token_limit(self) -> int | None:
+        """Tokens of a prompt that are read; None if all are, however many."""
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, with those of its start and end; asked only where there is a limit."""
+
     def timesteps(self, levels: Tensor) -> Tensor:
         """Training timesteps (B,) at these shares of the schedule, (B,) in [0, 1), ascending in noise."""
 

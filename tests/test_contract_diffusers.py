@@ -32,18 +32,18 @@ def test_contract(opened, check):
     check(opened[1], tiny_models.LATENT)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_contract_in_half_precision(folders, name):
+    denoiser = DiffusersDenoiser.from_pretrained(folders[name], dtype=torch.bfloat16)
+    assert denoiser.dtype == denoiser.vae.dtype == torch.bfloat16
+    for check in (contract.check_adapter_off_is_untouched, contract.check_detach_restores, contract.check_sampling):
+        check(denoiser, tiny_models.LATENT)
+
+
 def test_text_encoder_adapter(opened):
     contract.check_text_encoder_adapter(opened[1], tiny_models.LATENT)
     contract.check_file_keys(opened[1], tiny_models.LATENT, text_encoder=True)
     contract.check_detach_restores(opened[1], tiny_models.LATENT, text_encoder=True)
-
-
-def of_pipeline(pipeline) -> DiffusersDenoiser:
-    parts = dict(pipeline.components)
-    network = parts.pop("unet", None) or parts.pop("transformer")
-    names = ("text_encoder", "tokenizer", "vae", "scheduler", "text_encoder_2", "tokenizer_2")
-    more = ("text_encoder_3", "tokenizer_3")
-    return DiffusersDenoiser(network, **{name: parts[name] for name in (*names, *more) if name in parts})
 
 
 @pytest.mark.parametrize("text_encoder", [False, True], ids=["network", "text"])
@@ -66,6 +66,6 @@ def test_the_pipeline_reads_the_saved_adapter(opened, folders, tmp_path, text_en
         save_adapter(tmp_path / "lora.safetensors", to_file_keys(adapter, denoiser.file_keys()), {})
     pipeline = DiffusionPipeline.from_pretrained(folders[name], local_files_only=True)
     pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
-    theirs = predict(of_pipeline(pipeline))
+    theirs = predict(tiny_models.denoiser_of(pipeline))
     assert min((ours - without).abs().max(), (ours - without_text).abs().max()) > 1e-3
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)

@@ -468,3 +468,13 @@ def test_build_dataset_refuses_before_it_encodes(concept):
         build_dataset(None, references, concept)
     with pytest.raises(ValueError, match="^caption_dropout is 1"):
         build_dataset(None, references, concept, caption_dropout=1)
+
+
+def test_a_caption_longer_than_the_text_encoder_reads_is_named_before_any_encoding(eps_denoiser, concept, monkeypatch):
+    from anchor_core.data import References, build_dataset
+
+    monkeypatch.setattr(eps_denoiser, "encode_images", lambda pixels: pytest.fail("pictures were encoded"))
+    captions = ["a photo of a sks dog", "a photo of a sks dog " + "in the snow " * 40]
+    references = References([torch.rand(3, 16, 16) for _ in captions], ["1.png", "2.png"], captions=captions)
+    with pytest.raises(ValueError, match=r"^caption of 2.png has \d+ tokens, but the text encoder takes 77; shorten"):
+        build_dataset(eps_denoiser, references, concept)

@@ -13,12 +13,6 @@ PROMPTS = ["a photo of a sks dog", "a cat in the snow"]
 TIMESTEPS = torch.tensor([100.0, 900.0])
 
 
-def of_pipeline(pipeline) -> DiffusersDenoiser:
-    parts = {name: part for name, part in pipeline.components.items() if name.startswith(("text_", "tokenizer"))}
-    network = getattr(pipeline, "unet", None) or pipeline.transformer
-    return DiffusersDenoiser(network, vae=pipeline.vae, scheduler=pipeline.scheduler, **parts)
-
-
 def noise() -> torch.Tensor:
     return torch.randn(2, *tiny_models.LATENT, generator=torch.Generator().manual_seed(5))
 
@@ -32,7 +26,7 @@ def test_sdxl_is_the_pipelines(tmp_path):
     from diffusers import DDIMScheduler
 
     pipeline = tiny_models.build("sdxl", tmp_path)
-    denoiser = of_pipeline(pipeline)
+    denoiser = tiny_models.denoiser_of(pipeline)
     with torch.no_grad():
         embeddings, _, pooled, _ = pipeline.encode_prompt(PROMPTS[0], do_classifier_free_guidance=False)
     ours = denoiser.encode_prompt(PROMPTS[0])
@@ -47,7 +41,7 @@ def test_sdxl_is_the_pipelines(tmp_path):
 
 
 def test_sdxl_is_told_the_size_of_the_latents(tmp_path):
-    denoiser = of_pipeline(tiny_models.build("sdxl", tmp_path))
+    denoiser = tiny_models.denoiser_of(tiny_models.build("sdxl", tmp_path))
     told = []
     denoiser.network.register_forward_pre_hook(
         lambda _, args, options: told.append(options["added_cond_kwargs"]["time_ids"]), with_kwargs=True
@@ -77,7 +71,7 @@ def test_sd3_is_the_pipelines(tmp_path, t5):
 def test_flux_is_the_pipelines(tmp_path, distilled):
     """Guidance: 3.5 as an input of the distilled network, else classifier-free (diffusers: true_cfg_scale)."""
     pipeline = tiny_models.build("flux", tmp_path, guidance_embeds=distilled)
-    denoiser = of_pipeline(pipeline)
+    denoiser = tiny_models.denoiser_of(pipeline)
     with torch.no_grad():
         embeddings, pooled, _ = pipeline.encode_prompt(PROMPTS[0], None)
     ours = denoiser.encode_prompt(PROMPTS[0])
@@ -97,7 +91,7 @@ def test_flux_is_the_pipelines(tmp_path, distilled):
 
 
 def test_flux_learns_at_a_guidance_of_one(tmp_path):
-    denoiser = of_pipeline(tiny_models.build("flux", tmp_path))
+    denoiser = tiny_models.denoiser_of(tiny_models.build("flux", tmp_path))
     told = []
     denoiser.network.register_forward_pre_hook(
         lambda _, args, options: told.append(options["guidance"].tolist()), with_kwargs=True
@@ -111,7 +105,7 @@ def test_zero_terminal_snr_has_no_division_by_zero(tmp_path):
     from diffusers import DDIMScheduler
 
     pipeline = tiny_models.build("sd2_v", tmp_path)
-    denoiser = of_pipeline(pipeline)
+    denoiser = tiny_models.denoiser_of(pipeline)
     last = torch.tensor([999, 999])
     eps = noise()
     assert denoiser.snr(last).tolist() == [0.0, 0.0] and denoiser.epsilon_scale(last).tolist() == [0.0, 0.0]
@@ -120,12 +114,12 @@ def test_zero_terminal_snr_has_no_division_by_zero(tmp_path):
     assert torch.isfinite(sample(denoiser, 3.0)).all()
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="epsilon")
     with pytest.raises(ValueError, match="zero terminal SNR"):
-        of_pipeline(pipeline)
+        tiny_models.denoiser_of(pipeline)
 
 
 def test_the_autoencoders_shift_and_scale(tmp_path):
     pipeline = tiny_models.build("sd3", tmp_path)
-    denoiser = of_pipeline(pipeline)
+    denoiser = tiny_models.denoiser_of(pipeline)
     pixels = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         mean = pipeline.vae.encode(pixels * 2 - 1).latent_dist.mean
@@ -138,7 +132,7 @@ def test_the_autoencoders_shift_and_scale(tmp_path):
 def test_released_text_encoders(tmp_path):
     from anchor_core.adapter import AdapterConfig
 
-    denoiser = of_pipeline(tiny_models.build("sdxl", tmp_path))
+    denoiser = tiny_models.denoiser_of(tiny_models.build("sdxl", tmp_path))
     conditions = [denoiser.encode_prompt(prompt) for prompt in PROMPTS]
     denoiser.attach(AdapterConfig(rank=2, text_encoder=True))
     with pytest.raises(ValueError, match="text encoders have an adapter"):

@@ -10,9 +10,8 @@ import torch
 from tests.conftest import WORDS, build_tokenizer
 
 LATENT = (4, 8, 8)
-WIDTH = 32
-"""Of the CLIP text encoders; SD3's two together are narrower than its T5."""
-T5_WIDTH = 80
+WIDTH, WIDTH_2, T5_WIDTH = 32, 40, 80
+"""Of the text encoders: the CLIPs are told apart by theirs, and SD3's two together are narrower than its T5."""
 
 
 def build_t5_tokenizer():
@@ -26,14 +25,14 @@ def build_t5_tokenizer():
     )
 
 
-def _clip(tokenizer, projected: bool = False):
+def _clip(tokenizer, projected: bool = False, width: int = WIDTH):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        projection_dim=WIDTH,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=77,
@@ -130,15 +129,15 @@ def build_sdxl(words: Path):
             transformer_layers_per_block=(1, 1, 2),
             attention_head_dim=(1, 2, 2),
             use_linear_projection=True,
-            cross_attention_dim=2 * WIDTH,
+            cross_attention_dim=WIDTH + WIDTH_2,
             norm_num_groups=4,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+            projection_class_embeddings_input_dim=WIDTH_2 + 6 * 8,
         ),
         vae=_vae(scaling_factor=0.13025),
         text_encoder=_clip(tokenizer),
-        text_encoder_2=_clip(tokenizer, projected=True),
+        text_encoder_2=_clip(tokenizer, projected=True, width=WIDTH_2),
         tokenizer=tokenizer,
         tokenizer_2=build_tokenizer(words),
         scheduler=EulerDiscreteScheduler.from_config(_ddim().config),
@@ -149,6 +148,8 @@ def build_sd3(words: Path, t5: bool = True):
     from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     tokenizer, t5_tokenizer = build_tokenizer(words), build_t5_tokenizer()
+    clip = _clip(tokenizer, projected=True)
+    torch.nn.init.eye_(clip.text_projection.weight)  # as SD3's is, so that its checkpoints leave it out
     return StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
@@ -160,12 +161,12 @@ def build_sd3(words: Path, t5: bool = True):
             num_attention_heads=4,
             joint_attention_dim=T5_WIDTH,
             caption_projection_dim=32,
-            pooled_projection_dim=2 * WIDTH,
+            pooled_projection_dim=WIDTH + WIDTH_2,
             pos_embed_max_size=16,
         ),
         vae=_vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
-        text_encoder=_clip(tokenizer, projected=True),
-        text_encoder_2=_clip(tokenizer, projected=True),
+        text_encoder=clip,
+        text_encoder_2=_clip(tokenizer, projected=True, width=WIDTH_2),
         text_encoder_3=_t5(t5_tokenizer) if t5 else None,
         tokenizer=tokenizer,
         tokenizer_2=build_tokenizer(words),
@@ -215,3 +216,12 @@ def build(name: str, folder: Path, seed: int = 0, **options: Any):
         pipeline = BUILDERS[name](folder / "words", **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def denoiser_of(pipeline):
+    """The denoiser over a pipeline's own parts, with whatever LoRA it has loaded."""
+    from anchor_core.backends.diffusers import DiffusersDenoiser
+
+    parts = {name: part for name, part in pipeline.components.items() if name.startswith(("text_", "tokenizer"))}
+    network = getattr(pipeline, "unet", None) or pipeline.transformer
+    return DiffusersDenoiser(network, vae=pipeline.vae, scheduler=pipeline.scheduler, **parts)

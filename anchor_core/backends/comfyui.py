@@ -183,6 +183,8 @@ class ComfyDenoiser:
             copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
             return ComfyCondition(cross_attention.clone().to(self.device), copies)
 
+    token_limit = None  # ComfyUI reads long prompts in parts
+
     # --- the noise process ------------------------------------------------------------------------------------
 
     def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:

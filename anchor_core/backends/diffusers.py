@@ -184,6 +184,15 @@ class DiffusersDenoiser:
         with torch.set_grad_enabled(adapted), self._switched(adapted):
             return self._family.encode(prompt)
 
+    @property
+    def token_limit(self) -> int:
+        """Tokens of a prompt that the text encoder which reads most of it takes."""
+        return self._family.reader[1]
+
+    def count_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt for that encoder, with those of its start and end."""
+        return self._family.reader[0].count(prompt)
+
     @contextmanager
     def _switched(self, on: bool) -> Iterator[None]:
         """The adapter, if there is one, on or off while it is open."""
@@ -226,7 +235,7 @@ class DiffusersDenoiser:
         return alpha * noise - sigma * latents
 
     def epsilon_scale(self, timesteps: Tensor) -> Tensor:
-        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v; alpha_t = 1 - sigma_t for flow."""
+        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v, and for flow, as eps = z_t + alpha_t u."""
         alpha, _ = self._noise.coefficients(timesteps)
         return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
 

@@ -27,9 +27,13 @@ class TextEncoder:
         """The model's output for one prompt, padded to `length` tokens (default: the tokenizer's own)."""
         length = length or self.tokenizer.model_max_length
         tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        if len(self.tokenizer(prompt).input_ids) > length:
+        if self.count(prompt) > length:
             logger.warning("the prompt %r is longer than %d tokens; its end is not used", prompt, length)
         return self.model(tokens.input_ids.to(self.model.device), **options)
+
+    def count(self, prompt: str) -> int:
+        """Tokens of a prompt, with those of its start and end."""
+        return len(self.tokenizer(prompt).input_ids)
 
 
 class Family:
@@ -62,6 +66,11 @@ class Family:
         self.network = network
         self.encoders = encoders
         self.downscale = downscale
+
+    @property
+    def reader(self) -> tuple[TextEncoder, int]:
+        """The text encoder that reads most of a prompt, and how many tokens it takes."""
+        return self.encoders[0], self.encoders[0].tokenizer.model_max_length
 
     @classmethod
     def fits(cls, network: nn.Module) -> bool:
@@ -223,6 +232,10 @@ class StableDiffusion3(Family):
     t5_tokens = 256
 
     @property
+    def reader(self):
+        return super().reader if self.encoders[2] is None else (self.encoders[2], self.t5_tokens)
+
+    @property
     def patch(self):
         return self.network.config.patch_size
 
@@ -270,6 +283,10 @@ class Flux(Family):
     @property
     def distilled(self):
         return bool(self.network.config.guidance_embeds)
+
+    @property
+    def reader(self):
+        return self.encoders[1], self.t5_tokens
 
     @property
     def architecture(self):
