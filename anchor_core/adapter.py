@@ -1,4 +1,4 @@
-"""Adapters: attach to a network, switch, scale, take off without a trace. peft does the layers."""
+"""Adapters: attach to networks, switch, scale, take off without a trace. peft does the layers."""
 
 from __future__ import annotations
 
@@ -6,25 +6,17 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_kinds import KINDS, NAME
+from .adapter_layers import LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
 from .checks import check_choice, check_count, check_number
 
-_ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-LAYERS = {
-    "attention": rf"(^|\.){_ATTENTION}$",
-    "cross_attention_kv": r"(^|\.)attn2\.(to_k|to_v)$",
-    "attention_feed_forward": rf"(^|\.)({_ATTENTION}|ff\.net\.(0\.proj|2))$",
-    "all_linear": r".",
-}
-"""Presets of `AdapterConfig.layers`: patterns over the leaf names that diffusers and ComfyUI share."""
-
-KINDS = ("lora",)
-_NAME = "anchor"  # peft's name for the one adapter
+__all__ = ["KINDS", "LAYERS", "Adapter", "AdapterConfig", "exact_layers", "matching_modules"]
 
 
 @dataclass(frozen=True)
@@ -32,12 +24,17 @@ class AdapterConfig:
     """What to attach.
 
     Args:
-        rank: of the update, at least 1.
-        alpha: the update is alpha / rank * up @ down; None means `rank`.
-        dropout: of the input of the update while training, in [0, 1).
-        layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the network's
+        rank: of the update, at least 1 and at most the width of each layer. LoKr: of the second factor of the
+            Kronecker product (the first is about 8 x 8; a second one no wider than 2 rank is a full matrix). LoHa: of
+            each of the two products. OFT: channels of a block, which divide every layer's input.
+        alpha: the update is multiplied by alpha / rank; None means `rank`. OFT has none.
+        dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output
+            rows. OFT has none.
+        layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the networks'
             linear and convolution modules.
-        kind: `lora`.
+        kind: of `KINDS`: lora, dora, lokr, loha, oft.
+        text_encoder: adapt the text encoders as well.
+        ranks: by module name, where it is not `rank`: that of a file whose layers differ.
     """
 
     rank: int = 8
@@ -45,6 +42,8 @@ class AdapterConfig:
     dropout: float = 0.0
     layers: str = "attention"
     kind: str = "lora"
+    text_encoder: bool = False
+    ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
         check_count("rank", self.rank)
@@ -54,104 +53,114 @@ class AdapterConfig:
         if check_number("dropout", self.dropout, minimum=0) >= 1:
             raise ValueError(f"dropout is {self.dropout!r}, but it takes a number from 0 to below 1")
         check_choice("kind", self.kind, KINDS)
+        if self.kind == "oft" and self.dropout:
+            raise ValueError(f"dropout is {self.dropout!r}, but with kind 'oft' it takes 0: a rotation has no dropout")
         if not isinstance(self.layers, str) or not self.layers:
-            raise ValueError(f"layers is {self.layers!r}, but it takes {_layer_choices()}")
+            raise ValueError(f"layers is {self.layers!r}, but it takes {layer_choices()}")
         try:
             re.compile(self.layers)
         except re.error as error:
-            raise ValueError(f"layers is {self.layers!r} ({error}), but it takes {_layer_choices()}") from error
-
-
-def _layer_choices() -> str:
-    return f"one of {', '.join(LAYERS)}, or a regular expression over module names"
-
-
-def exact_layers(names: list[str]) -> str:
-    """The `AdapterConfig.layers` that matches these module names and no others."""
-    return "^(" + "|".join(map(re.escape, names)) + ")$"
-
-
-def matching_modules(network: nn.Module, layers: str) -> list[str]:
-    """Names of the modules of `network` that `AdapterConfig.layers` selects; ValueError if there is none."""
-    pattern = re.compile(LAYERS.get(layers, layers))
-    kinds = nn.Linear if layers in LAYERS else (nn.Linear, nn.Conv2d)
-    names = [name for name, module in network.named_modules() if isinstance(module, kinds) and pattern.search(name)]
-    if not names:
-        raise ValueError(
-            f"layers is {layers!r}, which matches no linear or convolution module of this {type(network).__name__}, "
-            f"but it takes {_layer_choices()}"
-        )
-    return names
+            raise ValueError(f"layers is {self.layers!r} ({error}), but it takes {layer_choices()}") from error
 
 
 class Adapter:
-    """One low-rank adapter in a network, made by `Adapter.attach`.
+    """One adapter in one or several networks, made by `Adapter.attach`.
 
-    With the adapter off the network runs its own modules alone, so the output is exactly the untouched network's.
+    Modules of the denoising network go by their own names, those of a text encoder by `te1:<name>`. With the adapter
+    off the networks run their own modules alone, so the output is exactly the untouched networks'.
     """
 
-    def __init__(self, network: nn.Module, config: AdapterConfig, layers: dict[str, Any], frozen: list[nn.Parameter]):
-        self.network = network
+    def __init__(
+        self,
+        networks: dict[str, nn.Module],
+        config: AdapterConfig,
+        layers: dict[str, Any],
+        frozen: list[nn.Parameter],
+    ):
+        self.networks = networks
         self.config = config
+        self._kind = KINDS[config.kind]
         self._layers = layers
         self._were_trainable = frozen
         self._enabled = True
         self._strength = 1.0
+        self._hooks: list[Any] = []
 
     @classmethod
     def attach(
-        cls, network: nn.Module, config: AdapterConfig, seed: int = 0, keys: Mapping[str, str] | None = None
+        cls,
+        networks: Mapping[str, nn.Module] | nn.Module,
+        config: AdapterConfig,
+        seed: int = 0,
+        keys: Mapping[str, str] | None = None,
     ) -> Adapter:
-        """Put an adapter of zero effect into `network`, in place, and freeze everything else.
+        """Put an adapter of zero effect into `networks`, in place, and freeze everything else.
 
         Args:
-            network: the denoising network, without an adapter.
+            networks: by prefix: "" for the denoising network (or this network alone), `te1`, ... for text encoders.
             config: what to attach.
-            seed: of the `down` matrices, drawn on the CPU from N(0, 1 / rank^2) (the `gaussian` of diffusers'
-                DreamBooth script); `up` is 0. The global random state is left alone.
+            seed: of the factors that do not start at 0, drawn on the CPU. The global random state is left alone.
             keys: module name to a name that is the same in every backend (`file_keys`): the draw of a layer depends
                 on the seed and on this name only, so that both backends start from the same adapter.
 
         Raises:
-            ValueError: if no module matches `config.layers`, or if an adapter is attached already.
+            ValueError: if no module matches `config.layers`, if one is too narrow for `config.rank`, or if an adapter
+                is attached already; the networks are then as before.
         """
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        networks = {"": networks} if isinstance(networks, nn.Module) else dict(networks)
         check_count("seed", seed, minimum=0)
-        if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
-            raise ValueError(
-                f"this {type(network).__name__} has an adapter already; detach it before attaching another"
-            )
-        names = matching_modules(network, config.layers)
-        trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=exact_layers(names),
-            init_lora_weights=False,
-        )
+        for network in networks.values():
+            if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+                raise ValueError(
+                    f"this {type(network).__name__} has an adapter already; detach it before attaching another"
+                )
+        kind, chosen = KINDS[config.kind], matching_in_all(networks, config.layers)
+        for prefix, names in chosen.items():
+            for name in names:
+                if _full_name(prefix, name) not in config.ranks:
+                    kind.check(config, _full_name(prefix, name), networks[prefix].get_submodule(name))
+        parameters = [parameter for network in networks.values() for parameter in network.parameters()]
+        trainable = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in trainable:
+            parameter.requires_grad_(False)
+        layers = {}
         # ComfyUI runs nodes in inference mode, where a new parameter could never be trained.
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(lora, network, adapter_name=_NAME)
-            layers = {name: network.get_submodule(name) for name in names}
+            for prefix, names in chosen.items():
+                if not names:
+                    continue
+                shared = {
+                    "r": config.rank,
+                    "target_modules": exact_layers(names),
+                    "rank_pattern": _rank_pattern(config.ranks, prefix, names),
+                }
+                inject_adapter_in_model(kind.peft_config(config, shared), networks[prefix], adapter_name=NAME)
+                layers |= {_full_name(prefix, name): networks[prefix].get_submodule(name) for name in names}
             for name, layer in layers.items():
-                _initialise(layer, config, f"{seed}:{keys[name] if keys else name}")
-        return cls(network, config, layers, trainable)
+                kind.initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
+        adapter = cls(networks, config, layers, trainable)
+        adapter._set_dropout(False)
+        return adapter
 
     @property
     def module_names(self) -> list[str]:
-        """Names of the adapted modules, in the network's order."""
+        """Names of the adapted modules, in the networks' order."""
         return list(self._layers)
 
     def base_module(self, name: str) -> nn.Module:
         """The network's own module under an adapted name."""
         return self._layers[name].get_base_layer()
 
+    def layer(self, name: str) -> Any:
+        """peft's layer under an adapted name."""
+        return self._layers[name]
+
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, `down` and `up` of each module in turn, in float32."""
-        return [part.weight for layer in self._layers.values() for part in (layer.lora_A[_NAME], layer.lora_B[_NAME])]
+        """The trainable parameters, module by module (LoRA: `down`, `up`), in float32."""
+        return [factor for layer in self._layers.values() for _, factor in self._kind.factors(layer)]
 
     @property
     def enabled(self) -> bool:
@@ -165,7 +174,7 @@ class Adapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The untouched network while it is open."""
+        """The untouched networks while it is open."""
         before = self._enabled
         self.enabled = False
         try:
@@ -175,13 +184,28 @@ class Adapter:
 
     @contextmanager
     def scaled(self, strength: float) -> Iterator[None]:
-        """The update times `strength` (1 as trained, 0 the base model) while it is open."""
+        """The weights W + strength (W_adapted - W), for every kind, while it is open: 1 as trained, 0 the base model.
+
+        A layer's output is linear in its weight, so its two outputs are blended, at the cost of a second base pass.
+        """
         before = self._strength
         self._set_strength(check_number("strength", strength))
         try:
             yield
         finally:
             self._set_strength(before)
+
+    def _set_strength(self, strength: float) -> None:
+        self._strength = strength
+        while self._hooks:
+            self._hooks.pop().remove()
+        if strength != 1:
+            layers = self._layers.values()
+            self._hooks = [layer.register_forward_hook(self._blend, with_kwargs=True) for layer in layers]
+
+    def _blend(self, layer: Any, inputs: tuple, options: dict[str, Any], adapted: Tensor) -> Tensor:
+        base = layer.get_base_layer()(*inputs, **options)
+        return base + self._strength * (adapted - base)
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -194,21 +218,23 @@ class Adapter:
 
     def _set_dropout(self, active: bool) -> None:
         for layer in self._layers.values():
-            layer.lora_dropout[_NAME].train(active)
-
-    def _set_strength(self, strength: float) -> None:
-        self._strength = strength
-        for layer in self._layers.values():
-            layer.scaling[_NAME] = strength * layer.lora_alpha[_NAME] / layer.r[_NAME]
+            layer.training = active  # not `train`, which would reach the base module
+            for part in getattr(layer, "lora_dropout", {}).values():
+                part.train(active)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies on the CPU: `<module>.lora_down.weight`, `<module>.lora_up.weight`, `<module>.alpha` (a scalar)."""
-        state = {}
-        for name, layer in self._layers.items():
-            for key, part in (("lora_down", layer.lora_A), ("lora_up", layer.lora_B)):
-                state[f"{name}.{key}.weight"] = part[_NAME].weight.detach().to("cpu", copy=True).contiguous()
-            state[f"{name}.alpha"] = torch.tensor(float(layer.lora_alpha[_NAME]))
-        return state
+        """Copies on the CPU: `<module>.<part>` for each part of the kind (LoRA: `lora_down.weight`,
+        `lora_up.weight`), and `<module>.alpha` (a scalar) where the kind has one."""
+        return {f"{name}.{part}": tensor for name in self._layers for part, tensor in self.parts(name).items()}
+
+    def parts(self, name: str) -> dict[str, Tensor]:
+        """One module's share of `state_dict()`, by part."""
+        layer, parts = self._layers[name], {}
+        for part, factor in self._kind.factors(layer):
+            parts[part] = factor.detach().to("cpu", copy=True).contiguous()
+        if self._kind.alpha:
+            parts["alpha"] = torch.tensor(float(getattr(layer, self._kind.alpha)[NAME]))
+        return parts
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take weights and alphas from a `state_dict()`; ValueError, and nothing changed, if names or shapes differ."""
@@ -225,30 +251,57 @@ class Adapter:
             raise ValueError(f"these weights do not fit the attached adapter: {'; '.join(wrong[:3])}{more}")
         with torch.inference_mode(False), torch.no_grad():
             for name, layer in self._layers.items():
-                layer.lora_A[_NAME].weight.copy_(state[f"{name}.lora_down.weight"])
-                layer.lora_B[_NAME].weight.copy_(state[f"{name}.lora_up.weight"])
-                layer.lora_alpha[_NAME] = float(state[f"{name}.alpha"])
-        self._set_strength(self._strength)
+                for part, factor in self._kind.factors(layer):
+                    factor.copy_(state[f"{name}.{part}"])
+                if self._kind.alpha:
+                    alpha = float(state[f"{name}.alpha"])
+                    getattr(layer, self._kind.alpha)[NAME] = alpha
+                    layer.scaling[NAME] = alpha / layer.r[NAME]
+
+    def adopt_factors(self, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take LoKr's two full factors of each module, of whatever shapes, at scale 1.
+
+        Raises:
+            ValueError: if a product is not as large as the module's weight.
+        """
+        with torch.inference_mode(False):
+            for name, layer in self._layers.items():
+                one, other = layers[name]["lokr_w1"], layers[name]["lokr_w2"]
+                made = (one.shape[0] * other.shape[0], one.shape[1] * other[0].numel())
+                weight = layer.get_base_layer().weight
+                if made != (weight.shape[0], weight[0].numel()):
+                    raise ValueError(f"{name} is {tuple(weight.shape)} here and {made} there")
+                for part, factor in self._kind.factors(layer):
+                    factor.data = layers[name][part].to(factor).clone()
+                layer.alpha[NAME], layer.scaling[NAME] = float(layer.r[NAME]), 1.0
 
     def detach(self) -> None:
-        """Give the network back its own modules, with the `requires_grad` they had. A second call does nothing."""
-        for name, layer in self._layers.items():
+        """Give the networks back their own modules, with the `requires_grad` they had. A second call does nothing."""
+        self._set_strength(1.0)
+        for full_name, layer in self._layers.items():
+            prefix, _, name = full_name.rpartition(":")
             parent, _, leaf = name.rpartition(".")
-            setattr(self.network.get_submodule(parent), leaf, layer.get_base_layer())
-        if self._layers:
-            del self.network.peft_config
+            setattr(self.networks[prefix].get_submodule(parent), leaf, layer.get_base_layer())
+        for network in self.networks.values():
+            vars(network).pop("peft_config", None)
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
-        self._layers, self._were_trainable = {}, []
+        self.networks, self._layers, self._were_trainable = {}, {}, []
 
 
-def _initialise(layer: Any, config: AdapterConfig, name: str) -> None:
+def _full_name(prefix: str, name: str) -> str:
+    return f"{prefix}:{name}" if prefix else name
+
+
+def _rank_pattern(ranks: Mapping[str, int], prefix: str, names: list[str]) -> dict[str, int]:
+    """peft's, with one pattern for each rank: it tries every pattern on every module."""
+    groups: dict[int, list[str]] = {}
+    for name in names:
+        if _full_name(prefix, name) in ranks:
+            groups.setdefault(ranks[_full_name(prefix, name)], []).append(re.escape(name))
+    return {f"^({'|'.join(group)})": rank for rank, group in groups.items()}
+
+
+def _generator(name: str) -> torch.Generator:
     digest = hashlib.sha256(name.encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    down, up = layer.lora_A[_NAME], layer.lora_B[_NAME]
-    down.float()
-    up.float()
-    with torch.no_grad():
-        down.weight.copy_(torch.randn(down.weight.shape, generator=generator) / config.rank)
-        up.weight.zero_()
-    layer.lora_dropout[_NAME].train(False)
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

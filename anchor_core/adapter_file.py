@@ -1,15 +1,26 @@
 """Adapter files: safetensors that the stock LoraLoader and diffusers read, with the training settings inside.
 
-Keys are `<prefix>.lora_down.weight`, `<prefix>.lora_up.weight` and `<prefix>.alpha`. A backend's `file_keys()` says
-which prefix belongs to which module of its network, `lora_unet_down_blocks_0_...` for SD1.x.
+A backend's `file_keys()` says which prefix belongs to which module, `lora_unet_down_blocks_0_...` for SD1.x. A LoRA's
+keys are `<prefix>.lora_down.weight`, `.lora_up.weight` and `.alpha`, and under diffusers' dotted prefixes
+(`transformer.`) `.lora_A.weight` and `.lora_B.weight`. The other kinds:
+
+- LoKr: `lokr_w1` and `lokr_w2` (with alpha / rank inside), or `lokr_w1`, `lokr_w2_a`, `lokr_w2_b` and `alpha`.
+- LoHa: `hada_w1_a`, `hada_w1_b`, `hada_w2_a`, `hada_w2_b` and `alpha`.
+- DoRA: those of a LoRA, and `dora_scale`. The stock loader divides by the norm of the base weight where DoRA has that
+  of the updated one, so `dora_scale` is m ||W|| / ||W + s B A||, which makes its weight the trained one.
+- OFT: `oft_R.weight`, which peft trains, and `diff`, the change of the weight. The stock `oft_blocks` rotate outputs,
+  peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers.
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import json
+import math
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +28,12 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, AdapterConfig, exact_layers
+from .adapter_formats import DIFFUSERS_PREFIXES, convert, diffusers_form, format_of, kind_of, scale_of, split_layers
+from .adapter_kinds import NAME
 
 if TYPE_CHECKING:
     from .data import Concept
     from .trainer import TrainSettings
-
-logger = logging.getLogger(__name__)
-
-_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -34,7 +43,6 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         ValueError: if `path` cannot be written.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import save
 
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -43,15 +51,27 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         # safetensors' own save_file makes a file that other users cannot read.
-        part.write_bytes(
-            save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {**metadata})
-        )
+        part.write_bytes(_serialise(tensors, metadata))
         os.replace(part, path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the adapter cannot be written to {path} ({_reason(error)}); choose another place") from error
     finally:
         if part.parent.is_dir():
             part.unlink(missing_ok=True)
+
+
+def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file: 8 of the header's length, the JSON header, the tensors."""
+    from safetensors.torch import save
+
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise TypeError("the metadata of a safetensors file holds text only")
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    start = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes metadata in another order every time; the same adapter is to be the same file.
+    header = json.dumps({"__metadata__": dict(sorted(metadata.items())), **json.loads(data[8:start])}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + data[start:]
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,63 +93,171 @@ def _reason(error: Exception) -> str:
     return " ".join(str(getattr(error, "strerror", None) or error).split())
 
 
-def to_file_keys(state: Mapping[str, Tensor], file_keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """`Adapter.state_dict()` under the names of the file."""
+def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of the adapter's file, on the CPU, by `<prefix>.<part>`."""
     tensors = {}
-    for key, tensor in state.items():
-        module, part = _split(key)
-        tensors[f"{file_keys[module]}.{part}"] = tensor
+    for name in adapter.module_names:
+        parts = _WRITTEN.get(adapter.config.kind, _as_trained)(adapter, name, adapter.parts(name))
+        prefix = file_keys[name]
+        if prefix.startswith(DIFFUSERS_PREFIXES):
+            parts = diffusers_form(parts)
+        else:
+            parts.pop("lora_magnitude_vector", None)  # the stock loader reads `dora_scale`, diffusers this
+        tensors |= {f"{prefix}.{part}": tensor for part, tensor in parts.items()}
     return tensors
 
 
-def from_file_keys(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of a file under the module names of the network, as `Adapter.load_state_dict` takes them.
+def _as_trained(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return parts
 
-    A missing alpha means alpha = rank, as everywhere else.
+
+def _write_dora(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    weight = _base_weight(adapter, name)
+    scale = parts["lora_magnitude_vector"].flatten() / _dora_norms(adapter, name, parts)
+    return {**parts, "dora_scale": scale.view(-1, *[1] * (weight.dim() - 1))}
+
+
+def _dora_norms(adapter: Adapter, name: str, parts: Mapping[str, Tensor]) -> Tensor:
+    """||W + s B A|| / ||W|| by output row, (out,): a DoRA's magnitude over the stock loader's `dora_scale`."""
+    weight = _base_weight(adapter, name).flatten(1)
+    update = scale_of(parts) * parts["lora_up.weight"].flatten(1) @ parts["lora_down.weight"].flatten(1)
+    return (weight + update).norm(dim=1) / weight.norm(dim=1)
+
+
+def _write_lokr(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    if "lokr_w2" not in parts:
+        return parts
+    scaling = adapter.layer(name).scaling[NAME]  # the stock loader reads no alpha where both factors are full
+    return {"lokr_w1": parts["lokr_w1"] * scaling, "lokr_w2": parts["lokr_w2"]}
+
+
+def _write_oft(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    base = adapter.base_module(name).weight
+    weight = _base_weight(adapter, name).flatten(1)
+    with torch.no_grad():
+        rotation = adapter.layer(name).get_delta_weight(NAME).cpu()
+        change = (weight @ rotation.T - weight).view(base.shape)
+    return {**parts, "diff": change.half() if base.dtype in (torch.float16, torch.bfloat16) else change}
+
+
+_WRITTEN = {"dora": _write_dora, "lokr": _write_lokr, "oft": _write_oft}
+
+
+def _base_weight(adapter: Adapter, name: str) -> Tensor:
+    return adapter.base_module(name).weight.detach().float().cpu()
+
+
+def from_file_keys(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors of a file, in any format of `adapter_formats`, under the module names of the network.
+
+    A missing alpha means alpha = rank, as everywhere else. LoKr factors are multiplied out to two full ones.
 
     Raises:
         ValueError: if a tensor belongs to no module of the network, or a module's tensors are incomplete.
     """
+    layers = _read_layers(tensors, file_keys)[1]
+    return {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+
+
+def _read_layers(
+    tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], architecture: str = ""
+) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """The kind, and the parts of each module as `Adapter.state_dict` names them."""
     modules = {prefix: module for module, prefix in file_keys.items()}
-    state: dict[str, Tensor] = {}
-    for key, tensor in tensors.items():
-        prefix, part = _split(key)
-        if part is None or prefix not in modules:
-            raise ValueError(f"this LoRA was made for another model: {key} belongs to no module of this network")
-        state[f"{modules[prefix]}.{part}"] = tensor.reshape(()) if part == "alpha" else tensor
-    if not state:
-        raise ValueError("this file holds no LoRA: it has no tensor")
-    for module in {_split(key)[0] for key in state}:
-        down = state.get(f"{module}.lora_down.weight")
-        if down is None or f"{module}.lora_up.weight" not in state:
-            raise ValueError(f"this file is not a whole LoRA: {file_keys[module]} lacks lora_down or lora_up")
-        state.setdefault(f"{module}.alpha", torch.tensor(float(down.shape[0])))
-    return state
+    layers = split_layers(tensors)
+    stranger = next((prefix for prefix in layers if prefix not in modules), None)
+    if stranger is not None:
+        try:
+            layers = split_layers(
+                convert(tensors, {"modelspec.architecture": architecture}, to=format_of(list(modules)))
+            )
+        except ValueError:
+            layers = {stranger: {}}
+        stranger = next((prefix for prefix in layers if prefix not in modules), None)
+    if stranger is not None:
+        raise ValueError(f"this LoRA was made for another model: {stranger} belongs to no module of this network")
+    kinds = {kind_of(prefix, parts) for prefix, parts in layers.items()}
+    if len(kinds) > 1:
+        raise ValueError(f"the file mixes {' and '.join(sorted(kinds))} layers, but one kind for all is supported")
+    (kind,) = kinds
+    return kind, {modules[prefix]: _READ[kind](parts) for prefix, parts in layers.items()}
 
 
-def _split(key: str) -> tuple[str, str | None]:
-    for part in _PARTS:
-        if key.endswith(f".{part}"):
-            return key[: -len(part) - 1], part
-    return key, None
+def _read_lora(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    alpha = parts.get("alpha", torch.tensor(float(parts["lora_down.weight"].shape[0])))
+    return {**parts, "alpha": alpha.reshape(())}
+
+
+def _read_loha(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    alpha = parts.get("alpha", torch.tensor(float(parts["hada_w1_b"].shape[0])))
+    return {**parts, "alpha": alpha.reshape(())}
+
+
+def _read_lokr(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Two full factors with the scale inside; alpha is whatever rank makes the scale of peft's layer 1."""
+    rank = next((parts[part].shape[0] for part in ("lokr_w2_b", "lokr_w1_b") if part in parts), None)
+    scale = float(parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
+    factors = {
+        name: parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+        for name in ("lokr_w1", "lokr_w2")
+    }
+    return {"lokr_w1": scale * factors["lokr_w1"], "lokr_w2": factors["lokr_w2"]}
+
+
+def _read_oft(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"oft_R.weight": parts["oft_R.weight"]}
+
+
+_READ = {"lora": _read_lora, "dora": _read_lora, "lokr": _read_lokr, "loha": _read_loha, "oft": _read_oft}
+
+
+def _lokr_width(parts: Mapping[str, Tensor]) -> int:
+    """A rank at which peft makes both factors full."""
+    one, other = parts["lokr_w1"], parts["lokr_w2"]
+    return max(one.shape[0] * other.shape[0], one.shape[1] * other[0].numel())
+
+
+_RANKS = {
+    "lora": lambda parts: parts["lora_down.weight"].shape[0],
+    "dora": lambda parts: parts["lora_down.weight"].shape[0],
+    "loha": lambda parts: parts["hada_w1_b"].shape[0],
+    "lokr": _lokr_width,
+    # b (b - 1) / 2 entries above the diagonal of a block of b
+    "oft": lambda parts: (1 + math.isqrt(1 + 8 * parts["oft_R.weight"].shape[1])) // 2,
+}
 
 
 def attach_tensors(denoiser: Any, tensors: Mapping[str, Tensor]) -> Adapter:
-    """Attach an adapter's tensors under file keys to `denoiser`, which has none.
+    """Attach an adapter's tensors, in any format and kind that can be read, to `denoiser`, which has none.
 
     Raises:
         ValueError: if they were made for another model; the denoiser is then as before.
     """
-    state = from_file_keys(tensors, denoiser.file_keys())
-    ranks = {int(tensor.shape[0]) for key, tensor in state.items() if key.endswith(".lora_down.weight")}
-    if len(ranks) != 1:
-        raise ValueError(f"its layers have ranks {sorted(ranks)}, but one rank for all layers is supported")
-    alphas = {float(tensor) for key, tensor in state.items() if key.endswith(".alpha")}
-    alpha = alphas.pop() if len(alphas) == 1 else None  # else each layer has its own, from load_state_dict
-    names = sorted({_split(key)[0] for key in state})
-    adapter = denoiser.attach(AdapterConfig(rank=ranks.pop(), alpha=alpha, layers=exact_layers(names)))
+    kind, layers = _read_layers(tensors, denoiser.file_keys(), getattr(denoiser, "architecture", ""))
+    ranks = {name: _RANKS[kind](parts) for name, parts in layers.items()}
+    alphas = {float(parts["alpha"]) for parts in layers.values() if "alpha" in parts}
+    config = AdapterConfig(
+        rank=Counter(ranks.values()).most_common(1)[0][0],
+        alpha=alphas.pop() if len(alphas) == 1 else None,  # else each layer has its own, from load_state_dict
+        layers=exact_layers(sorted(layers)),
+        kind=kind,
+        text_encoder=any(":" in name for name in layers),
+        ranks=ranks,
+    )
+    adapter = denoiser.attach(config)
     try:
-        adapter.load_state_dict(state)
+        if kind == "lokr":
+            adapter.adopt_factors(layers)
+        else:
+            scales = {name: parts.pop("dora_scale", None) for name, parts in layers.items()}
+            own = adapter.state_dict()
+            state = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+            adapter.load_state_dict({**{key: own[key] for key in own if "magnitude" in key}, **state})
+            for name, scale in scales.items():
+                if scale is not None and "lora_magnitude_vector" not in layers[name]:
+                    key = f"{name}.lora_magnitude_vector"
+                    state[key] = (scale.flatten() * _dora_norms(adapter, name, layers[name])).view(own[key].shape)
+            adapter.load_state_dict(state)
     except ValueError as error:
         denoiser.detach()
         raise ValueError(f"this LoRA was made for another model: {error}") from error
@@ -153,41 +281,75 @@ def save_trained(
     path: str | Path, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
 ) -> None:
     """Write the adapter attached to `denoiser` with what it was trained on; `steps` if fewer than planned were made."""
-    tensors = to_file_keys(denoiser.adapter.state_dict(), denoiser.file_keys())
+    tensors = to_file_keys(denoiser.adapter, denoiser.file_keys())
     save_adapter(path, tensors, adapter_metadata(denoiser, concept, settings, steps))
+
+
+_BASE_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "stable-diffusion-v3-medium": "sd3",
+    "flux-1-dev": "flux1",
+}
+"""modelspec's architecture -> kohya's `ss_base_model_version`."""
 
 
 def adapter_metadata(
     denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
 ) -> dict[str, str]:
-    """Metadata of a trained adapter: modelspec fields, and everything that repeats the training under `anchor.`."""
+    """Metadata of a trained adapter: `modelspec.`, kohya's `ss_`, and all settings of the training under `anchor.`.
+
+    No date, so that the same training makes the same file.
+    """
     from . import __version__
 
-    config = denoiser.adapter.config
+    config, made = denoiser.adapter.config, settings.steps if steps is None else steps
+    architecture = getattr(denoiser, "architecture", "stable-diffusion-v1")
+    diffusers_names = any("transformer_blocks" in name for name in denoiser.adapter.module_names)
+    modelspec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{architecture}/{config.kind}",
+        "implementation": "diffusers" if diffusers_names else "https://github.com/comfyanonymous/ComfyUI",
+        "title": concept.subject_prompt,
+        "trigger_phrase": concept.subject_prompt,
+        "resolution": _resolution(getattr(denoiser, "default_resolution", None)),
+        "prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(denoiser.prediction_type),
+    }
+    kohya = {
+        "network_module": "networks.lora" if config.kind == "lora" else "lycoris.kohya",
+        "network_args": None if config.kind == "lora" else json.dumps({"algo": config.kind}),
+        "network_dim": config.rank,
+        "network_alpha": config.alpha,
+        "base_model_version": _BASE_VERSIONS.get(architecture),
+        "learning_rate": settings.learning_rate,
+        "max_train_steps": settings.steps,
+        "steps": made,
+        "batch_size_per_device": settings.batch_size,
+        "seed": settings.seed,
+    }
     anchor = {
+        **{option.name: getattr(settings, option.name) for option in fields(settings)},
+        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
-        "objective": settings.objective,
-        "w": settings.w,
-        "anchor": settings.anchor,
-        "prior_weight": settings.prior_weight,
-        "steps": settings.steps if steps is None else steps,
-        "batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate,
-        "rank": config.rank,
-        "alpha": config.alpha,
-        "layers": config.layers,
-        "seed": settings.seed,
+        "steps": made,
         "base_model": base_fingerprint(denoiser),
         "version": __version__,
     }
+    groups = {"modelspec.": modelspec, "ss_": kohya, "anchor.": anchor}
     return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{getattr(denoiser, 'architecture', 'stable-diffusion-v1')}/lora",
-        "modelspec.title": concept.subject_prompt,
-        "modelspec.trigger_phrase": concept.subject_prompt,
-        **{f"anchor.{name}": str(value) for name, value in anchor.items()},
+        f"{prefix}{name}": str(value)
+        for prefix, group in groups.items()
+        for name, value in group.items()
+        if value is not None
     }
+
+
+def _resolution(size: int | tuple[int, int] | None) -> str | None:
+    """modelspec's `<width>x<height>` of one side, or of (height, width)."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return None if size is None else f"{width}x{height}"
 
 
 def base_fingerprint(denoiser: Any) -> str:

@@ -146,7 +146,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 interrupted = history.cancelled
             except comfy.model_management.InterruptProcessingException:
                 interrupted = True  # any layer of ComfyUI's raises it; the adapter is that of the last whole step
-            tensors = to_file_keys(adapter.state_dict(), denoiser.file_keys())
+            tensors = to_file_keys(adapter, denoiser.file_keys())
             metadata = adapter_metadata(denoiser, concept, settings, watch.made)
         if watch.made:
             save_adapter(path, tensors, metadata)

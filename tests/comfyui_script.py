@@ -120,7 +120,7 @@ def main() -> None:
             results["losses"] = torch.tensor(train(denoiser, adapter, given["latents"], CONCEPT, settings).losses)
             with torch.no_grad():
                 results["adapted"] = denoiser.predict(given["noisy"], given["timesteps"], conditions)
-                tensors = to_file_keys(adapter.state_dict(), denoiser.file_keys())
+                tensors = to_file_keys(adapter, denoiser.file_keys())
                 with denoiser.adapter_disabled():
                     results["disabled"] = denoiser.predict(given["noisy"], given["timesteps"], conditions)
         results["untouched.finished"] = torch.tensor(same(before, fingerprint(model)))

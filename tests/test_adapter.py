@@ -251,7 +251,7 @@ def test_file_attaches_again_with_its_metadata(denoiser, make_step, stir, tmp_pa
 
 def test_keys_are_kohyas(eps_denoiser, tmp_path):
     adapter = eps_denoiser.attach(AdapterConfig(rank=1, layers=r"down_blocks\.1.*attn1\.to_out\.0$"))
-    keys = to_file_keys(adapter.state_dict(), eps_denoiser.file_keys())
+    keys = to_file_keys(adapter, eps_denoiser.file_keys())
     prefix = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert set(keys) == {f"{prefix}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha")}
     back = from_file_keys(keys, eps_denoiser.file_keys())

@@ -1,0 +1,281 @@
+"""Key formats of adapter files, and the conversion between them.
+
+- `comfyui`: `lora_unet_<name>` for UNets, `diffusion_model.<name>` for transformers (the original names, with fused
+  projections), each with `.lora_down.weight`, `.lora_up.weight` and `.alpha`; text encoders `lora_te_`, or `lora_te1_`
+  and `lora_te2_`.
+- `kohya`: the same, but `lora_unet_<name>` for transformers too.
+- `diffusers`: `unet.`, `transformer.` and `text_encoder.` before diffusers' names, with `.lora_A.weight` and
+  `.lora_B.weight`, into which alpha is folded.
+
+UNets go by diffusers' names in `comfyui` and `kohya` files of SD1 and SD2, by the original ones in those of SDXL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .adapter_names import dotted, network_family, swapped_rows, to_diffusers, to_original
+from .checks import check_choice
+
+FORMATS = ("comfyui", "kohya", "diffusers")
+DIFFUSERS_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
+
+_PARTS = {
+    "lora_down.weight": "lora_down.weight",
+    "lora_up.weight": "lora_up.weight",
+    "lora_A.weight": "lora_down.weight",
+    "lora_B.weight": "lora_up.weight",
+    "lora_A.default.weight": "lora_down.weight",
+    "lora_B.default.weight": "lora_up.weight",
+    "lora.down.weight": "lora_down.weight",
+    "lora.up.weight": "lora_up.weight",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+} | {
+    part: part
+    for part in (
+        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "diff"),
+        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
+        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    )
+}
+_KINDS = {"lora_magnitude_vector": "dora", "dora_scale": "dora", "oft_R.weight": "oft", "lokr_w1": "lokr"}
+_KINDS |= {"lokr_w1_a": "lokr", "hada_w1_a": "loha", "lora_down.weight": "lora"}
+
+# Which network a key is of: the denoiser's by "", a text encoder by diffusers' component name.
+_PREFIXES = {
+    "lora_unet_": "",
+    "lora_transformer_": "",
+    "diffusion_model.": "",
+    "unet.": "",
+    "transformer.": "",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+
+Layers = dict[str, dict[str, Tensor]]
+
+
+def split_key(key: str) -> tuple[str, str | None]:
+    """A key as its module's prefix and the name of its part; None if no part of that name is known."""
+    for suffix, part in _PARTS.items():
+        if key.endswith(f".{suffix}"):
+            return key[: -len(suffix) - 1], part
+    return key, None
+
+
+def split_layers(tensors: Mapping[str, Tensor]) -> Layers:
+    """The tensors of a file as prefix -> part -> tensor, in any of the formats.
+
+    Raises:
+        ValueError: if there is none, or one is no part of an adapter that can be read.
+    """
+    layers: Layers = {}
+    for key, tensor in tensors.items():
+        prefix, part = split_key(key)
+        if part is None:
+            raise ValueError(f"this LoRA was made for another model: {key} belongs to no module of this network")
+        layers.setdefault(prefix, {})[part] = tensor
+    if not layers:
+        raise ValueError("this file holds no LoRA: it has no tensor")
+    return layers
+
+
+def kind_of(prefix: str, parts: Mapping[str, Tensor]) -> str:
+    """The kind of adapter that a layer's parts make; ValueError if they are not whole."""
+    kind = next((_KINDS[part] for part in _KINDS if part in parts), None)
+    if kind is None or (kind in ("lora", "dora") and not {"lora_down.weight", "lora_up.weight"} <= parts.keys()):
+        raise ValueError(f"this file is not a whole LoRA: {prefix} lacks lora_down or lora_up")
+    return kind
+
+
+def format_of(prefixes: list[str]) -> str:
+    """The format of a file with these prefixes."""
+    for format, beginnings in {"diffusers": ("unet.", "transformer."), "comfyui": ("diffusion_model.",)}.items():
+        if any(prefix.startswith(beginnings) for prefix in prefixes):
+            return format
+    return "kohya"
+
+
+def diffusers_form(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a LoRA under diffusers' names: alpha / rank goes into B. Other kinds stay as they are."""
+    if "lora_down.weight" not in parts:
+        return dict(parts)
+    down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+    rest = {
+        part: tensor for part, tensor in parts.items() if part not in ("lora_down.weight", "lora_up.weight", "alpha")
+    }
+    return {"lora_A.weight": down, "lora_B.weight": up * scale_of(parts), **rest}
+
+
+def scale_of(parts: Mapping[str, Tensor]) -> float:
+    """alpha / rank of a LoRA; without alpha it is 1."""
+    return float(parts["alpha"]) / parts["lora_down.weight"].shape[0] if "alpha" in parts else 1.0
+
+
+def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, to: str) -> dict[str, Tensor]:
+    """An adapter file's tensors in another format, of the same effect.
+
+    A LoRA on a fused projection splits exactly (the rows of `up`, with the same `down`), and separate ones fuse
+    exactly into block form of the sum of their ranks; splitting such a one gives back the separate ones.
+
+    Args:
+        tensors: in any of `FORMATS`, of SD1, SD2, SDXL, SD3 or Flux.
+        metadata: the file's; its `modelspec.architecture` is asked where names and shapes do not tell.
+        to: one of `FORMATS`.
+
+    Raises:
+        ValueError: if a key is not understood, or the adapter's kind has no form in that format.
+    """
+    check_choice("to", to, FORMATS)
+    layers = split_layers(tensors)
+    if to == "diffusers":
+        for prefix, parts in layers.items():
+            if (kind := kind_of(prefix, parts)) != "lora":
+                raise ValueError(f"to is 'diffusers', but this is a {kind} file, and {_NOT_FOR_DIFFUSERS[kind]}")
+    named: dict[str, Layers] = {}
+    for prefix, parts in layers.items():
+        component, name = _component(prefix)
+        named.setdefault(component, {})[name] = parts
+    network = named.pop("", {})
+    family = network_family(network, (metadata or {}).get("modelspec.architecture", ""), "text_encoder_2" in named)
+    if to == "diffusers":
+        network, prefix = _split_all(network, family), "unet." if family in ("sd", "sdxl") else "transformer."
+    elif family == "sd":
+        network, prefix = {to_diffusers(name, family)[0]: parts for name, parts in network.items()}, "lora_unet_"
+    else:
+        network, prefix = _fuse_all(network, family), "lora_unet_"
+        if to == "comfyui" and family != "sdxl":
+            prefix = "diffusion_model."
+    result = _joined(network, prefix)
+    one = family == "sd" and not any(prefix.startswith("lora_te1_") for prefix in layers)
+    for component, parts in named.items():
+        prefix = f"{component}."
+        if to != "diffusers":
+            prefix = "lora_te_" if one else {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[component]
+        result |= _joined(parts, prefix)
+    return result
+
+
+_NOT_FOR_DIFFUSERS = {
+    "dora": "its magnitudes depend on the base weights, so that they cannot be rewritten without the model",
+    "lokr": "diffusers reads LoRA only",
+    "loha": "diffusers reads LoRA only",
+    "oft": "diffusers reads LoRA only",
+}
+
+
+def convert_file(source: str | Path, target: str | Path, to: str) -> None:
+    """Write the adapter file `source` in the format `to` as `target`, whole or not at all, with its metadata.
+
+    Raises:
+        ValueError: if `source` cannot be read or converted, or `target` cannot be written.
+    """
+    from .adapter_file import load_adapter, save_adapter
+
+    check_choice("to", to, FORMATS)
+    tensors, metadata = load_adapter(source)
+    try:
+        converted = convert(tensors, metadata, to=to)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    save_adapter(target, converted, metadata)
+
+
+def _component(prefix: str) -> tuple[str, str]:
+    for beginning, component in _PREFIXES.items():
+        if prefix.startswith(beginning):
+            name = prefix[len(beginning) :]
+            return component, name if "." in beginning else dotted(name)
+    raise ValueError(f"this file is in no known format: {prefix} is of neither ComfyUI's, kohya's nor diffusers' keys")
+
+
+def _joined(layers: Layers, prefix: str) -> dict[str, Tensor]:
+    """File keys again. Every tensor of its own memory, as safetensors wants them."""
+    tensors = {}
+    for name, parts in layers.items():
+        if "." not in prefix:
+            name = name.replace(".", "_")
+        else:
+            parts = parts if prefix == "diffusion_model." else diffusers_form(parts)
+        if "lora_down.weight" in parts:
+            parts = {"alpha": torch.tensor(float(parts["lora_down.weight"].shape[0])), **parts}
+        tensors |= {f"{prefix}{name}.{part}": tensor.clone().contiguous() for part, tensor in parts.items()}
+    return tensors
+
+
+def _split_all(layers: Layers, family: str) -> Layers:
+    result: Layers = {}
+    for name, parts in layers.items():
+        names = to_diffusers(name, family)
+        pieces = [swapped_rows(parts, name, family)] if len(names) == 1 else _split(parts, len(names))
+        result |= {name: piece for name, piece in zip(names, pieces, strict=True) if piece is not None}
+    return result
+
+
+def _fuse_all(layers: Layers, family: str) -> Layers:
+    result: Layers = {}
+    groups: dict[str, dict[int, dict[str, Tensor]]] = {}
+    for name, parts in layers.items():
+        original, index = to_original(name, family)
+        if index is None:
+            result[original] = parts if original == name else swapped_rows(parts, original, family)
+        else:
+            result.setdefault(original, {})  # keeps the order
+            groups.setdefault(original, {})[index] = parts
+    for original, pieces in groups.items():
+        result[original] = _fuse(original, pieces, len(to_diffusers(original, family)))
+    return result
+
+
+def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | None]:
+    """One fused LoRA as `count` separate ones; None for one that is 0 while others are not."""
+    down, up = parts["lora_down.weight"], parts["lora_up.weight"]
+    width, rest = down.shape[1], up.shape[0]
+    # Four parts: q, k, v as wide as the input, and the MLP.
+    sizes = [width] * 3 + [rest - 3 * width] if count == 4 else [rest // count] * count
+    rows = up.split(sizes)
+    used = [piece.flatten(1).any(0) for piece in rows]  # (rank,) each
+    block_form = torch.stack(used).sum(0).eq(1).all()  # every rank serves one part alone
+    scale = scale_of(parts)
+    pieces: list[dict[str, Tensor] | None] = []
+    for piece, mask in zip(rows, used, strict=True):
+        if not block_form:
+            mask = torch.ones_like(mask)
+        rank = int(mask.sum())
+        alpha = {"alpha": torch.tensor(scale * rank)} if "alpha" in parts else {}
+        made = {"lora_down.weight": down[mask], "lora_up.weight": piece[:, mask], **alpha}
+        pieces.append(made if rank else None)
+    return pieces
+
+
+def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form."""
+    for piece in pieces.values():
+        if (kind := kind_of(name, piece)) != "lora":
+            raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
+    order = sorted(pieces)
+    downs = [pieces[index]["lora_down.weight"] for index in order]
+    ups = {index: pieces[index]["lora_up.weight"] for index in order}
+    scales = {index: scale_of(pieces[index]) for index in order}
+    width = downs[0].shape[1]
+    if len(set(scales.values())) > 1:
+        ups, scales = {index: up * scales[index] for index, up in ups.items()}, dict.fromkeys(order, 1.0)
+    shared = len(order) == count and all(torch.equal(down, downs[0]) for down in downs)
+    sizes = [width] * 3 + [4 * width] if count == 4 else [next(iter(ups.values())).shape[0]] * count
+    sizes = [ups[index].shape[0] if index in ups else size for index, size in enumerate(sizes)]
+    down = downs[0] if shared else torch.cat(downs)
+    up = down.new_zeros(sum(sizes), down.shape[0])
+    column = 0
+    for index, piece in ups.items():
+        row = sum(sizes[:index])
+        up[row : row + sizes[index], column : column + piece.shape[1]] = piece
+        column += 0 if shared else piece.shape[1]
+    alpha = torch.tensor(scales[order[0]] * down.shape[0])
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}

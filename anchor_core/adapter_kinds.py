@@ -1,0 +1,167 @@
+"""The kinds of adapter that peft makes: how each is configured, what it trains, and where its training starts.
+
+A new kind is one entry of `KINDS`. Every kind starts at zero effect.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .adapter import AdapterConfig
+
+NAME = "anchor"  # peft's name for the one adapter
+KRONECKER_FACTOR = 8
+
+Start = Callable[[Any, torch.Size, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of adapter.
+
+    Args:
+        peft_config: of an `AdapterConfig` and the options that all kinds share.
+        parts: peft's attribute of a layer -> (the tensor's name in state dicts and files, its start), in the order
+            of the draws. A layer need not have all of them.
+        alpha: peft's attribute of a layer that holds alpha; None if the kind has none.
+        check: raises ValueError if a module of this name cannot take the config.
+    """
+
+    peft_config: Callable[[AdapterConfig, dict[str, Any]], Any]
+    parts: Mapping[str, tuple[str, Start]]
+    alpha: str | None
+    check: Callable[[AdapterConfig, str, nn.Module], None]
+
+    def factors(self, layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trainable parameters of a layer of peft's, by name."""
+        for attribute, (part, _) in self.parts.items():
+            held = getattr(layer, attribute)
+            if NAME in held:
+                yield part, held[NAME] if isinstance(held[NAME], nn.Parameter) else held[NAME].weight
+
+    def initialise(self, layer: Any, generator: torch.Generator) -> None:
+        """Give a new layer its start, in float32."""
+        starts = dict(self.parts.values())
+        with torch.no_grad():
+            for part, factor in self.factors(layer):
+                factor.data = factor.data.float()
+                factor.copy_(starts[part](layer, factor.shape, generator))
+
+
+def magnitude(layer: Any) -> Tensor:
+    """||W||: the norm of each output row of the base weight, in float32, in the shape of peft's DoRA magnitude."""
+    weight = layer.get_base_layer().weight.detach().float()
+    # By peft's own function, so that the ratio is exactly 1 at the start.
+    return layer.lora_magnitude_vector[NAME].get_weight_norm(weight, torch.zeros_like(weight[:1]), 1.0)
+
+
+def _zeros(layer: Any, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def _by_rank(layer: Any, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """N(0, 1 / rank^2): the `gaussian` of diffusers' DreamBooth script."""
+    return torch.randn(shape, generator=generator) / layer.r[NAME]
+
+
+def _by_fan_in(layer: Any, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """N(0, 1 / (3 fan-in)): the variance of peft's Kaiming start."""
+    return torch.randn(shape, generator=generator) / math.sqrt(3 * math.prod(shape[1:]))
+
+
+def _magnitude(layer: Any, shape: torch.Size, generator: torch.Generator) -> Tensor:
+    return magnitude(layer)
+
+
+def _check_rank(config: AdapterConfig, name: str, module: nn.Module) -> None:
+    width = min(module.weight.shape[0], math.prod(module.weight.shape[1:]))
+    if config.rank > width:
+        raise ValueError(
+            f"rank is {config.rank}, but layer {name} is {width} wide; take a rank of at most {width} or other layers"
+        )
+
+
+def _check_blocks(config: AdapterConfig, name: str, module: nn.Module) -> None:
+    # peft's rotation of a larger convolution adds up the overlapping patches, so that even the identity has an effect.
+    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
+        raise ValueError(
+            f"kind is 'oft', which takes linear layers and 1 x 1 convolutions, but layers selects {name}; "
+            "take other layers or another kind"
+        )
+    width = module.weight.shape[1]
+    if config.rank < 2 or width % config.rank:
+        raise ValueError(
+            f"rank is {config.rank}, but for oft it takes the channels of a block: a divisor, of at least 2, of every "
+            f"layer's input, such as 4 or 8, and layer {name} takes {width} channels"
+        )
+
+
+def _lora(config: AdapterConfig, shared: dict[str, Any], **options: Any) -> Any:
+    from peft import LoraConfig
+
+    dropout = config.dropout
+    return LoraConfig(lora_alpha=config.alpha, lora_dropout=dropout, init_lora_weights=False, **shared, **options)
+
+
+def _lokr(config: AdapterConfig, shared: dict[str, Any]) -> Any:
+    from peft import LoKrConfig
+
+    options = {"alpha": config.alpha, "rank_dropout": config.dropout}
+    return LoKrConfig(decompose_factor=KRONECKER_FACTOR, **options, **shared)
+
+
+def _loha(config: AdapterConfig, shared: dict[str, Any]) -> Any:
+    from peft import LoHaConfig
+
+    return LoHaConfig(alpha=config.alpha, rank_dropout=config.dropout, **shared)
+
+
+def _oft(config: AdapterConfig, shared: dict[str, Any]) -> Any:
+    from peft import OFTConfig
+
+    # The Neumann series is orthogonal in the limit only.
+    return OFTConfig(r=0, oft_block_size=config.rank, use_cayley_neumann=False, target_modules=shared["target_modules"])
+
+
+_LORA_PARTS = {"lora_A": ("lora_down.weight", _by_rank), "lora_B": ("lora_up.weight", _zeros)}
+
+KINDS = {
+    "lora": Kind(_lora, _LORA_PARTS, "lora_alpha", _check_rank),
+    "dora": Kind(
+        lambda config, shared: _lora(config, shared, use_dora=True),
+        {**_LORA_PARTS, "lora_magnitude_vector": ("lora_magnitude_vector", _magnitude)},
+        "lora_alpha",
+        _check_rank,
+    ),
+    "lokr": Kind(
+        _lokr,
+        {
+            "lokr_w1": ("lokr_w1", _zeros),
+            "lokr_w2": ("lokr_w2", _by_fan_in),
+            "lokr_w2_a": ("lokr_w2_a", _by_fan_in),
+            "lokr_w2_b": ("lokr_w2_b", _by_fan_in),
+        },
+        "alpha",
+        _check_rank,
+    ),
+    "loha": Kind(
+        _loha,
+        {
+            "hada_w1_a": ("hada_w1_a", _by_fan_in),
+            "hada_w1_b": ("hada_w1_b", _by_fan_in),
+            "hada_w2_a": ("hada_w2_a", _by_fan_in),
+            "hada_w2_b": ("hada_w2_b", _zeros),
+        },
+        "alpha",
+        _check_rank,
+    ),
+    "oft": Kind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks),
+}
+"""Kinds by name. LoRA: arXiv 2106.09685; DoRA: 2402.09353; LoKr: 2309.14859; LoHa: 2108.06098; OFT: 2306.07280."""

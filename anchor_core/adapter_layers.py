@@ -1,0 +1,108 @@
+"""Which layers of a network get an adapter: presets over the module names of diffusers and of ComfyUI."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from torch import nn
+
+# attn1.to_q, attn.add_k_proj, x_block.attn.qkv, img_attn.proj; a single-stream block of Flux fuses attention and MLP.
+_ATTENTION = (
+    r"(^|[._])(attn\d?|attention)\.[^.]+(\.0)?$"
+    r"|single_blocks\.\d+\.linear[12]$|single_transformer_blocks\.\d+\.proj_out$"
+)
+_FEED_FORWARD = (
+    r"(^|\.)ff(_context)?\.net\.(0\.proj|2)$|(^|\.)mlp\.fc[12]$|_mlp\.(net\.)?(0|0\.proj|2)$|(^|\.)ffn\.[02]$"
+    r"|single_transformer_blocks\.\d+\.proj_mlp$"
+)
+# The first and the last convolution are as narrow as the latents.
+_NOT_OUTER = r"^(?!(conv_in|conv_out|input_blocks\.0\.0|out\.2|pos_embed\.proj|x_embedder\.proj)$)"
+
+LAYERS = {
+    "attention": _ATTENTION,
+    "cross_attention_kv": r"(^|\.)(attn2\.to_[kv]|cross_attn\.[kv])$",
+    "attention_feed_forward": f"{_ATTENTION}|{_FEED_FORWARD}",
+    "all_linear": r".",
+    "all_linear_conv": _NOT_OUTER,
+}
+"""Presets of `AdapterConfig.layers`: patterns over names of linear modules; `all_linear_conv` of convolutions too."""
+
+_TEXT_ATTENTION = r"(^|\.)self_attn\.(q|k|v|out)_proj$"
+_TEXT_LAYERS = {
+    name: _TEXT_ATTENTION if name in ("attention", "cross_attention_kv") else rf"{_TEXT_ATTENTION}|(^|\.)mlp\.fc[12]$"
+    for name in LAYERS
+}
+_JOINT_ATTENTION = re.compile(r"\.attn\.add_k_proj$")
+
+
+def layer_choices() -> str:
+    """What `AdapterConfig.layers` takes, for an error message."""
+    return f"one of {', '.join(LAYERS)}, or a regular expression over module names"
+
+
+def exact_layers(names: list[str]) -> str:
+    """The `AdapterConfig.layers` that matches these module names and no others."""
+    return "^(" + "|".join(map(re.escape, names)) + ")$"
+
+
+def matching_names(names: Iterable[str], layers: str, prefix: str = "") -> list[str]:
+    """The module names that `AdapterConfig.layers` selects.
+
+    Args:
+        names: of one network's modules, without the prefix.
+        layers: a preset of `LAYERS`, or a regular expression, which is searched for in `<prefix>:<name>`.
+        prefix: of a text encoder, `te1`; empty for the denoising network.
+    """
+    names = list(names)
+    # SD3.5 calls its second self-attention attn2 as well.
+    if layers == "cross_attention_kv" and not prefix and any(map(_JOINT_ATTENTION.search, names)):
+        return []
+    pattern = re.compile((_TEXT_LAYERS if prefix else LAYERS).get(layers, layers))
+    full = prefix and layers not in LAYERS
+    return [name for name in names if pattern.search(f"{prefix}:{name}" if full else name)]
+
+
+def matching_modules(network: nn.Module, layers: str, prefix: str = "") -> list[str]:
+    """Names of the modules of `network` that `AdapterConfig.layers` selects.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    names = _matching(network, layers, prefix)
+    if not names:
+        raise ValueError(_no_match(network, layers))
+    return names
+
+
+def matching_in_all(networks: dict[str, nn.Module], layers: str) -> dict[str, list[str]]:
+    """For each network by prefix, the names that `layers` selects: a preset in each, an expression in one at least.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if layers in LAYERS:
+        return {prefix: matching_modules(network, layers, prefix) for prefix, network in networks.items()}
+    names = {prefix: _matching(network, layers, prefix) for prefix, network in networks.items()}
+    if not any(names.values()):
+        raise ValueError(_no_match(next(iter(networks.values())), layers))
+    return names
+
+
+def _matching(network: nn.Module, layers: str, prefix: str) -> list[str]:
+    linear_only = layers in LAYERS and layers != "all_linear_conv"
+    kinds = nn.Linear if linear_only else (nn.Linear, nn.Conv2d)
+    return matching_names((name for name, part in network.named_modules() if isinstance(part, kinds)), layers, prefix)
+
+
+def _no_match(network: nn.Module, layers: str) -> str:
+    """The sentence that says that `layers` selects nothing."""
+    if layers == "cross_attention_kv":
+        return (
+            f"layers is {layers!r}, but this {type(network).__name__} has no cross-attention: "
+            "one attention joins picture and text; take attention"
+        )
+    return (
+        f"layers is {layers!r}, which matches no linear or convolution module of this {type(network).__name__}, "
+        f"but it takes {layer_choices()}"
+    )
