@@ -7,28 +7,32 @@ holds the very parameters, modules and flags that it held before, also when the 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import comfy.conds
 import comfy.lora
 import comfy.lora_convert
 import comfy.model_management
-import comfy.model_sampling
 import comfy.patcher_extension
-import comfy.quant_ops
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
+from ..checks import check_count, check_number
+from . import comfyui_families as families
+from .comfyui_weights import TrainableWeights, check_trainable
 
 logger = logging.getLogger(__name__)
+
+TRAINING_GUIDANCE = 1.0
+"""What a network with an embedded guidance scale (Flux.1-dev) is told in `predict`; `sample` leaves it ComfyUI's."""
 
 
 @dataclass(eq=False)
@@ -40,7 +44,7 @@ class ComfyCondition:
 
     cross_attention: Tensor
     extras: dict[str, Any]
-    encoded: dict[tuple[int, ...], dict[str, Any]] = field(default_factory=dict)
+    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
 
 
 class ComfyDenoiser:
@@ -48,20 +52,24 @@ class ComfyDenoiser:
 
     Epsilon and v models: timesteps lie on the discrete axis 0 ... 999 and z_t = alpha_t z_0 + sigma_t epsilon, as in
     diffusers; ComfyUI's own x = z_t / alpha_t at its sigma = sigma_t / alpha_t stays inside. Flow models: timesteps are
-    1000 sigma and z_t = (1 - sigma) z_0 + sigma epsilon. LoRAs that the MODEL already carries are part of the
-    pretrained network.
+    1000 sigma and z_t = (1 - sigma) z_0 + sigma epsilon, whatever the shift of the sampling schedule. LoRAs that the
+    MODEL already carries are part of the pretrained network. Latents are (B, C, h, w), for video models too: a picture
+    is one frame.
 
     Raises:
         ValueError: the model cannot be trained through; one sentence says why.
     """
 
     def __init__(self, model, clip, vae):
+        check_trainable(model)
         self.model, self.clip, self.vae = model, clip, vae
         self.adapter: Adapter | None = None
-        self._swapped: list[tuple[dict, str, Tensor]] = []
+        self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
+        self._video = families.takes_frames(model.model)
+        self._guided = families.is_guided(model.model)
+        self._file_keys = families.file_keys(model.model)
+        self._weights = TrainableWeights(model)
         self._stack: ExitStack | None = None
-        _check_supported(model)
-        self.prediction_type = _prediction_type(model.get_model_object("model_sampling"))
 
     # --- the model that ComfyUI manages -----------------------------------------------------------------------
 
@@ -72,9 +80,9 @@ class ComfyDenoiser:
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
             stack.callback(self.model.cleanup)
-            stack.callback(self._restore_weights)
+            stack.callback(self._weights.restore)
             stack.callback(self.detach)
-            self._load()
+            self._weights.load()
             self._stack = stack.pop_all()
         return self
 
@@ -82,40 +90,8 @@ class ComfyDenoiser:
         stack, self._stack = self._stack, None
         stack.close()
 
-    def _load(self) -> None:
-        """Have ComfyUI load the whole model, then put trainable-through views in place of its inference tensors."""
-        comfy.model_management.load_models_gpu([self.model], force_full_load=True)
-        if self.model.model.model_lowvram:
-            raise ValueError("the model does not fit on the device whole; free memory or train a smaller model")
-        self.model.pre_run()
-        _check_weights(self.model.model)
-        views: dict[int, Tensor] = {}
-        for module in self.model.model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.is_inference():
-                        self._swapped.append((table, name, tensor))
-                        table[name] = views.setdefault(id(tensor), _normal_view(tensor))
-
-    def _restore_weights(self) -> None:
-        while self._swapped:
-            table, name, original = self._swapped.pop()
-            current = table[name]
-            if current.data_ptr() != original.data_ptr():  # ComfyUI moved the weights to another device meanwhile
-                with torch.inference_mode():
-                    original.data = current.data
-            table[name] = original
-
-    @contextmanager
-    def _released(self) -> Iterator[None]:
-        """The model as ComfyUI knows it, while another model (CLIP, VAE) is loaded, which may unload this one."""
-        with _layers_out(self.network):
-            self._restore_weights()
-            yield
-            self._load()
-
     @property
-    def network(self) -> torch.nn.Module:
+    def network(self) -> nn.Module:
         return self.model.model.diffusion_model
 
     @property
@@ -126,15 +102,38 @@ class ComfyDenoiser:
     def _sampling(self):
         return self.model.model.model_sampling
 
+    @property
+    def architecture(self) -> str:
+        """The modelspec name of the architecture."""
+        return families.architecture(self.model.model)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return families.blocks(self.network)
+
     # --- the adapter ------------------------------------------------------------------------------------------
 
     def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
-        """Inject a new adapter into the network; call inside the `with` block."""
+        """Inject a new adapter into the network; call inside the `with` block.
+
+        Raises:
+            ValueError: there is one already, or `config` asks for what this model cannot have.
+        """
         if self._stack is None:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
+        if getattr(config, "text_encoder", False):
+            raise ValueError("text_encoder is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
+        layers = (module for module in self.network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+        if config.kind in ("dora", "oft") and not all(families.holds_its_weight(m, self.device) for m in layers):
+            raise ValueError(
+                f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
+                "the device; take lora, lokr or loha"
+            )
         self.adapter = Adapter.attach(self.network, config, seed, self.file_keys())
+        for parameter in self.adapter.parameters():  # peft puts them where the weight is, which may be offloaded
+            parameter.data = parameter.data.to(self.device)
         return self.adapter
 
     def detach(self) -> None:
@@ -147,41 +146,59 @@ class ComfyDenoiser:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
     def file_keys(self) -> dict[str, str]:
-        """Names of the network's modules to key prefixes that the stock LoraLoader reads.
-
-        SD1.x and SD2.x: `lora_unet_<diffusers name>`, which diffusers reads as well; SDXL: `lora_unet_<original name>`;
-        other networks: `diffusion_model.<name>`.
-        """
-        config = self.model.model.model_config.unet_config
-        names = comfy.utils.unet_to_diffusers(config)
-        if not names:
-            modules = (name for name, _ in self.network.named_modules() if name)
-            return {name: f"diffusion_model.{name}" for name in modules}
-        suffix = ".weight"
-        pairs = {name[: -len(suffix)]: key[: -len(suffix)] for key, name in names.items() if key.endswith(suffix)}
-        original = config.get("adm_in_channels") is not None
-        return {name: f"lora_unet_{(name if original else key).replace('.', '_')}" for name, key in pairs.items()}
+        """Names of the network's modules to key prefixes that the stock LoraLoader reads."""
+        return dict(self._file_keys)
 
     # --- pictures and prompts ---------------------------------------------------------------------------------
 
+    @property
+    def downscale(self) -> int:
+        """Pixels of a picture to one of its latents, along an edge."""
+        return self.model.model.latent_format.spacial_downscale_ratio
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture; ValueError if its edges are no multiples of `downscale`."""
+        if height % self.downscale or width % self.downscale:
+            raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {self.downscale}")
+        return self.model.model.latent_format.latent_channels, height // self.downscale, width // self.downscale
+
     def encode_images(self, pixels: Tensor) -> Tensor:
-        with self._released(), torch.no_grad():
-            latents = self.vae.encode(pixels.movedim(1, -1))
-            return self.model.model.process_latent_in(latents).clone().to(self.device)
+        # A video VAE takes a batch for the frames of one video.
+        batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
+        with self._weights.released(), torch.no_grad():
+            latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
+            return self._pictures(self.model.model.process_latent_in(latents)).clone().to(self.device)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._released(), torch.no_grad():
-            unscaled = self.model.model.process_latent_out(latents.detach().clone())
-            return self.vae.decode(unscaled).movedim(-1, 1).clamp(0, 1)
+        with self._weights.released(), torch.no_grad():
+            unscaled = self.model.model.process_latent_out(self._frames(latents.detach().clone()))
+            pixels = self.vae.decode(unscaled)
+            return (pixels[:, 0] if pixels.ndim == 5 else pixels).movedim(-1, 1).clamp(0, 1)
 
     def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
-        with self._released(), torch.no_grad():
-            encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
-            if len(encoded) != 1:
-                raise ValueError(f"the CLIP gives {len(encoded)} encodings of one prompt; give a CLIP without hooks")
-            cross_attention, extras = encoded[0]
-            copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
-            return ComfyCondition(cross_attention.clone().to(self.device), copies)
+        return self.encode_prompts([prompt], adapted)[0]
+
+    def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
+        """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
+        if adapted:
+            raise ValueError("adapted is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
+        with self._weights.released(), torch.no_grad():
+            return [self._encode_prompt(prompt) for prompt in prompts]
+
+    def _encode_prompt(self, prompt: str) -> ComfyCondition:
+        encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
+        if len(encoded) != 1:
+            raise ValueError(f"the CLIP gives {len(encoded)} encodings of one prompt; give a CLIP without hooks")
+        cross_attention, extras = encoded[0]
+        copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
+        return ComfyCondition(cross_attention.clone().to(self.device), copies)
+
+    def _frames(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) as the model takes them: with a frame axis where it is one of video."""
+        return latents.unsqueeze(2) if self._video and latents.ndim == 4 else latents
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        return latents[:, :, 0] if self._video else latents
 
     token_limit = None  # ComfyUI reads long prompts in parts
 
@@ -226,16 +243,27 @@ class ComfyDenoiser:
     # --- predictions ------------------------------------------------------------------------------------------
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Sequence[ComfyCondition]) -> Tensor:
+        if not len(noisy) == len(timesteps) == len(conditions):
+            raise ValueError(
+                f"predict got {len(noisy)} latents, {len(timesteps)} timesteps and {len(conditions)} conditions, "
+                "but it takes one of each a row"
+            )
         noisy = noisy.to(self.device)
-        if len(conditions) != len(noisy):
-            raise ValueError(f"predict got {len(conditions)} conditions for {len(noisy)} rows; give one a row")
         alpha, _, sigma = self._coefficients(timesteps)
-        x = noisy if self.prediction_type == "flow" else noisy / _column(alpha, noisy)
-        inputs = comfy.samplers.cond_cat([self._encoded(condition, noisy) for condition in conditions])
+        x = self._frames(noisy if self.prediction_type == "flow" else noisy / _column(alpha, noisy))
+        encoded = [self._encoded(condition, x) for condition in conditions]
+        said: dict[int, Tensor] = {}
+        for rows in _batches(encoded):
+            output = self._native(x[rows], sigma[rows], comfy.samplers.cond_cat([encoded[row] for row in rows]))
+            said.update(zip(rows, self._pictures(output)))
+        return torch.stack([said[row] for row in range(len(noisy))])
+
+    def _native(self, x: Tensor, sigma: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What the network itself says of ComfyUI's x at its sigma, (B, ...), in float32."""
         options = self.model.model_options["transformer_options"].copy()
         options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(options.get("wrappers", {}))
         comfy.patcher_extension.merge_nested_dicts(options["wrappers"], self.model.wrappers, copy_dict1=False)
-        options.update(cond_or_uncond=[0] * len(noisy), sigmas=sigma)
+        options.update(cond_or_uncond=[0] * len(x), sigmas=sigma)
         outputs: list[Tensor] = []
         # apply_model returns the denoised latents; what the network itself said is the native prediction.
         hook = self.network.register_forward_hook(lambda module, arguments, output: outputs.append(output))
@@ -243,22 +271,24 @@ class ComfyDenoiser:
             self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
         finally:
             hook.remove()
-        return outputs[-1].float()
+        said = outputs[-1]
+        if not torch.is_tensor(said) or said.shape != x.shape:
+            given = tuple(said.shape) if torch.is_tensor(said) else type(said).__name__
+            raise ValueError(
+                f"this model gives {given} for latents of {tuple(x.shape)}; connect one that denoises them"
+            )
+        return said.float()
 
-    @property
-    def blocks(self) -> list[torch.nn.Module]:
-        """Every block of the module lists that ComfyUI's networks are made of."""
-        names = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
-        lists = [getattr(self.network, name) for name in names if hasattr(self.network, name)]
-        return [block for part in lists for block in part]
-
-    def _encoded(self, condition: ComfyCondition, noisy: Tensor) -> dict[str, Any]:
+    def _encoded(self, condition: ComfyCondition, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:
         """What the model's `extra_conds` makes of a condition, for one row of latents of this shape."""
-        shape = tuple(noisy.shape[1:])
+        shape = tuple(x.shape[1:])
         if shape not in condition.encoded:
-            conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, condition.extras]])
-            noise = torch.zeros_like(noisy[:1])
-            conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
+            extras = condition.extras | ({"guidance": TRAINING_GUIDANCE} if self._guided else {})
+            conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, extras]])
+            # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
+            with torch.no_grad(), self.adapter_disabled():
+                noise = torch.zeros_like(x[:1])
+                conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
             encoded = conds["positive"][0]["model_conds"]
             condition.encoded[shape] = {
                 key: value.process_cond(batch_size=1, area=None) for key, value in encoded.items()
@@ -274,24 +304,38 @@ class ComfyDenoiser:
         steps: int,
         guidance: float,
     ) -> Tensor:
-        """By ComfyUI's own sampler: `ddim`, with the schedule of that name for epsilon and v models."""
-        flow = self.prediction_type == "flow"
+        """By ComfyUI's own sampler: `ddim`, with the schedule of that name, for epsilon and v models; `euler` on the
+        `simple` schedule for flow models, at their shift. Rows of one condition run in one batch."""
+        check_count("steps", steps)
+        check_number("guidance", guidance)
+        rows_of: dict[int, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            rows_of.setdefault(id(condition), []).append(row)
+        samples: dict[int, Tensor] = {}
         with torch.no_grad():
-            samples = comfy.sample.sample(
-                self.model,
-                noise.detach().cpu(),
-                steps,
-                guidance,
-                "euler" if flow else "ddim",
-                "simple" if flow else "ddim_uniform",
-                [_joined(conditions)],
-                [_joined([negative] * len(noise))],
-                torch.zeros_like(noise, device="cpu"),
-                disable_pbar=True,
-                seed=0,
-            )
+            for rows in rows_of.values():
+                latents = self._sample_rows(conditions[rows[0]], negative, noise[rows], steps, guidance)
+                samples.update(zip(rows, latents))
             self.model.pre_run()  # the sampler ended the run
-            return self.model.model.process_latent_in(samples).to(self.device)
+        return torch.stack([samples[row] for row in range(len(noise))]).to(self.device)
+
+    def _sample_rows(
+        self, condition: ComfyCondition, negative: ComfyCondition, noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
+        noise = self._frames(noise.detach().cpu())
+        samples = comfy.sample.sample(
+            self.model,
+            noise,
+            steps,
+            guidance,
+            *(("euler", "simple") if self.prediction_type == "flow" else ("ddim", "ddim_uniform")),
+            [[condition.cross_attention, dict(condition.extras)]],
+            [[negative.cross_attention, dict(negative.extras)]],
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+        return self._pictures(self.model.model.process_latent_in(samples))
 
 
 def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
@@ -325,67 +369,14 @@ def _column(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def _normal_view(tensor: Tensor) -> Tensor:
-    """A tensor that autograd may save, over the same bytes as an inference tensor."""
-    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return torch.nn.Parameter(view, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else view
-
-
-@contextmanager
-def _layers_out(network: torch.nn.Module) -> Iterator[None]:
-    """The network's own layers in their places, without the adapter's layers around them."""
-    wrapped = [(name, module) for name, module in network.named_modules() if hasattr(module, "base_layer")]
-    places = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m) for name, m in wrapped]
-    for parent, leaf, module in places:
-        parent._modules[leaf] = module.base_layer
-    try:
-        yield
-    finally:
-        for parent, leaf, module in places:
-            parent._modules[leaf] = module
-
-
-def _joined(conditions: Sequence[ComfyCondition]) -> list:
-    """One CONDITIONING entry with a row for each condition; shorter prompts are repeated, as ComfyUI itself does."""
-    length = math.lcm(*(condition.cross_attention.shape[1] for condition in conditions))
-    rows = [c.cross_attention.repeat(1, length // c.cross_attention.shape[1], 1) for c in conditions]
-    extras = dict(conditions[0].extras)
-    for key, value in extras.items():
-        if torch.is_tensor(value):
-            extras[key] = torch.cat([condition.extras[key] for condition in conditions])
-    return [torch.cat(rows), extras]
-
-
-def _check_supported(model) -> None:
-    reasons = {
-        "pages its weights (dynamic VRAM); start ComfyUI with --disable-dynamic-vram": model.is_dynamic(),
-        "carries a LoRA in bypass mode; load that LoRA without bypass": bool(model.injections),
-        "carries hooks; connect it without them": bool(model.hook_patches) or model.forced_hooks is not None,
-        "has a function wrapped around it by another node; connect the model from before that node": (
-            "model_function_wrapper" in model.model_options
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"this model cannot be trained on: it {reason}")
-
-
-def _check_weights(module: torch.nn.Module) -> None:
-    for name, parameter in module.named_parameters():
-        quantised = isinstance(parameter, comfy.quant_ops.QuantizedTensor) or parameter.dtype.itemsize < 2
-        if quantised:
-            raise ValueError(f"this model's {name} is quantised to {parameter.dtype}; train on a 16 or 32 bit model")
-
-
-def _prediction_type(sampling) -> str:
-    kinds = comfy.model_sampling
-    discrete = getattr(type(sampling), "sigma", None) is kinds.ModelSamplingDiscrete.sigma
-    if discrete and isinstance(sampling, kinds.EPS) and not isinstance(sampling, (kinds.EDM, kinds.X0)):
-        return "v_prediction" if isinstance(sampling, kinds.V_PREDICTION) else "epsilon"
-    plain_flow = isinstance(sampling, kinds.CONST) and not isinstance(sampling, kinds.IMG_TO_IMG_FLOW)
-    if plain_flow and getattr(sampling, "noise_scale", 1.0) == 1.0:
-        return "flow"
-    known = "epsilon and v on 1000 steps, and rectified flow"
-    names = "/".join(base.__name__ for base in type(sampling).__bases__)
-    raise ValueError(f"this model samples by {names}, but training knows {known}; connect another model")
+def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:
+    """Rows that can run in one batch: those whose prompts ComfyUI can join, as for most models of one length."""
+    batches: list[list[int]] = []
+    for row, conds in enumerate(encoded):
+        for batch in batches:
+            if comfy.samplers.cond_equal_size(encoded[batch[0]], conds):
+                batch.append(row)
+                break
+        else:
+            batches.append([row])
+    return batches

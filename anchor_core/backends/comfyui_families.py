@@ -1,0 +1,106 @@
+"""What ComfyUI's models of each family are called, predict and consist of."""
+
+from __future__ import annotations
+
+import comfy.model_base
+import comfy.model_sampling
+import comfy.utils
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch import nn
+
+ARCHITECTURES = {
+    comfy.model_base.SDXL: "stable-diffusion-xl-v1-base",
+    comfy.model_base.SD3: "stable-diffusion-v3-medium",
+    comfy.model_base.Flux: "flux-1-dev",
+}
+
+BLOCK_LISTS = (
+    "joint_blocks", "double_blocks", "single_blocks", "blocks", "layers", "noise_refiner", "context_refiner",
+    "transformer_blocks", "double_layers", "single_layers", "double_stream_blocks", "single_stream_blocks",
+    "text_transformer_blocks", "visual_transformer_blocks",
+)  # fmt: skip
+"""What ComfyUI's transformers call the lists of their blocks."""
+
+
+def prediction_type(sampling: nn.Module) -> str:
+    """`epsilon`, `v_prediction` or `flow`, told by the very methods that turn the network's output into z_0.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    kinds = comfy.model_sampling
+
+    def does(base: type, *methods: str) -> bool:
+        return all(getattr(type(sampling), method, None) is getattr(base, method) for method in methods)
+
+    if does(kinds.ModelSamplingDiscrete, "sigma", "timestep") and does(kinds.EPS, "calculate_input"):
+        if sampling.sigma_data == 1 and does(kinds.EPS, "calculate_denoised"):
+            return "epsilon"
+        if sampling.sigma_data == 1 and does(kinds.V_PREDICTION, "calculate_denoised"):
+            return "v_prediction"
+    packed = isinstance(sampling, kinds.ModelSamplingAV) or getattr(sampling, "noise_scale", 1.0) != 1
+    if does(kinds.CONST, "calculate_input", "calculate_denoised") and sampling.sigma_max <= 1 and not packed:
+        return "flow"
+    known = "epsilon and v on 1000 steps, and rectified flow"
+    names = "/".join(base.__name__ for base in type(sampling).__bases__)
+    raise ValueError(f"this model samples by {names}, but training knows {known}; connect another model")
+
+
+def architecture(model: comfy.model_base.BaseModel) -> str:
+    """The modelspec name of the architecture; ComfyUI's name of the model, in lower case, where it has none."""
+    if isinstance(model.diffusion_model, UNetModel) and type(model) not in ARCHITECTURES:
+        return f"stable-diffusion-v{2 if model.model_config.unet_config.get('context_dim') == 1024 else 1}"
+    return ARCHITECTURES.get(type(model), type(model).__name__.lower())
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer; of a UNet, its residual and its transformer blocks.
+
+    Raises:
+        ValueError: the network's blocks are not known.
+    """
+    if isinstance(network, UNetModel):
+        return [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
+    lists = (getattr(network, name, None) for name in BLOCK_LISTS)
+    found = [block for part in lists if isinstance(part, (nn.ModuleList, nn.ModuleDict)) for block in part.children()]
+    if not found:
+        kind = type(network).__name__
+        raise ValueError(f"gradient_checkpointing is on, but the blocks of a {kind} are not known; switch it off")
+    return found
+
+
+def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
+    """Names of the network's modules, which has no adapter, to key prefixes that the stock LoraLoader reads.
+
+    SD1.x and SD2.x: `lora_unet_<diffusers name>`, which diffusers reads as well; SDXL: `lora_unet_<original name>`;
+    other networks: `diffusion_model.<name>`.
+    """
+    config = model.model_config.unet_config
+    names = comfy.utils.unet_to_diffusers(config)
+    if not names:
+        return {name: f"diffusion_model.{name}" for name, _ in model.diffusion_model.named_modules() if name}
+    suffix = ".weight"
+    pairs = {name[: -len(suffix)]: key[: -len(suffix)] for key, name in names.items() if key.endswith(suffix)}
+    original = config.get("adm_in_channels") is not None
+    return {name: f"lora_unet_{(name if original else key).replace('.', '_')}" for name, key in pairs.items()}
+
+
+def takes_frames(model: comfy.model_base.BaseModel) -> bool:
+    """Whether latents are (B, C, frames, h, w); ValueError if they are no pictures at all."""
+    dimensions = model.latent_format.latent_dimensions
+    if dimensions not in (2, 3):
+        raise ValueError("this model's latents are no pictures; connect an image or video model")
+    return dimensions == 3
+
+
+def is_guided(model: comfy.model_base.BaseModel) -> bool:
+    """Whether the network has an embedded guidance scale, as Flux.1-dev has."""
+    return bool(model.model_config.unet_config.get("guidance_embed"))
+
+
+def holds_its_weight(layer: nn.Module, device: torch.device) -> bool:
+    """Whether the tensor that a layer holds is its weight: no fp8, on the device, with every LoRA patched in."""
+    patched = getattr(layer, "weight_function", ())
+    return not patched and layer.weight.dtype.itemsize > 1 and layer.weight.device.type == device.type

@@ -1,0 +1,165 @@
+"""The weights that ComfyUI manages, trained through in place: no second load, no copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class TrainableWeights:
+    """Between `load` and `restore`, gradients flow through the weights of a MODEL; then it is as it was.
+
+    Two things keep autograd from ComfyUI's own weights. Inference tensors cannot be saved for a backward pass: views
+    over the same bytes take their places. And where a weight is cast to the computing dtype, fetched from memory or
+    patched with a LoRA at each use (fp8, low VRAM), autograd would keep every such copy until the backward pass: such
+    layers ask for their weight again instead (`_AskAgain`).
+    """
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher):
+        self._model = model
+        self._swapped: list[tuple[dict, str, Tensor]] = []
+        self._layers: list[nn.Module] = []
+        self._streams = 0
+
+    def load(self) -> None:
+        """Have ComfyUI load the model, whole or in part, and make it trainable through."""
+        management = comfy.model_management
+        management.load_models_gpu([self._model])
+        self._model.pre_run()
+        # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
+        self._streams, management.NUM_STREAMS = management.NUM_STREAMS, 0
+        views: dict[int, Tensor] = {}
+        for module in self._model.model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is not None and tensor.is_inference():
+                        self._swapped.append((table, name, tensor))
+                        table[name] = views.setdefault(id(tensor), _normal_view(tensor))
+            if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
+                module.forward = _forward_of(module)
+                self._layers.append(module)
+
+    def restore(self) -> None:
+        """Give ComfyUI the tensors and layers back. A second call does nothing."""
+        while self._layers:
+            vars(self._layers.pop()).pop("forward", None)
+        while self._swapped:
+            table, name, original = self._swapped.pop()
+            current = table[name]
+            if current.data_ptr() != original.data_ptr():  # ComfyUI moved the weights to another device meanwhile
+                with torch.inference_mode():
+                    original.data = current.data
+            table[name] = original
+        if self._streams:
+            comfy.model_management.NUM_STREAMS, self._streams = self._streams, 0
+
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """The model as ComfyUI knows it, while another one (CLIP, VAE) is loaded, which may unload this one."""
+        with _layers_out(self._model.model):
+            self.restore()
+            yield
+            self.load()
+
+
+class _AskAgain(torch.autograd.Function):
+    """A frozen linear or convolution layer whose backward pass casts the weight again: nothing is kept between."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
+        return type(layer).forward(layer, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        layer, dtype, gradient = ctx.layer, ctx.dtype, gradient.to(ctx.dtype)
+        casting = {"dtype": dtype, "bias_dtype": dtype, "device": gradient.device, "offloadable": True}
+        with comfy.ops.CastBiasWeightContext(layer, **casting) as (weight, _):
+            if isinstance(layer, nn.Linear):
+                return gradient @ weight, None
+            # The layer's own convolution, whatever its padding: it is linear, so any point serves.
+            with torch.enable_grad():
+                x = gradient.new_zeros(()).expand(ctx.shape).requires_grad_()
+                y = layer._conv_forward(x, weight, None)
+            return torch.autograd.grad(y, x, gradient)[0], None
+
+
+def asks_again(module: nn.Module) -> bool:
+    """Whether a layer's weight in use is another than the tensor it holds: cast, fetched or patched each time."""
+    return bool(
+        getattr(module, "comfy_cast_weights", False)
+        or getattr(module, "weight_function", ())
+        or getattr(module, "bias_function", ())
+    )
+
+
+def _forward_of(layer: nn.Module) -> Callable[..., Tensor]:
+    def forward(x: Tensor, *arguments, **options) -> Tensor:
+        if arguments or options or not (x.requires_grad and torch.is_grad_enabled() and asks_again(layer)):
+            return type(layer).forward(layer, x, *arguments, **options)
+        return _AskAgain.apply(x, layer)
+
+    return forward
+
+
+def _normal_view(tensor: Tensor) -> Tensor:
+    """A tensor that autograd may save, over the same bytes as an inference tensor."""
+    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
+
+
+@contextmanager
+def _layers_out(network: nn.Module) -> Iterator[None]:
+    """The network's own layers in their places, without the adapter's layers around them."""
+    wrapped = [(name, module) for name, module in network.named_modules() if hasattr(module, "base_layer")]
+    places = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m) for name, m in wrapped]
+    for parent, leaf, module in places:
+        parent._modules[leaf] = module.base_layer
+    try:
+        yield
+    finally:
+        for parent, leaf, module in places:
+            parent._modules[leaf] = module
+
+
+def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Refuse a MODEL that cannot be trained through.
+
+    Raises:
+        ValueError: one sentence that says why, and what to switch.
+    """
+    reasons = {
+        "pages its weights (dynamic VRAM); start ComfyUI with --disable-dynamic-vram": model.is_dynamic(),
+        "carries a LoRA in bypass mode; load that LoRA without bypass": bool(model.injections),
+        "carries hooks; connect it without them": bool(model.hook_patches) or model.forced_hooks is not None,
+        "has a function wrapped around it by another node; connect the model from before that node": (
+            "model_function_wrapper" in model.model_options
+        ),
+        "multiplies in fp8 (fp8_e4m3fn_fast, --fast fp8_matrix_mult); load it with weight_dtype fp8_e4m3fn": any(
+            isinstance(module, comfy.ops.fp8_ops.Linear) for module in model.model.modules()
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"this model cannot be trained on: it {reason}")
+    for name, parameter in model.model.named_parameters():
+        kind = type(parameter.data)
+        if isinstance(parameter, comfy.quant_ops.QuantizedTensor) or not parameter.is_floating_point():
+            stored = getattr(parameter, "_layout_cls", None) or parameter.dtype
+            raise ValueError(
+                f"this model's {name} is quantised ({stored}); connect a model in 32 or 16 bit, or in plain fp8"
+            )
+        if kind is not Tensor:
+            raise ValueError(f"this model's {name} is a {kind.__name__}; connect a model of plain tensors")
