@@ -92,7 +92,7 @@ def train(options: Namespace) -> None:
         class_latents = sample_class_latents(denoiser, concept, options.class_pictures, shape, seed=settings.seed)
     probe = DriftProbe(denoiser, latents, concept, noises=2, seed=settings.seed)
     out.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=settings.steps, desc="training", disable=not workers.is_first) as bar:
+    with tqdm(total=settings.steps, desc="training", disable=not workers.is_first, delay=1e-3) as bar:
 
         def show(step) -> None:
             bar.update(step.step - bar.n)
