@@ -126,24 +126,37 @@ class Adapter:
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
-        layers = {}
-        # ComfyUI runs nodes in inference mode, where a new parameter could never be trained.
-        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-            for prefix, names in chosen.items():
-                if not names:
-                    continue
-                shared = {
-                    "r": config.rank,
-                    "target_modules": exact_layers(names),
-                    "rank_pattern": _rank_pattern(config.ranks, prefix, names),
-                }
-                inject_adapter_in_model(kind.peft_config(config, shared), networks[prefix], adapter_name=NAME)
-                layers |= {_full_name(prefix, name): networks[prefix].get_submodule(name) for name in names}
-            for name, layer in layers.items():
-                kind.initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
-        adapter = cls(networks, config, layers, trainable)
-        adapter._set_dropout(False)
+        adapter = cls(networks, config, {}, trainable)
+        try:
+            # ComfyUI runs nodes in inference mode, where a new parameter could never be trained.
+            with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+                for prefix, names in chosen.items():
+                    shared = {
+                        "r": config.rank,
+                        "target_modules": exact_layers(names),
+                        "rank_pattern": _rank_pattern(config.ranks, prefix, names),
+                    }
+                    if names:
+                        inject_adapter_in_model(kind.peft_config(config, shared), networks[prefix], adapter_name=NAME)
+                adapter._layers = adapter._injected(chosen)
+                for name, layer in adapter._layers.items():
+                    kind.initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
+            adapter._set_dropout(False)
+        except BaseException:  # out of memory half-way, too, leaves nothing behind
+            adapter._layers = adapter._injected(chosen)
+            adapter.detach()
+            raise
         return adapter
+
+    def _injected(self, chosen: Mapping[str, list[str]]) -> dict[str, Any]:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        modules = {
+            _full_name(prefix, name): self.networks[prefix].get_submodule(name)
+            for prefix, names in chosen.items()
+            for name in names
+        }
+        return {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
 
     @property
     def module_names(self) -> list[str]:

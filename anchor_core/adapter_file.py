@@ -28,7 +28,16 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter, AdapterConfig, exact_layers
-from .adapter_formats import DIFFUSERS_PREFIXES, convert, diffusers_form, format_of, kind_of, scale_of, split_layers
+from .adapter_formats import (
+    DIFFUSERS_PREFIXES,
+    convert,
+    diffusers_form,
+    format_of,
+    kind_of,
+    scale_of,
+    split_layers,
+    with_stated_alphas,
+)
 from .adapter_kinds import NAME
 
 if TYPE_CHECKING:
@@ -155,22 +164,20 @@ def from_file_keys(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str]) 
     Raises:
         ValueError: if a tensor belongs to no module of the network, or a module's tensors are incomplete.
     """
-    layers = _read_layers(tensors, file_keys)[1]
+    layers = _read_layers(tensors, file_keys, {})[1]
     return {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
 
 
 def _read_layers(
-    tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], architecture: str = ""
+    tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], metadata: Mapping[str, str]
 ) -> tuple[str, dict[str, dict[str, Tensor]]]:
     """The kind, and the parts of each module as `Adapter.state_dict` names them."""
     modules = {prefix: module for module, prefix in file_keys.items()}
-    layers = split_layers(tensors)
+    layers = split_layers(with_stated_alphas(tensors, metadata))
     stranger = next((prefix for prefix in layers if prefix not in modules), None)
     if stranger is not None:
         try:
-            layers = split_layers(
-                convert(tensors, {"modelspec.architecture": architecture}, to=format_of(list(modules)))
-            )
+            layers = split_layers(convert(tensors, metadata, to=format_of(list(modules))))
         except ValueError:
             layers = {stranger: {}}
         stranger = next((prefix for prefix in layers if prefix not in modules), None)
@@ -227,13 +234,14 @@ _RANKS = {
 }
 
 
-def attach_tensors(denoiser: Any, tensors: Mapping[str, Tensor]) -> Adapter:
+def attach_tensors(denoiser: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
     """Attach an adapter's tensors, in any format and kind that can be read, to `denoiser`, which has none.
 
     Raises:
         ValueError: if they were made for another model; the denoiser is then as before.
     """
-    kind, layers = _read_layers(tensors, denoiser.file_keys(), getattr(denoiser, "architecture", ""))
+    said = {**(metadata or {}), "modelspec.architecture": getattr(denoiser, "architecture", "")}
+    kind, layers = _read_layers(tensors, denoiser.file_keys(), said)
     ranks = {name: _RANKS[kind](parts) for name, parts in layers.items()}
     alphas = {float(parts["alpha"]) for parts in layers.values() if "alpha" in parts}
     config = AdapterConfig(
@@ -272,7 +280,7 @@ def attach_file(denoiser: Any, path: str | Path) -> tuple[Adapter, dict[str, str
     """
     tensors, metadata = load_adapter(path)
     try:
-        return attach_tensors(denoiser, tensors), metadata
+        return attach_tensors(denoiser, tensors, metadata), metadata
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

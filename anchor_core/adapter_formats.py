@@ -12,6 +12,9 @@ UNets go by diffusers' names in `comfyui` and `kohya` files of SD1 and SD2, by t
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,6 +62,7 @@ _PREFIXES = {
     "text_encoder_2.": "text_encoder_2",
 }
 
+_STATED = "lora_adapter_metadata"  # where diffusers writes peft's config
 Layers = dict[str, dict[str, Tensor]]
 
 
@@ -103,6 +107,22 @@ def format_of(prefixes: list[str]) -> str:
     return "kohya"
 
 
+def with_stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a diffusers file with an `.alpha` for each layer whose alpha only the metadata states."""
+    stated, result = json.loads(metadata.get(_STATED, "{}")), dict(tensors)
+    for prefix, parts in split_layers(tensors).items() if stated else ():
+        component, _, name = prefix.partition(".")
+        alpha = stated.get(f"{component}.lora_alpha")
+        if alpha is None or "alpha" in parts or "lora_down.weight" not in parts:
+            continue
+        patterns = stated.get(f"{component}.alpha_pattern") or {}
+        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), alpha)
+        if stated.get(f"{component}.use_rslora"):
+            alpha *= math.sqrt(parts["lora_down.weight"].shape[0])
+        result[f"{prefix}.alpha"] = torch.tensor(float(alpha))
+    return result
+
+
 def diffusers_form(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a LoRA under diffusers' names: alpha / rank goes into B. Other kinds stay as they are."""
     if "lora_down.weight" not in parts:
@@ -127,18 +147,20 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
 
     Args:
         tensors: in any of `FORMATS`, of SD1, SD2, SDXL, SD3 or Flux.
-        metadata: the file's; its `modelspec.architecture` is asked where names and shapes do not tell.
+        metadata: the file's; its `modelspec.architecture` is asked where names and shapes do not tell, and its
+            alphas are taken where diffusers stated them there.
         to: one of `FORMATS`.
 
     Raises:
         ValueError: if a key is not understood, or the adapter's kind has no form in that format.
     """
     check_choice("to", to, FORMATS)
-    layers = split_layers(tensors)
-    if to == "diffusers":
-        for prefix, parts in layers.items():
-            if (kind := kind_of(prefix, parts)) != "lora":
-                raise ValueError(f"to is 'diffusers', but this is a {kind} file, and {_NOT_FOR_DIFFUSERS[kind]}")
+    layers = split_layers(with_stated_alphas(tensors, metadata or {}))
+    for prefix, parts in layers.items():
+        kind = kind_of(prefix, parts)
+        if to == "diffusers" and kind != "lora" or kind == "dora" and "dora_scale" not in parts:
+            raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED[kind]}")
+        parts.pop("lora_magnitude_vector", None)
     named: dict[str, Layers] = {}
     for prefix, parts in layers.items():
         component, name = _component(prefix)
@@ -163,7 +185,7 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     return result
 
 
-_NOT_FOR_DIFFUSERS = {
+_NOT_CONVERTED = {
     "dora": "its magnitudes depend on the base weights, so that they cannot be rewritten without the model",
     "lokr": "diffusers reads LoRA only",
     "loha": "diffusers reads LoRA only",
@@ -185,6 +207,7 @@ def convert_file(source: str | Path, target: str | Path, to: str) -> None:
         converted = convert(tensors, metadata, to=to)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    metadata.pop(_STATED, None)  # alpha is among the tensors now
     save_adapter(target, converted, metadata)
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from anchor_core.adapter import LAYERS, Adapter, AdapterConfig, matching_modules
+from anchor_core.adapter import KINDS, LAYERS, Adapter, AdapterConfig, exact_layers, matching_modules
 from anchor_core.adapter_file import (
     attach_file,
     base_fingerprint,
@@ -16,7 +16,10 @@ from anchor_core.adapter_file import (
     save_trained,
     to_file_keys,
 )
+from anchor_core.adapter_layers import matching_names
 from anchor_core.trainer import TrainSettings
+
+LINEAR_PARTS = "attention_feed_forward"  # every kind takes it; OFT takes no 3 x 3 convolution
 
 
 def predict(denoiser, make_step) -> torch.Tensor:
@@ -48,6 +51,109 @@ def test_a_new_adapter_has_no_effect_and_a_trained_one_can_be_switched_off_exact
         assert torch.equal(predict(denoiser, make_step), untouched)
     assert adapter.enabled
     assert not torch.equal(predict(denoiser, make_step), untouched)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_starts_without_effect_and_comes_off_exactly(eps_denoiser, make_step, stir, kind, dtype):
+    eps_denoiser.network.to(dtype)
+    step = make_step(eps_denoiser)
+    text = torch.cat([condition.view(1, -1, 32) for condition in step.subject_conditions]).to(dtype)
+
+    def predict() -> torch.Tensor:
+        with torch.no_grad():
+            return eps_denoiser.network(step.noisy.to(dtype), step.timesteps, text).sample
+
+    modules, untouched = dict(eps_denoiser.network.named_modules()), predict()
+    layers = LINEAR_PARTS if kind == "oft" else "all_linear_conv"
+    adapter = eps_denoiser.attach(AdapterConfig(rank=4, kind=kind, layers=layers))
+    assert torch.equal(predict(), untouched)
+    assert all(parameter.dtype == torch.float32 and parameter.requires_grad for parameter in adapter.parameters())
+    stir(adapter)
+    assert not torch.equal(predict(), untouched)
+    with adapter.disabled():
+        assert torch.equal(predict(), untouched)
+    with adapter.scaled(0):
+        assert torch.equal(predict(), untouched)
+    eps_denoiser.detach()
+    assert dict(eps_denoiser.network.named_modules()) == modules
+    assert torch.equal(predict(), untouched)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns(eps_denoiser, make_step, kind):
+    adapter = eps_denoiser.attach(AdapterConfig(rank=4, kind=kind, layers=LINEAR_PARTS))
+    optimiser, losses = torch.optim.SGD(adapter.parameters(), lr=1.0), []
+    for _ in range(3):
+        step = make_step(eps_denoiser)
+        loss = (step.subject - step.target).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strength_interpolates_the_weights_of_every_kind(eps_denoiser, stir, kind):
+    layers = r"mid_block.*attn2\.to_k$" if kind == "oft" else r"mid_block.*(attn2\.to_k|resnets\.0\.conv1)$"
+    adapter = eps_denoiser.attach(AdapterConfig(rank=4, alpha=2, kind=kind, layers=layers))
+    stir(adapter)
+    for name in adapter.module_names:
+        layer, base = adapter.layer(name), adapter.base_module(name)
+        weight = base.weight.detach()
+        rows = weight.shape[1]
+        x = torch.randn(2, rows, *((5, 5) if weight.dim() == 4 else ()), generator=torch.Generator().manual_seed(0))
+        adapted = _materialised(layer, weight)
+        for strength in (1.0, 0.3, -2.0):
+            blend = {"weight": weight + strength * (adapted - weight)}
+            with torch.no_grad(), adapter.scaled(strength):
+                expected = torch.func.functional_call(base, blend, x)
+                torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+    assert not adapter._hooks
+
+
+def _materialised(layer, weight: torch.Tensor) -> torch.Tensor:
+    """The adapted weight as a matrix product with the identity, patch by patch for a convolution."""
+    count = weight[0].numel()
+    patches = torch.eye(count).view(count, *weight.shape[1:])  # one kernel-sized input for each entry of a row
+    with torch.no_grad():
+        zero = torch.zeros_like(patches[:1])
+        made = layer(patches) - layer(zero)
+    centre = made if weight.dim() == 2 else made[:, :, made.shape[2] // 2, made.shape[3] // 2]
+    return centre.T.reshape(weight.shape)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 33}, r"^rank is 33, but layer down_blocks\.1\..*attn2\.to_k is 32 wide"),
+        ({"rank": 33, "kind": "dora"}, "^rank is 33, but layer .* is 32 wide"),
+        ({"rank": 5, "kind": "oft"}, "^rank is 5, but for oft it takes the channels of a block.* takes 64 channels"),
+        ({"rank": 1, "kind": "oft"}, "^rank is 1, but for oft"),
+        (
+            {"rank": 4, "kind": "oft", "layers": "conv1$"},
+            "^kind is 'oft', which takes linear layers .* selects .*conv1",
+        ),
+    ],
+)
+def test_a_layer_that_is_too_narrow_is_named_and_nothing_is_left(eps_denoiser, options, message):
+    eps_denoiser.network.conv_in.weight.requires_grad_(True)
+    before = snapshot(eps_denoiser.network)
+    with pytest.raises(ValueError, match=message):
+        eps_denoiser.attach(AdapterConfig(**options))
+    assert [entry[:3] for entry in snapshot(eps_denoiser.network)] == [entry[:3] for entry in before]
+    assert eps_denoiser.adapter is None
+
+
+def test_an_adapter_that_fails_half_way_leaves_nothing():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    network[1].weight = torch.nn.Parameter(network[1].weight.detach().to(torch.float8_e4m3fn))  # DoRA cannot add to it
+    modules, before = dict(network.named_modules()), snapshot(network)
+    with pytest.raises(RuntimeError):
+        Adapter.attach({"": network}, AdapterConfig(rank=2, kind="dora", layers="."))
+    assert dict(network.named_modules()) == modules and not hasattr(network, "peft_config")
+    assert [entry[:3] for entry in snapshot(network)] == [entry[:3] for entry in before]
 
 
 def test_switching_off_survives_an_exception_and_nests(eps_denoiser, stir):
@@ -112,24 +218,36 @@ def test_only_the_adapter_is_trainable(eps_denoiser):
     assert all(p.dtype == torch.float32 for p in adapter.parameters())
 
 
-def test_initialisation_depends_on_the_seed_alone(eps_denoiser):
+DRAWN = {"lora": 1, "dora": 1, "lokr": 1, "loha": 3, "oft": 0}  # factors of a layer that do not start the same
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initialisation_depends_on_the_seed_and_the_file_key_alone(eps_denoiser, kind):
     states = []
-    for seed, layers, global_seed in ((0, "attention", 1), (0, "all_linear", 2), (1, "attention", 1)):
+    for seed, layers, global_seed in ((0, "attention", 1), (0, LINEAR_PARTS, 2), (1, "attention", 1)):
         torch.manual_seed(global_seed)
         before = torch.get_rng_state()
-        states.append(eps_denoiser.attach(AdapterConfig(rank=4, layers=layers), seed=seed).state_dict())
+        adapter = eps_denoiser.attach(AdapterConfig(rank=16, layers=layers, kind=kind), seed=seed)
+        states.append(adapter.state_dict())
+        modules = len(adapter.module_names)
         assert torch.equal(torch.get_rng_state(), before)
         eps_denoiser.detach()
     first, more, other = states
     assert all(torch.equal(first[name], more[name]) for name in first)
+    drawn = [name for name in first if not torch.equal(first[name], other[name])]
+    assert len(drawn) == DRAWN[kind] * modules
+
+
+def test_a_loras_start_is_that_of_diffusers(eps_denoiser):
+    first = eps_denoiser.attach(AdapterConfig(rank=4)).state_dict()
     downs = [name for name in first if name.endswith("lora_down.weight")]
-    assert not any(torch.equal(first[name], other[name]) for name in downs)
     assert all(not first[name].any() for name in first if name.endswith("lora_up.weight"))
     assert torch.cat([first[name].flatten() for name in downs]).std().item() == pytest.approx(1 / 4, rel=0.05)
 
 
-def test_dropout_is_off_outside_its_context(eps_denoiser, make_step, stir):
-    adapter = eps_denoiser.attach(AdapterConfig(rank=2, dropout=0.5))
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "oft"])
+def test_dropout_is_off_outside_its_context(eps_denoiser, make_step, stir, kind):
+    adapter = eps_denoiser.attach(AdapterConfig(rank=2, dropout=0.5, kind=kind))
     stir(adapter)
     assert torch.equal(predict(eps_denoiser, make_step), predict(eps_denoiser, make_step))
     with adapter.dropout():
@@ -147,6 +265,138 @@ def test_presets_select_what_they_say(eps_denoiser):
     assert {name.split(".ff.")[1] for name in more} == {"net.0.proj", "net.2"}
     linear = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
     assert set(matching_modules(network, "all_linear")) == linear
+    outer = {"conv_in", "conv_out"}
+    convolutions = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Conv2d)}
+    assert outer <= convolutions
+    assert set(matching_modules(network, "all_linear_conv")) == linear | convolutions - outer
+
+
+UNET = "input_blocks.1.1.transformer_blocks.0"
+COMFYUI = {
+    "unet": [
+        *(f"{UNET}.attn{i}.{part}" for i in (1, 2) for part in ("to_q", "to_k", "to_v", "to_out.0")),
+        *(f"{UNET}.ff.net.0.proj", f"{UNET}.ff.net.2", "input_blocks.1.1.proj_in", "time_embed.0", "label_emb.0.0"),
+        *("input_blocks.0.0", "input_blocks.1.0.in_layers.2", "input_blocks.1.0.emb_layers.1", "out.2"),
+    ],
+    "mmdit": [
+        *(f"joint_blocks.0.{side}_block.attn.{part}" for side in ("x", "context") for part in ("qkv", "proj")),
+        *("joint_blocks.0.x_block.attn2.qkv", "joint_blocks.0.x_block.attn2.proj"),
+        *(f"joint_blocks.0.{side}_block.mlp.{part}" for side in ("x", "context") for part in ("fc1", "fc2")),
+        *("joint_blocks.0.x_block.adaLN_modulation.1", "t_embedder.mlp.0", "y_embedder.mlp.2", "context_embedder"),
+        *("x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1"),
+    ],
+    "flux": [
+        *(f"double_blocks.0.{side}_attn.{part}" for side in ("img", "txt") for part in ("qkv", "proj")),
+        *("single_blocks.0.linear1", "single_blocks.0.linear2"),
+        *(f"double_blocks.0.{side}_mlp.{part}" for side in ("img", "txt") for part in ("0", "2")),
+        *("double_blocks.0.img_mod.lin", "single_blocks.0.modulation.lin", "img_in", "time_in.in_layer"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "attention", "feed_forward", "outer"),
+    [
+        ("unet", 8, 2, {"input_blocks.0.0", "out.2"}),
+        ("mmdit", 6, 4, {"x_embedder.proj"}),
+        ("flux", 6, 4, set()),
+    ],
+)
+def test_presets_select_the_same_in_comfyuis_networks(family, attention, feed_forward, outer):
+    names = COMFYUI[family]
+    assert matching_names(names, "attention") == names[:attention]
+    assert matching_names(names, "attention_feed_forward") == names[: attention + feed_forward]
+    assert matching_names(names, "all_linear") == names
+    assert set(names) - set(matching_names(names, "all_linear_conv")) == outer
+    kv = matching_names(names, "cross_attention_kv")
+    assert kv == ([f"{UNET}.attn2.to_k", f"{UNET}.attn2.to_v"] if family == "unet" else [])
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_presets_select_the_same_in_diffusers_transformers(family):
+    from tests.test_adapter_formats import transformer
+
+    network = transformer(family)
+    attention = set(matching_modules(network, "attention"))
+    joint = {"to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"}
+    leaves = {name.split("attn.")[1] for name in attention if ".attn." in name}
+    assert leaves == (joint if family == "flux" else joint - {"to_add_out"})  # SD3's last block has no text output
+    assert {name for name in attention if ".attn." not in name} == (
+        {"single_transformer_blocks.0.proj_out"}
+        if family == "flux"
+        else {f"transformer_blocks.0.attn2.{part}" for part in ("to_q", "to_k", "to_v", "to_out.0")}
+    )
+    more = set(matching_modules(network, "attention_feed_forward")) - attention
+    image = {f"transformer_blocks.0.ff.net.{part}" for part in ("0.proj", "2")}
+    text = {name.replace("ff", "ff_context") for name in image}
+    assert more == (image | text | {"single_transformer_blocks.0.proj_mlp"} if family == "flux" else image)
+    with pytest.raises(ValueError, match="layers is 'cross_attention_kv', but this .* has no cross-attention"):
+        matching_modules(network, "cross_attention_kv")
+
+
+# --- several networks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def networks(eps_denoiser):
+    """The denoising network and its text encoder, and file keys for both."""
+    text = eps_denoiser.text_encoder
+    names = [name for name, module in text.named_modules() if isinstance(module, torch.nn.Linear)]
+    keys = {f"te1:{name}": f"lora_te1_{name.replace('.', '_')}" for name in names}
+    return {"": eps_denoiser.network, "te1": text}, {**eps_denoiser.file_keys(), **keys}
+
+
+def text_states(networks) -> torch.Tensor:
+    with torch.no_grad():
+        return networks["te1"](torch.arange(12).view(2, 6)).last_hidden_state
+
+
+def test_text_encoders_are_adapted_beside_the_network(networks, stir):
+    networks, keys = networks
+    untouched, modules = text_states(networks), dict(networks["te1"].named_modules())
+    trainable = next(networks["te1"].parameters()).requires_grad_(True)
+    adapter = Adapter.attach(networks, AdapterConfig(rank=2, text_encoder=True), 0, keys)
+    text = [name for name in adapter.module_names if name.startswith("te1:")]
+    assert {name.rsplit(".", 1)[1] for name in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
+    assert len(text) < len(adapter.module_names) and adapter.base_module(text[0]).weight.shape == (32, 32)
+    assert {id(p) for network in networks.values() for p in network.parameters() if p.requires_grad} == {
+        id(parameter) for parameter in adapter.parameters()
+    }
+    assert torch.equal(text_states(networks), untouched)
+    stir(adapter)
+    full = text_states(networks)
+    assert not torch.equal(full, untouched)
+    with adapter.disabled():
+        assert torch.equal(text_states(networks), untouched)
+    tensors = to_file_keys(adapter, keys)
+    assert "lora_te1_" + text[0].removeprefix("te1:").replace(".", "_") + ".lora_up.weight" in tensors
+    state = adapter.state_dict()
+    adapter.detach()
+    assert dict(networks["te1"].named_modules()) == modules and not hasattr(networks["te1"], "peft_config")
+    assert [p for p in networks["te1"].parameters() if p.requires_grad] == [trainable]
+    assert torch.equal(text_states(networks), untouched)
+    again = Adapter.attach(networks, AdapterConfig(rank=2, layers=exact_layers(list(adapter_names(state)))), 0, keys)
+    again.load_state_dict(state)
+    assert torch.equal(text_states(networks), full)
+
+
+def adapter_names(state) -> dict[str, None]:
+    return dict.fromkeys(key.removesuffix(".alpha") for key in state if key.endswith(".alpha"))
+
+
+def test_presets_and_expressions_over_text_encoders(networks):
+    networks, keys = networks
+    for layers, leaves in (("all_linear", {"fc1", "fc2"}), ("cross_attention_kv", set())):
+        adapter = Adapter.attach(networks, AdapterConfig(rank=2, layers=layers), 0, keys)
+        text = {name.rsplit(".", 1)[1] for name in adapter.module_names if name.startswith("te1:")}
+        assert text == {"q_proj", "k_proj", "v_proj", "out_proj"} | leaves
+        adapter.detach()
+    adapter = Adapter.attach(networks, AdapterConfig(rank=2, layers="^te1:.*fc1$"), 0, keys)
+    assert all(name.endswith("fc1") for name in adapter.module_names)
+    assert not any(parameter.requires_grad for parameter in networks[""].parameters())
+    adapter.detach()
+    with pytest.raises(ValueError, match="^layers is 'nothing', which matches no linear or convolution module"):
+        Adapter.attach(networks, AdapterConfig(layers="nothing"), 0, keys)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +409,8 @@ def test_presets_select_what_they_say(eps_denoiser):
         ({"dropout": 1}, "^dropout is 1"),
         ({"layers": ""}, "^layers is ''.*attention"),
         ({"layers": "("}, r"^layers is '\('.*regular expression"),
-        ({"kind": "loha"}, "^kind is 'loha'.*lora"),
+        ({"kind": "other"}, "^kind is 'other', but it takes one of lora, dora, lokr, loha, oft"),
+        ({"kind": "oft", "dropout": 0.1}, "^dropout is 0.1, but with kind 'oft' it takes 0"),
     ],
 )
 def test_bad_config_is_named(options, message):
@@ -258,6 +509,29 @@ def test_keys_are_kohyas(eps_denoiser, tmp_path):
     assert back.keys() == adapter.state_dict().keys()
     del keys[f"{prefix}.alpha"]
     assert from_file_keys(keys, eps_denoiser.file_keys())[f"{adapter.module_names[0]}.alpha"] == 1
+
+
+@pytest.mark.parametrize("stated", [False, True])
+def test_a_file_of_diffusers_own_attaches(eps_denoiser, model_folders, make_step, tmp_path, stated):
+    from diffusers import StableDiffusionPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_folders["epsilon"], local_files_only=True, safety_checker=None
+    )
+    config = LoraConfig(r=4, lora_alpha=8 if stated else 4, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config)
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    metadata = {"unet_lora_adapter_metadata": config.to_dict()} if stated else {}
+    pipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, **metadata)
+    adapter, _ = attach_file(eps_denoiser, next(tmp_path.glob("*.safetensors")))
+    step = make_step(eps_denoiser)
+    with torch.no_grad():
+        theirs = pipeline.unet(step.noisy, step.timesteps, torch.stack(step.subject_conditions)).sample
+    torch.testing.assert_close(predict(eps_denoiser, make_step), theirs)
+    assert adapter.config.rank == 4 and adapter.config.alpha == (8 if stated else 4)
 
 
 def test_file_keys_are_the_same_with_an_adapter(eps_denoiser):
