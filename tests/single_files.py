@@ -51,8 +51,10 @@ def _clip(encoder, prefix: str) -> dict[str, Tensor]:
 
 
 def _open_clip(encoder, prefix: str) -> dict[str, Tensor]:
-    state = encoder.state_dict()
-    state["text_projection"] = state.pop("text_projection.weight").T
+    names = {key: key if key.startswith("text_") else f"text_model.{key}" for key in encoder.state_dict()}
+    state = {names[key]: tensor for key, tensor in encoder.state_dict().items()}
+    # SD2's checkpoints have one too, which nothing reads.
+    state["text_projection"] = state.pop("text_projection.weight", torch.eye(encoder.config.hidden_size)).T
     for layer in range(encoder.config.num_hidden_layers):
         attention = f"text_model.encoder.layers.{layer}.self_attn"
         for leaf in ("weight", "bias"):
@@ -81,7 +83,7 @@ def _mmdit(transformer) -> dict[str, Tensor]:
 
 
 def single_file(name: str, pipeline) -> dict[str, Tensor]:
-    """The tensors of the checkpoint of a tiny `sd1`, `sdxl` or `sd3` pipeline."""
+    """The tensors of the checkpoint of a tiny `sd1`, `sd2_v`, `sdxl` or `sd3` pipeline."""
     state = _renamed(pipeline.vae.state_dict(), _VAE, "first_stage_model.")
     if name == "sd3":
         state |= _mmdit(pipeline.transformer)
@@ -92,6 +94,9 @@ def single_file(name: str, pipeline) -> dict[str, Tensor]:
         state |= _unet(pipeline.unet)
         state |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
         state |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+    elif name == "sd2_v":
+        state |= _unet(pipeline.unet)
+        state |= _open_clip(pipeline.text_encoder, "cond_stage_model.model.")
     else:
         state |= _unet(pipeline.unet)
         state |= _clip(pipeline.text_encoder, "cond_stage_model.transformer.")

@@ -117,6 +117,13 @@ def test_zero_terminal_snr_has_no_division_by_zero(tmp_path):
         tiny_models.denoiser_of(pipeline)
 
 
+def test_architectures_of_stable_diffusion(tmp_path):
+    denoiser = tiny_models.denoiser_of(tiny_models.build("sd2_v", tmp_path))
+    assert denoiser.architecture == "stable-diffusion-v1" and denoiser.default_resolution == 16
+    denoiser.network.register_to_config(cross_attention_dim=1024)
+    assert denoiser.architecture == "stable-diffusion-v2" and set(denoiser.text_encoders) == {"te"}
+
+
 def test_the_autoencoders_shift_and_scale(tmp_path):
     pipeline = tiny_models.build("sd3", tmp_path)
     denoiser = tiny_models.denoiser_of(pipeline)

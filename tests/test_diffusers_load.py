@@ -14,7 +14,7 @@ from anchor_core.backends.diffusers import DiffusersDenoiser
 from tests import tiny_models
 from tests.single_files import single_file
 
-MADE = ("sd1", "sdxl", "sd3")
+MADE = ("sd1", "sd2_v", "sdxl", "sd3")
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +56,8 @@ def test_a_checkpoint_is_the_folders_model(made, tmp_path, name):
         return predicted, denoiser.decode_latents(noisy), denoiser.encode_images(torch.full((1, 3, 16, 16), 0.3))
 
     torch.testing.assert_close(outputs(ours), outputs(theirs), rtol=1e-4, atol=1e-5)
-    assert ours.architecture == theirs.architecture and ours.dtype == torch.float32
+    assert ours.architecture == theirs.architecture and ours.prediction_type == theirs.prediction_type
+    assert ours.dtype == torch.float32
 
 
 def refused(path, message, config=None):

@@ -51,9 +51,9 @@ class Family:
     part: str = "transformer"
     """The pipeline's name of the network."""
     text_parts: tuple[str, ...] = ("text_encoder",)
-    """The pipeline's names of the text encoders; each has a tokenizer."""
-    tokenizer_parts: tuple[str, ...] = ("tokenizer",)
+    """The pipeline's names of the text encoders; each has a tokenizer, named alike."""
     optional: tuple[str, ...] = ()
+    """Those of them that a model may go without."""
     text_prefixes: dict[str, str]
     """Key of each text encoder that can be adapted, in the pipeline's order, to what its file keys begin with."""
     noise_process: type = Flow
@@ -173,7 +173,6 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline = "StableDiffusionXLPipeline"
     text_parts = ("text_encoder", "text_encoder_2")
-    tokenizer_parts = ("tokenizer", "tokenizer_2")
     text_prefixes = {"te1": "lora_te1_", "te2": "lora_te2_"}
     architecture = "stable-diffusion-xl-v1-base"
 
@@ -224,8 +223,7 @@ class StableDiffusion3(Family):
     pipeline = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    tokenizer_parts = ("tokenizer", "tokenizer_2", "tokenizer_3")
-    optional = ("text_encoder_3", "tokenizer_3")
+    optional = ("text_encoder_3",)
     # LoraLoader and diffusers both read these beside `transformer.` keys; neither pipeline reads `lora_te1_` there.
     text_prefixes = {"te1": "text_encoder.", "te2": "text_encoder_2."}
     architecture = "stable-diffusion-v3-medium"
@@ -268,7 +266,6 @@ class Flux(Family):
     pipeline = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2")
-    tokenizer_parts = ("tokenizer", "tokenizer_2")
     text_prefixes = {"te1": "text_encoder."}
     noise_process = FluxFlow
     patch = 2

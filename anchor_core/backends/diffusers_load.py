@@ -118,8 +118,12 @@ def _pipeline(family: type[Family], parts: Mapping[str, Sequence[str]]) -> tuple
 
     pipeline = getattr(diffusers, family.pipeline)
     known = inspect.signature(pipeline.__init__).parameters
-    absent = [name for name in family.optional if name not in parts]
+    absent = [name for name in _with_tokenizers(family.optional) if name not in parts]
     return pipeline, dict.fromkeys(name for name in (*_LEFT_OUT, *absent) if name in known)
+
+
+def _with_tokenizers(encoders: Sequence[str]) -> list[str]:
+    return [part for name in encoders for part in (name, name.replace("text_encoder", "tokenizer"))]
 
 
 def _check_folder(path: Path, argument: str) -> tuple[type[Family], dict[str, Sequence[str]]]:
@@ -138,9 +142,10 @@ def _check_folder(path: Path, argument: str) -> tuple[type[Family], dict[str, Se
         known = ", ".join(family.pipeline for family in FAMILIES)
         raise ValueError(f"{argument} {path} is a {name}, but it takes one of {known}")
     parts = {name: part for name, part in index.items() if isinstance(part, list) and part[0] is not None}
-    for part in (family.part, *family.text_parts, *family.tokenizer_parts, "vae", "scheduler"):
+    absent = {part for part in _with_tokenizers(family.optional) if part not in parts}
+    for part in (family.part, *_with_tokenizers(family.text_parts), "vae", "scheduler"):
         # Without this, a missing tokenizer would be an empty one.
-        if not (path / part).is_dir() and (part in parts or part not in family.optional):
+        if part not in absent and not (path / part).is_dir():
             raise ValueError(f"{argument} {path} has no folder {part}; give a whole diffusers folder")
     return family, parts
 
