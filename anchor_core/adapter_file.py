@@ -9,7 +9,8 @@ keys are `<prefix>.lora_down.weight`, `.lora_up.weight` and `.alpha`, and under 
 - DoRA: those of a LoRA, and `dora_scale`. The stock loader divides by the norm of the base weight where DoRA has that
   of the updated one, so `dora_scale` is m ||W|| / ||W + s B A||, which makes its weight the trained one.
 - OFT: `oft_R.weight`, which peft trains, and `diff`, the change of the weight. The stock `oft_blocks` rotate outputs,
-  peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers.
+  peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers,
+  and the stock loader logs each `oft_R.weight` as not loaded.
 """
 
 from __future__ import annotations
@@ -174,15 +175,15 @@ def _read_layers(
     """The kind, and the parts of each module as `Adapter.state_dict` names them."""
     modules = {prefix: module for module, prefix in file_keys.items()}
     layers = split_layers(with_stated_alphas(tensors, metadata))
-    stranger = next((prefix for prefix in layers if prefix not in modules), None)
-    if stranger is not None:
+    if not layers.keys() <= modules.keys():
+        stranger = next(prefix for prefix in layers if prefix not in modules)
+        message = f"this LoRA was made for another model: {stranger} belongs to no module of this network"
         try:
             layers = split_layers(convert(tensors, metadata, to=format_of(list(modules))))
-        except ValueError:
-            layers = {stranger: {}}
-        stranger = next((prefix for prefix in layers if prefix not in modules), None)
-    if stranger is not None:
-        raise ValueError(f"this LoRA was made for another model: {stranger} belongs to no module of this network")
+        except ValueError as error:
+            raise ValueError(message) from error
+        if not layers.keys() <= modules.keys():
+            raise ValueError(message)
     kinds = {kind_of(prefix, parts) for prefix, parts in layers.items()}
     if len(kinds) > 1:
         raise ValueError(f"the file mixes {' and '.join(sorted(kinds))} layers, but one kind for all is supported")

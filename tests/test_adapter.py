@@ -146,6 +146,13 @@ def test_a_layer_that_is_too_narrow_is_named_and_nothing_is_left(eps_denoiser, o
     assert eps_denoiser.adapter is None
 
 
+def test_dora_refuses_a_row_without_direction():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    torch.nn.init.zeros_(network[0].weight[3])
+    with pytest.raises(ValueError, match="^kind is 'dora', but layer 0 has output rows of zero weight"):
+        Adapter.attach({"": network}, AdapterConfig(rank=2, kind="dora", layers="."))
+
+
 def test_an_adapter_that_fails_half_way_leaves_nothing():
     network = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     network[1].weight = torch.nn.Parameter(network[1].weight.detach().to(torch.float8_e4m3fn))  # DoRA cannot add to it
