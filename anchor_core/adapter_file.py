@@ -130,7 +130,8 @@ def _write_dora(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[s
 def _dora_norms(adapter: Adapter, name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """||W + s B A|| / ||W|| by output row, (out,): a DoRA's magnitude over the stock loader's `dora_scale`."""
     weight = _base_weight(adapter, name).flatten(1)
-    update = scale_of(parts) * parts["lora_up.weight"].flatten(1) @ parts["lora_down.weight"].flatten(1)
+    up, down = (parts[f"lora_{part}.weight"].flatten(1).float() for part in ("up", "down"))
+    update = scale_of(parts) * up @ down
     return (weight + update).norm(dim=1) / weight.norm(dim=1)
 
 
@@ -202,14 +203,14 @@ def _read_loha(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_lokr(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two full factors with the scale inside; alpha is whatever rank makes the scale of peft's layer 1."""
+    """Two full factors with the scale inside."""
     rank = next((parts[part].shape[0] for part in ("lokr_w2_b", "lokr_w1_b") if part in parts), None)
     scale = float(parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
-    factors = {
-        name: parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+    one, other = (
+        parts[name].float() if name in parts else parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
         for name in ("lokr_w1", "lokr_w2")
-    }
-    return {"lokr_w1": scale * factors["lokr_w1"], "lokr_w2": factors["lokr_w2"]}
+    )
+    return {"lokr_w1": scale * one, "lokr_w2": other}
 
 
 def _read_oft(parts: dict[str, Tensor]) -> dict[str, Tensor]:

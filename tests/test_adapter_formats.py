@@ -130,6 +130,9 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
     attach_tensors(again, tensors)
     assert again.adapter.config.kind == kind
     check_weights(again.adapter, weights)
+    again.detach()
+    attach_tensors(again, {key: tensor.bfloat16() for key, tensor in tensors.items()})
+    assert all(parameter.dtype == torch.float32 for parameter in again.adapter.parameters())
     assert to_file_keys(again.adapter, again.file_keys()).keys() == tensors.keys() or kind == "lokr"
 
 
