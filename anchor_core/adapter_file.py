@@ -9,7 +9,8 @@ keys are `<prefix>.lora_down.weight`, `.lora_up.weight` and `.alpha`, and under 
 - DoRA: those of a LoRA, and `dora_scale`. The stock loader divides by the norm of the base weight where DoRA has that
   of the updated one, so `dora_scale` is m ||W|| / ||W + s B A||, which makes its weight the trained one.
 - OFT: `oft_R.weight`, which peft trains, and `diff`, the change of the weight. The stock `oft_blocks` rotate outputs,
-  peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers.
+  peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers,
+  and the stock loader logs each `oft_R.weight` as not loaded.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _write_dora(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[s
 def _dora_norms(adapter: Adapter, name: str, parts: Mapping[str, Tensor]) -> Tensor:
     """||W + s B A|| / ||W|| by output row, (out,): a DoRA's magnitude over the stock loader's `dora_scale`."""
     weight = _base_weight(adapter, name).flatten(1)
-    update = scale_of(parts) * parts["lora_up.weight"].flatten(1) @ parts["lora_down.weight"].flatten(1)
+    up, down = (parts[f"lora_{part}.weight"].flatten(1).float() for part in ("up", "down"))
+    update = scale_of(parts) * up @ down
     return (weight + update).norm(dim=1) / weight.norm(dim=1)
 
 
@@ -174,15 +176,15 @@ def _read_layers(
     """The kind, and the parts of each module as `Adapter.state_dict` names them."""
     modules = {prefix: module for module, prefix in file_keys.items()}
     layers = split_layers(with_stated_alphas(tensors, metadata))
-    stranger = next((prefix for prefix in layers if prefix not in modules), None)
-    if stranger is not None:
+    if not layers.keys() <= modules.keys():
+        stranger = next(prefix for prefix in layers if prefix not in modules)
+        message = f"this LoRA was made for another model: {stranger} belongs to no module of this network"
         try:
             layers = split_layers(convert(tensors, metadata, to=format_of(list(modules))))
-        except ValueError:
-            layers = {stranger: {}}
-        stranger = next((prefix for prefix in layers if prefix not in modules), None)
-    if stranger is not None:
-        raise ValueError(f"this LoRA was made for another model: {stranger} belongs to no module of this network")
+        except ValueError as error:
+            raise ValueError(message) from error
+        if not layers.keys() <= modules.keys():
+            raise ValueError(message)
     kinds = {kind_of(prefix, parts) for prefix, parts in layers.items()}
     if len(kinds) > 1:
         raise ValueError(f"the file mixes {' and '.join(sorted(kinds))} layers, but one kind for all is supported")
@@ -201,14 +203,14 @@ def _read_loha(parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_lokr(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Two full factors with the scale inside; alpha is whatever rank makes the scale of peft's layer 1."""
+    """Two full factors with the scale inside."""
     rank = next((parts[part].shape[0] for part in ("lokr_w2_b", "lokr_w1_b") if part in parts), None)
     scale = float(parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
-    factors = {
-        name: parts[name] if name in parts else parts[f"{name}_a"] @ parts[f"{name}_b"]
+    one, other = (
+        parts[name].float() if name in parts else parts[f"{name}_a"].float() @ parts[f"{name}_b"].float()
         for name in ("lokr_w1", "lokr_w2")
-    }
-    return {"lokr_w1": scale * factors["lokr_w1"], "lokr_w2": factors["lokr_w2"]}
+    )
+    return {"lokr_w1": scale * one, "lokr_w2": other}
 
 
 def _read_oft(parts: dict[str, Tensor]) -> dict[str, Tensor]:

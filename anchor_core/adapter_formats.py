@@ -45,8 +45,16 @@ _PARTS = {
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     )
 }
-_KINDS = {"lora_magnitude_vector": "dora", "dora_scale": "dora", "oft_R.weight": "oft", "lokr_w1": "lokr"}
-_KINDS |= {"lokr_w1_a": "lokr", "hada_w1_a": "loha", "lora_down.weight": "lora"}
+# Parts that tell the kind, and what a layer of that kind must have; factors `_a` and `_b` stand for their product.
+_LORA = {"lora_down.weight", "lora_up.weight"}
+_KINDS = [
+    ("lora_magnitude_vector", "dora", _LORA),
+    ("dora_scale", "dora", _LORA),
+    ("lora_", "lora", _LORA),
+    ("oft_", "oft", {"oft_R.weight"}),
+    ("lokr_", "lokr", {"lokr_w1", "lokr_w2"}),
+    ("hada_", "loha", {"hada_w1", "hada_w2"}),
+]
 
 # Which network a key is of: the denoiser's by "", a text encoder by diffusers' component name.
 _PREFIXES = {
@@ -93,10 +101,13 @@ def split_layers(tensors: Mapping[str, Tensor]) -> Layers:
 
 def kind_of(prefix: str, parts: Mapping[str, Tensor]) -> str:
     """The kind of adapter that a layer's parts make; ValueError if they are not whole."""
-    kind = next((_KINDS[part] for part in _KINDS if part in parts), None)
-    if kind is None or (kind in ("lora", "dora") and not {"lora_down.weight", "lora_up.weight"} <= parts.keys()):
-        raise ValueError(f"this file is not a whole LoRA: {prefix} lacks lora_down or lora_up")
-    return kind
+    present = parts.keys() | {part[:-2] for part in parts if part.endswith("_a") and f"{part[:-2]}_b" in parts}
+    for beginning, kind, needed in _KINDS:
+        if any(part.startswith(beginning) for part in parts):
+            if needed <= present:
+                return kind
+            raise ValueError(f"this file is not a whole LoRA: {prefix} lacks {' and '.join(sorted(needed - present))}")
+    raise ValueError(f"this file is no LoRA that can be read: {prefix} has {' and '.join(sorted(parts))} alone")
 
 
 def format_of(prefixes: list[str]) -> str:

@@ -88,6 +88,15 @@ def _check_rank(config: AdapterConfig, name: str, module: nn.Module) -> None:
         )
 
 
+def _check_dora(config: AdapterConfig, name: str, module: nn.Module) -> None:
+    _check_rank(config, name, module)
+    if not module.weight.detach().float().flatten(1).any(dim=1).all():
+        raise ValueError(
+            f"kind is 'dora', but layer {name} has output rows of zero weight, which have no direction; take lora or "
+            "other layers"
+        )
+
+
 def _check_blocks(config: AdapterConfig, name: str, module: nn.Module) -> None:
     # peft's rotation of a larger convolution adds up the overlapping patches, so that even the identity has an effect.
     if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1):
@@ -138,7 +147,7 @@ KINDS = {
         lambda config, shared: _lora(config, shared, use_dora=True),
         {**_LORA_PARTS, "lora_magnitude_vector": ("lora_magnitude_vector", _magnitude)},
         "lora_alpha",
-        _check_rank,
+        _check_dora,
     ),
     "lokr": Kind(
         _lokr,

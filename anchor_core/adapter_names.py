@@ -220,7 +220,8 @@ def swapped_rows(parts: Mapping[str, Tensor], original: str, family: str) -> dic
     up = parts["lora_up.weight"]
     if up.shape[0] != 2 * parts["lora_down.weight"].shape[1]:
         return dict(parts)  # all but SD3's last block modulate six values
-    return {**parts, "lora_up.weight": up.roll(up.shape[0] // 2, 0)}
+    by_row = ("lora_up.weight", "dora_scale")
+    return {part: tensor.roll(up.shape[0] // 2, 0) if part in by_row else tensor for part, tensor in parts.items()}
 
 
 _TRANSFORMER_WIDTHS = {1536: "sd3", 2432: "sd3", 3072: "flux"}

@@ -73,6 +73,7 @@ def test_every_kind_starts_without_effect_and_comes_off_exactly(eps_denoiser, ma
     assert not torch.equal(predict(), untouched)
     with adapter.disabled():
         assert torch.equal(predict(), untouched)
+    assert all(parameter.requires_grad for parameter in adapter.parameters())
     with adapter.scaled(0):
         assert torch.equal(predict(), untouched)
     eps_denoiser.detach()
@@ -144,6 +145,13 @@ def test_a_layer_that_is_too_narrow_is_named_and_nothing_is_left(eps_denoiser, o
         eps_denoiser.attach(AdapterConfig(**options))
     assert [entry[:3] for entry in snapshot(eps_denoiser.network)] == [entry[:3] for entry in before]
     assert eps_denoiser.adapter is None
+
+
+def test_dora_refuses_a_row_without_direction():
+    network = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    torch.nn.init.zeros_(network[0].weight[3])
+    with pytest.raises(ValueError, match="^kind is 'dora', but layer 0 has output rows of zero weight"):
+        Adapter.attach({"": network}, AdapterConfig(rank=2, kind="dora", layers="."))
 
 
 def test_an_adapter_that_fails_half_way_leaves_nothing():
@@ -337,26 +345,70 @@ def test_presets_select_the_same_in_diffusers_transformers(family):
 # --- several networks ---------------------------------------------------------------------------------------------
 
 
+class WithText:
+    """A tiny model whose adapter reaches the text encoder, as a backend attaches it."""
+
+    def __init__(self, denoiser):
+        self.denoiser, self.adapter, self.architecture = denoiser, None, "stable-diffusion-v1"
+        self.networks = {"": denoiser.network, "te": denoiser.text_encoder}
+        names = [name for name, part in denoiser.text_encoder.named_modules() if isinstance(part, torch.nn.Linear)]
+        inner = {name: name.removeprefix("text_model.").replace(".", "_") for name in names}
+        keys = {f"te:{name}": f"lora_te_text_model_{inner[name]}" for name in names}
+        self.keys = {**denoiser.file_keys(), **keys}
+
+    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+        networks = self.networks if config.text_encoder else {"": self.networks[""]}
+        self.adapter = Adapter.attach(networks, config, seed, self.keys)
+        return self.adapter
+
+    def file_keys(self) -> dict[str, str]:
+        return self.keys
+
+
 @pytest.fixture
-def networks(eps_denoiser):
+def with_text(eps_denoiser):
+    return WithText(eps_denoiser)
+
+
+@pytest.fixture
+def networks(with_text):
     """The denoising network and its text encoder, and file keys for both."""
-    text = eps_denoiser.text_encoder
-    names = [name for name, module in text.named_modules() if isinstance(module, torch.nn.Linear)]
-    keys = {f"te1:{name}": f"lora_te1_{name.replace('.', '_')}" for name in names}
-    return {"": eps_denoiser.network, "te1": text}, {**eps_denoiser.file_keys(), **keys}
+    return with_text.networks, with_text.keys
+
+
+def test_a_file_with_a_text_encoder_attaches_again_and_through_diffusers(
+    with_text, model_folders, make_step, stir, tmp_path
+):
+    from diffusers import StableDiffusionPipeline
+
+    stir(with_text.attach(AdapterConfig(rank=2, alpha=4, text_encoder=True)))
+    save_adapter(tmp_path / "lora.safetensors", to_file_keys(with_text.adapter, with_text.keys), {})
+    ours = text_states(with_text.networks), predict(with_text.denoiser, make_step)
+    with_text.adapter.detach()
+    again, _ = attach_file(with_text, tmp_path / "lora.safetensors")
+    assert again.config.text_encoder
+    assert torch.equal(text_states(with_text.networks), ours[0])
+    again.detach()
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        model_folders["epsilon"], local_files_only=True, safety_checker=None
+    )
+    pipeline.load_lora_weights(tmp_path, weight_name="lora.safetensors")
+    theirs = text_states({"te": pipeline.text_encoder})
+    assert not torch.equal(text_states(with_text.networks), ours[0])
+    assert (theirs - ours[0]).abs().max() < 1e-4
 
 
 def text_states(networks) -> torch.Tensor:
     with torch.no_grad():
-        return networks["te1"](torch.arange(12).view(2, 6)).last_hidden_state
+        return networks["te"](torch.arange(12).view(2, 6)).last_hidden_state
 
 
 def test_text_encoders_are_adapted_beside_the_network(networks, stir):
     networks, keys = networks
-    untouched, modules = text_states(networks), dict(networks["te1"].named_modules())
-    trainable = next(networks["te1"].parameters()).requires_grad_(True)
+    untouched, modules = text_states(networks), dict(networks["te"].named_modules())
+    trainable = next(networks["te"].parameters()).requires_grad_(True)
     adapter = Adapter.attach(networks, AdapterConfig(rank=2, text_encoder=True), 0, keys)
-    text = [name for name in adapter.module_names if name.startswith("te1:")]
+    text = [name for name in adapter.module_names if name.startswith("te:")]
     assert {name.rsplit(".", 1)[1] for name in text} == {"q_proj", "k_proj", "v_proj", "out_proj"}
     assert len(text) < len(adapter.module_names) and adapter.base_module(text[0]).weight.shape == (32, 32)
     assert {id(p) for network in networks.values() for p in network.parameters() if p.requires_grad} == {
@@ -369,11 +421,11 @@ def test_text_encoders_are_adapted_beside_the_network(networks, stir):
     with adapter.disabled():
         assert torch.equal(text_states(networks), untouched)
     tensors = to_file_keys(adapter, keys)
-    assert "lora_te1_" + text[0].removeprefix("te1:").replace(".", "_") + ".lora_up.weight" in tensors
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in tensors
     state = adapter.state_dict()
     adapter.detach()
-    assert dict(networks["te1"].named_modules()) == modules and not hasattr(networks["te1"], "peft_config")
-    assert [p for p in networks["te1"].parameters() if p.requires_grad] == [trainable]
+    assert dict(networks["te"].named_modules()) == modules and not hasattr(networks["te"], "peft_config")
+    assert [p for p in networks["te"].parameters() if p.requires_grad] == [trainable]
     assert torch.equal(text_states(networks), untouched)
     again = Adapter.attach(networks, AdapterConfig(rank=2, layers=exact_layers(list(adapter_names(state)))), 0, keys)
     again.load_state_dict(state)
@@ -388,10 +440,10 @@ def test_presets_and_expressions_over_text_encoders(networks):
     networks, keys = networks
     for layers, leaves in (("all_linear", {"fc1", "fc2"}), ("cross_attention_kv", set())):
         adapter = Adapter.attach(networks, AdapterConfig(rank=2, layers=layers), 0, keys)
-        text = {name.rsplit(".", 1)[1] for name in adapter.module_names if name.startswith("te1:")}
+        text = {name.rsplit(".", 1)[1] for name in adapter.module_names if name.startswith("te:")}
         assert text == {"q_proj", "k_proj", "v_proj", "out_proj"} | leaves
         adapter.detach()
-    adapter = Adapter.attach(networks, AdapterConfig(rank=2, layers="^te1:.*fc1$"), 0, keys)
+    adapter = Adapter.attach(networks, AdapterConfig(rank=2, layers="^te:.*fc1$"), 0, keys)
     assert all(name.endswith("fc1") for name in adapter.module_names)
     assert not any(parameter.requires_grad for parameter in networks[""].parameters())
     adapter.detach()

@@ -130,6 +130,9 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
     attach_tensors(again, tensors)
     assert again.adapter.config.kind == kind
     check_weights(again.adapter, weights)
+    again.detach()
+    attach_tensors(again, {key: tensor.bfloat16() for key, tensor in tensors.items()})
+    assert all(parameter.dtype == torch.float32 for parameter in again.adapter.parameters())
     assert to_file_keys(again.adapter, again.file_keys()).keys() == tensors.keys() or kind == "lokr"
 
 
@@ -189,8 +192,14 @@ def test_mixed_kinds_and_unknown_parts_are_one_line(stir):
         attach_tensors(bare, mixed)
     with pytest.raises(ValueError, match=r"made for another model: .*lora_mid.weight"):
         attach_tensors(bare, {**tensors, "diffusion_model.wide.lora_mid.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"not a whole LoRA: diffusion_model.linear"):
-        attach_tensors(bare, {"diffusion_model.linear.lora_up.weight": torch.zeros(16, 4)})
+    for parts, message in (
+        ({"lora_up.weight": (16, 4)}, "not a whole LoRA: diffusion_model.linear lacks lora_down.weight"),
+        ({"lokr_w1": (4, 4), "lokr_w2_a": (4, 2)}, "not a whole LoRA: diffusion_model.linear lacks lokr_w2"),
+        ({"hada_w1_a": (16, 4), "hada_w1_b": (4, 24)}, "not a whole LoRA: diffusion_model.linear lacks hada_w2"),
+        ({"diff": (16, 24)}, "no LoRA that can be read: diffusion_model.linear has diff alone"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            attach_tensors(bare, {f"diffusion_model.linear.{part}": torch.zeros(size) for part, size in parts.items()})
     assert bare.adapter is None
 
 
