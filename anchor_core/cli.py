@@ -134,7 +134,10 @@ def _verb(parent, name: str, text: str, run, out: str | None = "") -> argparse.A
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="a diffusers folder, or `sandbox` for the embedded model")
+    parser.add_argument(
+        "--model", required=True, help="a diffusers folder, a single-file checkpoint, or `sandbox` (the embedded model)"
+    )
+    parser.add_argument("--config", metavar="DIR", help="for a checkpoint: a diffusers folder with its tokenizers")
     parser.add_argument("--resolution", type=int, help="of the pictures (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: cuda where there is one)")
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")

@@ -22,9 +22,8 @@ def _open_model(options: Namespace):
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = WEIGHTS if options.model == "sandbox" else options.model
-    return DiffusersDenoiser.from_pretrained(
-        model, device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
+    return DiffusersDenoiser.from_pretrained(model, device, dtype, options.config)
 
 
 def _resolution(options: Namespace, denoiser) -> int:
