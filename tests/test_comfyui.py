@@ -22,8 +22,8 @@ found = comfyui_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 NODES = (
-    "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorDriftReport AnchorApplyAdapter "
-    "AnchorSaveAdapter AnchorLoadAdapter"
+    "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorTrainOptions AnchorDriftReport "
+    "AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter"
 ).split()
 
 
@@ -145,8 +145,8 @@ def test_a_model_that_cannot_be_trained_on_is_refused(both, model, message):
 # --- the nodes ----------------------------------------------------------------------------------------------------
 
 
-def node(kind: str, **inputs) -> dict:
-    return {"class_type": kind, "inputs": inputs}
+def node(type_: str, **inputs) -> dict:
+    return {"class_type": type_, "inputs": inputs}
 
 
 def training(**changes) -> dict:
@@ -367,3 +367,72 @@ def test_quickstart_runs(server):
     assert {"PreviewImage", "SaveImage", "PreviewAny"} <= kinds
     pictures = [server.picture(outputs[k]) for k, entry in prompt.items() if entry["class_type"] == "SaveImage"]
     assert all(pixels(picture).shape == (64, 64, 3) for picture in pictures)
+
+
+# --- training options ---------------------------------------------------------------------------------------------
+
+
+def with_options(server, changes: dict, **options) -> dict:
+    """`training(**changes)` with Train Options (7), whose other inputs are at their defaults."""
+    inputs = server.get("/object_info/AnchorTrainOptions")["AnchorTrainOptions"]["input"]["required"]
+    defaults = {name: settings["default"] for name, (_, settings) in inputs.items()}
+    prompt = training(**changes, options=["7", 0]) | {"7": node("AnchorTrainOptions", **defaults | options)}
+    return prompt | {"5": node("PreviewAny", source=["4", 4])}
+
+
+def newest_lora(server) -> tuple[dict, dict, Path]:
+    from anchor_core.adapter_file import load_adapter
+
+    return (*load_adapter(loras(server)[-1]), loras(server)[-1])
+
+
+def test_options_reach_the_training_and_the_file(server):
+    given = {"kind": "lokr", "schedule": "cosine", "warmup": 1, "ema": 0.9, "timestep_sampling": "logit_normal"}
+    given |= {"gradient_checkpointing": True, "flip": True, "caption_dropout": 0.2, "layer_pattern": "attn2"}
+    server.run(with_options(server, {"name": "options"}, **given))
+    tensors, metadata, file = newest_lora(server)
+    assert file.name == "options_00001_.safetensors"
+    assert all("attn2" in key for key in tensors) and any("lokr" in key for key in tensors)
+    for name in ("kind", "schedule", "warmup", "ema", "timestep_sampling", "gradient_checkpointing"):
+        assert metadata[f"anchor.{name}"] == str(given[name])
+
+
+def test_a_training_is_resumed_from_its_checkpoints(server):
+    server.run(with_options(server, {"name": "whole", "steps": 5}))
+    whole = newest_lora(server)[0]
+    server.run(with_options(server, {"name": "parts", "steps": 3}, checkpoint_every=1))
+    (folder,) = (server.base / "output/anchor_checkpoints").glob("parts_*")
+    server.run(with_options(server, {"name": "parts", "steps": 5}, checkpoint_every=1, resume=folder.name))
+    resumed, _, file = newest_lora(server)
+    assert file.name == "parts_00002_.safetensors"
+    assert whole.keys() == resumed.keys() and all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_references_carry_captions_masks_and_their_shapes(server):
+    folder = server.base / "input/shapes"
+    folder.mkdir(exist_ok=True)
+    for number, size in enumerate([(128, 128), (64, 192)]):
+        picture = Image.radial_gradient("L").resize(size).convert("RGB")
+        picture.putalpha(Image.linear_gradient("L").resize(size))
+        picture.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a sks star at night")
+    prompt = training(name="shapes")
+    prompt["2"]["inputs"] |= {"references": "shapes", "size": 128, "buckets": True, "captions": True, "masks": True}
+    inputs = prompt["4"]["inputs"]
+    inputs["references"] = ["2", 1]
+    both = {**prompt, "5": node("PreviewAny", source=["4", 4])}
+    with pytest.raises(RuntimeError, match="images and references are both or neither connected"):
+        server.run(both)
+    del inputs["images"]
+    server.run({**prompt, "5": node("PreviewAny", source=["4", 4])})
+    assert newest_lora(server)[2].name == "shapes_00001_.safetensors"
+
+
+def test_a_diverging_training_says_where_the_lora_before_it_is(server):
+    with pytest.raises(RuntimeError, match="at step [0-9]+ of 40.*the LoRA of the [0-9]+ steps before is in") as caught:
+        server.run(with_options(server, {"name": "diverged", "steps": 40, "learning_rate": 1.0}, grad_clip=0.0,
+                                precision="fp16"))  # fmt: skip
+    assert "\n" not in str(caught.value)
+    tensors, metadata, file = newest_lora(server)
+    assert file.name in str(caught.value)
+    assert all(torch.isfinite(value).all() for value in tensors.values())
