@@ -51,7 +51,7 @@ class PretrainSettings:
     autoencoder_batch: int = 32
     text_steps: int = 700
     text_batch: int = 128
-    denoiser_steps: int = 13000
+    denoiser_steps: int = 11300
     denoiser_batch: int = 32
     denoiser_rate: float = 8e-4
     ema: float = 0.999
