@@ -23,6 +23,7 @@ import comfy.model_sampling as kinds  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
 import torch  # noqa: E402
+from comfyui_models import fingerprint, same  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 from anchor_core.adapter import AdapterConfig  # noqa: E402
@@ -33,19 +34,6 @@ from anchor_core.sandbox.comfyui import load  # noqa: E402
 from anchor_core.trainer import TrainSettings, train  # noqa: E402
 
 CONCEPT = Concept("a photo of a sks star", "a photo of a star")
-
-
-def fingerprint(model):
-    """The values of every parameter and buffer, and which objects, modules and flags the model consists of."""
-    values = {name: tensor.clone() for name, tensor in model.model.state_dict().items()}
-    objects = [id(item) for item in (*model.model.parameters(), *model.model.buffers(), *model.model.modules())]
-    flags = [p.requires_grad for p in model.model.parameters()] + [p.is_inference() for p in model.model.parameters()]
-    return values, (objects, flags, comfy.model_management.in_training, list(model.model._forward_hooks))
-
-
-def same(one, other) -> bool:
-    equal = one[0].keys() == other[0].keys() and all(torch.equal(one[0][name], other[0][name]) for name in one[0])
-    return equal and one[1] == other[1]
 
 
 def ends_by(error: type[BaseException], model, clip, vae, latents) -> bool:

@@ -109,6 +109,7 @@ class ComfyDenoiser:
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The network's blocks; ValueError if they are not known."""
         return families.blocks(self.network)
 
     # --- the adapter ------------------------------------------------------------------------------------------
@@ -123,7 +124,7 @@ class ComfyDenoiser:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
-        if getattr(config, "text_encoder", False):
+        if config.text_encoder:
             raise ValueError("text_encoder is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
         layers = (module for module in self.network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
         if config.kind in ("dora", "oft") and not all(families.holds_its_weight(m, self.device) for m in layers):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import torch
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -23,12 +25,15 @@ class TrainableWeights:
     over the same bytes take their places. And where a weight is cast to the computing dtype, fetched from memory or
     patched with a LoRA at each use (fp8, low VRAM), autograd would keep every such copy until the backward pass: such
     layers ask for their weight again instead (`_AskAgain`).
+
+    Flux's blocks, moreover, add to their own inputs in place, which by then their norms have saved. That is an error,
+    or under gradient checkpointing a wrong gradient without one; both get copies, of which as many are kept as before.
     """
 
     def __init__(self, model: comfy.model_patcher.ModelPatcher):
         self._model = model
         self._swapped: list[tuple[dict, str, Tensor]] = []
-        self._layers: list[nn.Module] = []
+        self._classes: list[tuple[nn.Module, type]] = []
         self._streams = 0
 
     def load(self) -> None:
@@ -46,13 +51,22 @@ class TrainableWeights:
                         self._swapped.append((table, name, tensor))
                         table[name] = views.setdefault(id(tensor), _normal_view(tensor))
             if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
-                module.forward = _forward_of(module)
-                self._layers.append(module)
+                self._change(module, _asking(type(module)))
+            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock)):
+                self._change(module, _copying(type(module)))
+                for child in module.children():
+                    if isinstance(child, nn.LayerNorm):
+                        self._change(child, _copying(type(child)))
+
+    def _change(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        # Not the instance's `forward`, which gradient checkpointing wraps.
+        self._classes.append((module, type(module)))
+        module.__class__ = kind
 
     def restore(self) -> None:
         """Give ComfyUI the tensors and layers back. A second call does nothing."""
-        while self._layers:
-            vars(self._layers.pop()).pop("forward", None)
+        while self._classes:
+            module, module.__class__ = self._classes.pop()
         while self._swapped:
             table, name, original = self._swapped.pop()
             current = table[name]
@@ -78,7 +92,7 @@ class _AskAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return type(layer).forward(layer, x)
+        return layer(x)
 
     @staticmethod
     @once_differentiable
@@ -104,13 +118,25 @@ def asks_again(module: nn.Module) -> bool:
     )
 
 
-def _forward_of(layer: nn.Module) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *arguments, **options) -> Tensor:
+@cache
+def _asking(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(layer: nn.Module, x: Tensor, *arguments, **options) -> Tensor:
         if arguments or options or not (x.requires_grad and torch.is_grad_enabled() and asks_again(layer)):
-            return type(layer).forward(layer, x, *arguments, **options)
+            return kind.forward(layer, x, *arguments, **options)
         return _AskAgain.apply(x, layer)
 
-    return forward
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+@cache
+def _copying(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(module: nn.Module, *arguments, **options):
+        if torch.is_grad_enabled():
+            arguments = [value.clone() for value in arguments[:1]] + list(arguments[1:])
+            options |= {name: options[name].clone() for name in ("img", "txt") if name in options}
+        return kind.forward(module, *arguments, **options)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _normal_view(tensor: Tensor) -> Tensor:
