@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
+OTHERS = ("lora", "loha", "lokr")
 REFUSED = ("dynamic_vram", "fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_encoder", "dora_on_fp8")
 
 if __name__ == "__main__":
@@ -116,12 +117,15 @@ def checkpointed(blocks) -> Iterator[None]:
             del block.forward
 
 
-def gradients(denoiser: ComfyDenoiser, shape, blocks=()) -> list[Tensor]:
+def loss_of(denoiser: ComfyDenoiser, step) -> Tensor:
+    prediction = denoiser.predict(step.noisy, step.timesteps, step.subject_conditions)
+    return (prediction.double() - step.target).square().mean()
+
+
+def gradients(denoiser: ComfyDenoiser, step, blocks=()) -> list[Tensor]:
     """Of a stirred adapter in every linear layer."""
     with contract.attached(denoiser) as adapter, checkpointed(blocks):
-        step = contract.make_step(denoiser, shape)
-        loss = (step.subject - step.target).square().mean()
-        return list(torch.autograd.grad(loss, adapter.parameters(), materialize_grads=True))
+        return list(torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True))
 
 
 def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-4) -> None:
@@ -132,26 +136,22 @@ def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-4) -
 
 def check_gradient_checkpointing(name: str, denoiser: ComfyDenoiser, shape) -> None:
     """Gradients with and without it are the same."""
-    assert_near(gradients(denoiser, shape, denoiser.blocks), gradients(denoiser, shape))
+    step = contract.make_step(denoiser, shape)
+    assert_near(gradients(denoiser, step, denoiser.blocks), gradients(denoiser, step))
 
 
 def check_gradients_are_slopes(name: str, denoiser: ComfyDenoiser, shape) -> None:
     """The gradient along itself is the slope of the loss there, by finite differences."""
     with contract.attached(denoiser) as adapter:
         step = contract.make_step(denoiser, shape)
-
-        def loss() -> Tensor:
-            prediction = denoiser.predict(step.noisy, step.timesteps, step.subject_conditions)
-            return (prediction.double() - step.target).square().mean()
-
-        parts = torch.autograd.grad(loss(), adapter.parameters(), materialize_grads=True)
+        parts = torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True)
         norm = torch.cat([part.flatten() for part in parts]).norm()
         sides = []
         with torch.no_grad():
             for distance in (3e-3, -6e-3):
                 for parameter, part in zip(adapter.parameters(), parts):
                     parameter += distance * part / norm
-                sides.append(loss())
+                sides.append(loss_of(denoiser, step))
         slope = (sides[0] - sides[1]) / 6e-3
     torch.testing.assert_close(slope.float(), norm, rtol=0.03, atol=0)
 
@@ -170,26 +170,26 @@ def predict(model, clip, vae, shape) -> Tensor:
         return denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
 
 
-def trained(model, clip, vae, shape) -> tuple[dict[str, Tensor], Tensor]:
-    """An adapter's tensors as its file has them, and what it predicts."""
+def trained(model, clip, vae, shape, **options) -> tuple[dict[str, Tensor], Tensor, int]:
+    """An adapter's tensors as its file has them, what it predicts, and its number of layers."""
     with (
         ComfyDenoiser(model, clip, vae) as denoiser,
-        contract.attached(denoiser, alpha=1.0) as adapter,
+        contract.attached(denoiser, **options) as adapter,
         torch.no_grad(),
     ):
         condition = denoiser.encode_prompt("a photo of a dog")
         prediction = denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
-        return to_file_keys(adapter, denoiser.file_keys()), prediction
+        return to_file_keys(adapter, denoiser.file_keys()), prediction, len(adapter.module_names)
 
 
 def check_stock_loader(name: str, model, clip, vae, shape) -> None:
     """The adapter's file through ComfyUI's own loader, and through ours, predicts what the adapter did."""
-    tensors, prediction = trained(model, clip, vae, shape)
-    stock, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), 1.0, 0.0)
-    assert len(stock.patches) == len(tensors) // 3, f"ComfyUI reads {len(stock.patches)} of {len(tensors) // 3} layers"
-    torch.testing.assert_close(predict(stock, clip, vae, shape), prediction, atol=1e-4, rtol=0)
-    ours = apply_adapter(model, tensors, 1.0)
-    torch.testing.assert_close(predict(ours, clip, vae, shape), prediction, atol=1e-4, rtol=0)
+    for kind in ("lora", "loha", "lokr"):
+        tensors, prediction, layers = trained(model, clip, vae, shape, kind=kind, alpha=1.0)
+        stock, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), 1.0, 0.0)
+        assert len(stock.patches) == layers, f"ComfyUI reads {len(stock.patches)} of {layers} layers ({kind})"
+        for on in (stock, apply_adapter(model, tensors, 1.0)):
+            torch.testing.assert_close(predict(on, clip, vae, shape), prediction, atol=1e-4, rtol=0)
 
 
 def picture(model, clip, shape) -> Tensor:
@@ -214,7 +214,7 @@ def picture(model, clip, shape) -> Tensor:
 
 def check_untouched(name: str, model, clip, vae, shape) -> None:
     """However a training ends, with and without a LoRA on the MODEL: the same model, the same next picture."""
-    tensors, _ = trained(model, clip, vae, shape)
+    tensors, *_ = trained(model, clip, vae, shape)
     endings = (None, RuntimeError, comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError)
     for on in (model, apply_adapter(model, tensors, 0.5)):
         first = picture(on, clip, shape)
@@ -249,16 +249,16 @@ def run_training(model, clip, vae, shape, ending: type[BaseException] | None) ->
 
 def check_lora_on_model_is_pretrained(name: str, model, clip, vae, shape) -> None:
     """Gradients on a MODEL with a LoRA are those on one whose weights were merged beforehand."""
-    tensors, _ = trained(model, clip, vae, shape)
+    tensors, *_ = trained(model, clip, vae, shape)
     patched = apply_adapter(model, tensors, 0.5)
     comfy.model_management.load_models_gpu([patched])
     values = {key: value.clone() for key, value in patched.model.state_dict().items()}
     base, _, _ = models.build(name)
     base.model.load_state_dict(values)
     with ComfyDenoiser(patched, clip, vae) as denoiser:
-        ours = gradients(denoiser, shape)
+        ours = gradients(denoiser, contract.make_step(denoiser, shape))
     with ComfyDenoiser(base, clip, vae) as denoiser:
-        assert_near(ours, gradients(denoiser, shape), 1e-6)
+        assert_near(ours, gradients(denoiser, contract.make_step(denoiser, shape)), 1e-6)
     assert not torch.equal(predict(patched, clip, vae, shape), predict(model, clip, vae, shape))
 
 
@@ -270,7 +270,8 @@ def check_fp8(name: str, model, clip, vae, shape) -> None:
     before, found = fingerprint(stored), []
     for on in (stored, plain):
         with ComfyDenoiser(on, clip, vae) as denoiser:
-            found.append((gradients(denoiser, shape), gradients(denoiser, shape, denoiser.blocks)))
+            step = contract.make_step(denoiser, shape)
+            found.append((gradients(denoiser, step), gradients(denoiser, step, denoiser.blocks)))
     assert_near(found[0][0], found[1][0])
     assert_near(found[0][1], found[1][0])
     assert same(before, fingerprint(stored)), "the model in fp8 is another one"
@@ -279,25 +280,25 @@ def check_fp8(name: str, model, clip, vae, shape) -> None:
 
 
 def check_low_vram(name: str, model, clip, vae, shape) -> None:
-    """A model with a LoRA, loaded in part: layers cast and patched at each use have the gradients of the whole one."""
-    tensors, _ = trained(model, clip, vae, shape)
-    with ComfyDenoiser(apply_adapter(model, tensors, 0.5), clip, vae) as denoiser:
-        whole = gradients(denoiser, shape)
+    """ComfyUI offloads half of a model with a LoRA meanwhile: layers patched at each use have the whole's gradients."""
+    tensors, *_ = trained(model, clip, vae, shape)
     patched = apply_adapter(model, tensors, 0.5)
-    comfy.model_management.load_models_gpu([patched])
-    patched.partially_unload(patched.offload_device, patched.model_size() // 2)
-    offloaded = sum(len(getattr(module, "weight_function", ())) for module in patched.model.modules())
-    assert patched.model.model_lowvram and offloaded > 0
-    before = fingerprint(patched)
-    load, comfy.model_management.load_models_gpu = comfy.model_management.load_models_gpu, lambda *_, **__: None
-    try:  # on the CPU ComfyUI would at once load the rest
-        with ComfyDenoiser(patched, clip, vae) as denoiser:
-            assert patched.model.model_lowvram
-            assert_near(gradients(denoiser, shape), whole)
-            assert_near(gradients(denoiser, shape, denoiser.blocks), whole)
-    finally:
-        comfy.model_management.load_models_gpu = load
-    assert same(before, fingerprint(patched)), "the offloaded model is another one"
+    first = picture(patched, clip, shape)
+    with ComfyDenoiser(patched, clip, vae) as denoiser:
+        step = contract.make_step(denoiser, shape)
+        whole = gradients(denoiser, step)
+        patched.partially_unload(patched.offload_device, patched.model_size() // 2)
+        assert_near(gradients(denoiser, step), whole)
+        assert_near(gradients(denoiser, step, denoiser.blocks), whole)
+        assert patched.model.model_lowvram
+        assert any(getattr(module, "weight_function", ()) for module in patched.model.modules())
+        told = ""
+        try:
+            denoiser.attach(AdapterConfig(kind="dora"))
+        except ValueError as error:
+            told = str(error)
+        assert "take lora" in told, "a kind that reads weights is not refused"
+    assert torch.equal(picture(patched, clip, shape), first), "the picture is another one"
 
 
 def refusal(kind: str) -> str:
@@ -326,6 +327,18 @@ def refusal(kind: str) -> str:
     return ""
 
 
+def refusal_of_adapter(kind: str) -> str:
+    """What is said of an adapter for another size of the same architecture."""
+    other = models.UNET | {"context_dim": 2 * models.WIDTH}
+    tensors, *_ = trained(*models.build("sd1"), models.latent_shape("sd1"), kind=kind)
+    models.FAMILIES["other"] = models.Family(models.supported.SD15, other)
+    try:
+        apply_adapter(models.build("other")[0], tensors, 1.0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def outcome(check: Callable, *arguments) -> str:
     try:
         check(*arguments)
@@ -345,10 +358,12 @@ AROUND = ("check_stock_loader", "check_untouched", "check_lora_on_model_is_pretr
 
 
 def main() -> None:
-    results: dict[str, dict[str, str]] = {"refused": {kind: "" for kind in REFUSED}}
+    results: dict[str, dict[str, str]] = {"refused": {}}
     with torch.inference_mode():  # as ComfyUI runs every prompt
         for kind in REFUSED:
             results["refused"][kind] = refusal(kind)
+        for kind in OTHERS:
+            results["refused"][f"{kind}_of_another_model"] = refusal_of_adapter(kind)
         for name in chosen or FAMILIES:
             model, clip, vae = models.build(name)
             shape, found = models.latent_shape(name), results.setdefault(name, {})

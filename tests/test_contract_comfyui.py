@@ -53,6 +53,7 @@ def test_contract(results, family, check):
         "packed_latents": "connect another model",
         "text_encoder": "ComfyUI's text encoders cannot be adapted yet",
         "dora_on_fp8": "take lora, lokr or loha",
+        **{f"{kind}_of_another_model": "made for another model" for kind in comfyui_contract.OTHERS},
     }.items(),
 )
 def test_what_cannot_be_trained_on_is_refused(results, kind, message):

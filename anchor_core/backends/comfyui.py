@@ -22,6 +22,7 @@ import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
@@ -166,15 +167,16 @@ class ComfyDenoiser:
     def encode_images(self, pixels: Tensor) -> Tensor:
         # A video VAE takes a batch for the frames of one video.
         batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
-        with self._weights.released(), torch.no_grad():
+        with self._weights.released():
             latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
-            return self._pictures(self.model.model.process_latent_in(latents)).clone().to(self.device)
+            latents = self._pictures(self.model.model.process_latent_in(latents))
+        return latents.clone().to(self.device)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._weights.released(), torch.no_grad():
-            unscaled = self.model.model.process_latent_out(self._frames(latents.detach().clone()))
-            pixels = self.vae.decode(unscaled)
-            return (pixels[:, 0] if pixels.ndim == 5 else pixels).movedim(-1, 1).clamp(0, 1)
+        with self._weights.released():
+            pixels = self.vae.decode(self.model.model.process_latent_out(self._frames(latents.clone())))
+            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
+        return pixels.clone().movedim(-1, 1).clamp(0, 1)
 
     def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
         return self.encode_prompts([prompt], adapted)[0]
@@ -183,14 +185,17 @@ class ComfyDenoiser:
         """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
         if adapted:
             raise ValueError("adapted is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
-        with self._weights.released(), torch.no_grad():
-            return [self._encode_prompt(prompt) for prompt in prompts]
+        with self._weights.released():
+            encoded = [
+                self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
+                for prompt in prompts
+            ]
+        return [self._condition(schedule) for schedule in encoded]
 
-    def _encode_prompt(self, prompt: str) -> ComfyCondition:
-        encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
-        if len(encoded) != 1:
-            raise ValueError(f"the CLIP gives {len(encoded)} encodings of one prompt; give a CLIP without hooks")
-        cross_attention, extras = encoded[0]
+    def _condition(self, schedule: list) -> ComfyCondition:
+        if len(schedule) != 1:
+            raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")
+        cross_attention, extras = schedule[0]
         copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
         return ComfyCondition(cross_attention.clone().to(self.device), copies)
 
@@ -349,12 +354,9 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
         raise ValueError("this LoRA was made for another model: none of its layers is in this one")
     weights = model.model.state_dict()
     for key, patch in patches.items():
-        name = key if isinstance(key, str) else key[0]
-        up, down = getattr(patch, "weights", (None, None))[:2]
-        if torch.is_tensor(up) and torch.is_tensor(down) and isinstance(key, str):
-            made, own = (up.shape[0], down[0].numel()), (len(weights[name]), weights[name][0].numel())
-            if made != own:
-                raise ValueError(f"this LoRA was made for another model: {name} is {own} here and {made} there")
+        made = _update_size(patch) if isinstance(key, str) else None
+        if made is not None and made != (own := (len(weights[key]), weights[key][0].numel())):
+            raise ValueError(f"this LoRA was made for another model: {key} is {own} here and {made} there")
     patched = model.clone()
     patched.add_patches(patches, strength)
     return patched
@@ -366,6 +368,21 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), to multiply latents with."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _update_size(patch) -> tuple[int, int] | None:
+    """Rows and columns of the update that a LoRA, LoHa or LoKr makes, where its factors tell."""
+    if isinstance(patch, LoKrAdapter):
+        one, other, _, *decomposed, tucker, _ = patch.weights
+        pairs = ((one, *decomposed[:2]), (other, *decomposed[2:]))
+        shapes = [(a.shape[0], b[0].numel()) if full is None else (len(full), full[0].numel()) for full, a, b in pairs]
+        size = shapes[0][0] * shapes[1][0], shapes[0][1] * shapes[1][1]
+    elif isinstance(patch, (LoRAAdapter, LoHaAdapter)):
+        tucker = patch.weights[3 if isinstance(patch, LoRAAdapter) else 5]
+        size = patch.weights[0].shape[0], patch.weights[1][0].numel()
+    else:
+        return None
+    return size if tucker is None else None
 
 
 def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:

@@ -39,7 +39,8 @@ class TrainableWeights:
     def load(self) -> None:
         """Have ComfyUI load the model, whole or in part, and make it trainable through."""
         management = comfy.model_management
-        management.load_models_gpu([self._model])
+        with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+            management.load_models_gpu([self._model])
         self._model.pre_run()
         # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
         self._streams, management.NUM_STREAMS = management.NUM_STREAMS, 0
@@ -79,10 +80,14 @@ class TrainableWeights:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """The model as ComfyUI knows it, while another one (CLIP, VAE) is loaded, which may unload this one."""
+        """The model as ComfyUI knows it, while another one (CLIP, VAE) is loaded, which may unload this one.
+
+        Tensors that are made meanwhile are inference tensors: clone them afterwards.
+        """
         with _layers_out(self._model.model):
             self.restore()
-            yield
+            with torch.inference_mode():
+                yield
             self.load()
 
 
