@@ -51,7 +51,7 @@ def test_contract(results, family, check):
         "quantised": "connect a model in 32 or 16 bit, or in plain fp8",
         "integers": "is quantised (torch.int8)",
         "packed_latents": "connect another model",
-        "text_encoder": "ComfyUI's text encoders cannot be adapted yet",
+        "text_encoder": "text encoder is no CLIP",
         "dora_on_fp8": "take lora, lokr or loha",
         **{f"{kind}_of_another_model": "made for another model" for kind in comfyui_contract.OTHERS},
     }.items(),

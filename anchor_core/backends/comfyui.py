@@ -6,15 +6,12 @@ holds the very parameters, modules and flags that it held before, also when the 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
@@ -22,15 +19,15 @@ import comfy.sampler_helpers
 import comfy.samplers
 import comfy.utils
 import torch
-from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
 from ..checks import check_count, check_number
 from . import comfyui_families as families
+from .comfyui_apply import apply_adapter
 from .comfyui_weights import TrainableWeights, check_trainable
 
-logger = logging.getLogger(__name__)
+__all__ = ["ComfyCondition", "ComfyDenoiser", "apply_adapter"]
 
 TRAINING_GUIDANCE = 1.0
 """What a network with an embedded guidance scale (Flux.1-dev) is told in `predict`; `sample` leaves it ComfyUI's."""
@@ -68,7 +65,7 @@ class ComfyDenoiser:
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
         self._video = families.takes_frames(model.model)
         self._guided = families.is_guided(model.model)
-        self._file_keys = families.file_keys(model.model)
+        self._file_keys = families.file_keys(model.model) | families.text_keys(self.text_encoders)
         self._weights = TrainableWeights(model)
         self._stack: ExitStack | None = None
 
@@ -81,7 +78,7 @@ class ComfyDenoiser:
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
             stack.callback(self.model.cleanup)
-            stack.callback(self._weights.restore)
+            stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             self._weights.load()
             self._stack = stack.pop_all()
@@ -109,6 +106,11 @@ class ComfyDenoiser:
         return families.architecture(self.model.model)
 
     @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The CLIP models that an adapter may train, by their prefix in files."""
+        return families.text_encoders(self.clip, self.network)
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The network's blocks; ValueError if they are not known."""
         return families.blocks(self.network)
@@ -125,18 +127,32 @@ class ComfyDenoiser:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
+        networks = {"": self.network}
         if config.text_encoder:
-            raise ValueError("text_encoder is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
-        layers = (module for module in self.network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+            networks |= self._text_encoders_to_train()
+        layers = (m for net in networks.values() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
         if config.kind in ("dora", "oft") and not all(families.holds_its_weight(m, self.device) for m in layers):
             raise ValueError(
                 f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
                 "the device; take lora, lokr or loha"
             )
-        self.adapter = Adapter.attach(self.network, config, seed, self.file_keys())
-        for parameter in self.adapter.parameters():  # peft puts them where the weight is, which may be offloaded
-            parameter.data = parameter.data.to(self.device)
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys())
+        for name in self.adapter.module_names:  # peft puts parameters where the weight is, which may be offloaded
+            device = self.clip.patcher.load_device if ":" in name else self.device
+            for parameter in self.adapter.layer(name).parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(device)
         return self.adapter
+
+    def _text_encoders_to_train(self) -> dict[str, nn.Module]:
+        """The text encoders, loaded beside the network from now on."""
+        if not self.text_encoders:
+            raise ValueError("text_encoder is True, but this model's text encoder is no CLIP; leave it off")
+        check_trainable(self.clip.patcher)
+        self._weights.restore()
+        self._weights = TrainableWeights(self.model, self.clip.patcher)
+        self._weights.load()
+        return self.text_encoders
 
     def detach(self) -> None:
         """Take the adapter out, if there is one: the network gets its own modules back."""
@@ -183,14 +199,11 @@ class ComfyDenoiser:
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
         """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
-        if adapted:
-            raise ValueError("adapted is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
-        with self._weights.released():
-            encoded = [
-                self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
-                for prompt in prompts
-            ]
-        return [self._condition(schedule) for schedule in encoded]
+        tokens = [self.clip.tokenize(prompt) for prompt in prompts]
+        held = adapted and self.adapter is not None and self.adapter.config.text_encoder
+        with nullcontext() if held else self._weights.released():
+            schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
+        return [self._condition(schedule) for schedule in schedules]
 
     def _condition(self, schedule: list) -> ComfyCondition:
         if len(schedule) != 1:
@@ -290,7 +303,7 @@ class ComfyDenoiser:
             extras = condition.extras | ({"guidance": TRAINING_GUIDANCE} if self._guided else {})
             conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, extras]])
             # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
-            with torch.no_grad(), self.adapter_disabled():
+            with torch.set_grad_enabled(condition.cross_attention.requires_grad), self.adapter_disabled():
                 noise = torch.zeros_like(x[:1])
                 conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
             encoded = conds["positive"][0]["model_conds"]
@@ -342,47 +355,12 @@ class ComfyDenoiser:
         return self._pictures(self.model.model.process_latent_in(samples))
 
 
-def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
-    """A clone of a MODEL with a LoRA's tensors patched in, as the stock LoraLoader does it.
-
-    Raises:
-        ValueError: the LoRA was made for another model, which the stock loader only logs.
-    """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
-    if not patches:
-        raise ValueError("this LoRA was made for another model: none of its layers is in this one")
-    weights = model.model.state_dict()
-    for key, patch in patches.items():
-        made = _update_size(patch) if isinstance(key, str) else None
-        if made is not None and made != (own := (len(weights[key]), weights[key][0].numel())):
-            raise ValueError(f"this LoRA was made for another model: {key} is {own} here and {made} there")
-    patched = model.clone()
-    patched.add_patches(patches, strength)
-    return patched
-
-
 # --- helpers ------------------------------------------------------------------------------------------------------
 
 
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), to multiply latents with."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _update_size(patch) -> tuple[int, int] | None:
-    """Rows and columns of the update that a LoRA, LoHa or LoKr makes, where its factors tell."""
-    if isinstance(patch, LoKrAdapter):
-        one, other, _, *decomposed, tucker, _ = patch.weights
-        pairs = ((one, *decomposed[:2]), (other, *decomposed[2:]))
-        shapes = [(a.shape[0], b[0].numel()) if full is None else (len(full), full[0].numel()) for full, a, b in pairs]
-        size = shapes[0][0] * shapes[1][0], shapes[0][1] * shapes[1][1]
-    elif isinstance(patch, (LoRAAdapter, LoHaAdapter)):
-        tucker = patch.weights[3 if isinstance(patch, LoRAAdapter) else 5]
-        size = patch.weights[0].shape[0], patch.weights[1][0].numel()
-    else:
-        return None
-    return size if tucker is None else None
 
 
 def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:

@@ -94,6 +94,25 @@ def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
     return {name: f"lora_unet_{(name if original else key).replace('.', '_')}" for name, key in pairs.items()}
 
 
+def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
+    """A CLIP's CLIP models by their prefix in files: `te` for SD1 and SD2; `te1`, `te2` for others; never a T5."""
+    held = vars(clip).get("cond_stage_model")
+    found = [getattr(held, name).transformer for name in ("clip_l", "clip_h", "clip_g") if hasattr(held, name)]
+    if len(found) == 1 and isinstance(network, UNetModel):
+        return {"te": found[0]}
+    return {f"te{number}": encoder for number, encoder in enumerate(found, 1)}
+
+
+def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:
+    """As `file_keys`, of text encoders without adapters: `te1:<name>` to `lora_te1_<name>`."""
+    return {
+        f"{prefix}:{name}": f"lora_{prefix}_{name.replace('.', '_')}"
+        for prefix, encoder in encoders.items()
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
 def takes_frames(model: comfy.model_base.BaseModel) -> bool:
     """Whether latents are (B, C, frames, h, w); ValueError if they are no pictures at all."""
     dimensions = model.latent_format.latent_dimensions

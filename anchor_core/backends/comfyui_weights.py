@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 
 import comfy.model_management
@@ -11,6 +11,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import torch
+from comfy.clip_model import CLIPLayer
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -19,19 +20,19 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class TrainableWeights:
-    """Between `load` and `restore`, gradients flow through the weights of a MODEL; then it is as it was.
+    """Between `load` and `restore`, gradients flow through the weights of a MODEL (and CLIP); then it is as it was.
 
     Two things keep autograd from ComfyUI's own weights. Inference tensors cannot be saved for a backward pass: views
     over the same bytes take their places. And where a weight is cast to the computing dtype, fetched from memory or
     patched with a LoRA at each use (fp8, low VRAM), autograd would keep every such copy until the backward pass: such
     layers ask for their weight again instead (`_AskAgain`).
 
-    Flux's blocks, moreover, add to their own inputs in place, which by then their norms have saved. That is an error,
-    or under gradient checkpointing a wrong gradient without one; both get copies, of which as many are kept as before.
+    Blocks of Flux and CLIP, moreover, add in place to what their norms have saved by then. That is an error, or under
+    gradient checkpointing a wrong gradient without one; both get copies, of which no more are kept than before.
     """
 
-    def __init__(self, model: comfy.model_patcher.ModelPatcher):
-        self._model = model
+    def __init__(self, *models: comfy.model_patcher.ModelPatcher):
+        self._models = models
         self._swapped: list[tuple[dict, str, Tensor]] = []
         self._classes: list[tuple[nn.Module, type]] = []
         self._streams = 0
@@ -40,12 +41,13 @@ class TrainableWeights:
         """Have ComfyUI load the model, whole or in part, and make it trainable through."""
         management = comfy.model_management
         with torch.inference_mode():  # as in every prompt: what is moved stays what it was
-            management.load_models_gpu([self._model])
-        self._model.pre_run()
+            management.load_models_gpu(list(self._models))
+        for model in self._models:
+            model.pre_run()
         # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
         self._streams, management.NUM_STREAMS = management.NUM_STREAMS, 0
         views: dict[int, Tensor] = {}
-        for module in self._model.model.modules():
+        for module in self._modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():
@@ -53,11 +55,14 @@ class TrainableWeights:
                         table[name] = views.setdefault(id(tensor), _normal_view(tensor))
             if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
                 self._change(module, _asking(type(module)))
-            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock)):
+            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
                 self._change(module, _copying(type(module)))
                 for child in module.children():
                     if isinstance(child, nn.LayerNorm):
                         self._change(child, _copying(type(child)))
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for model in self._models for module in model.model.modules()]
 
     def _change(self, module: nn.Module, kind: type[nn.Module]) -> None:
         # Not the instance's `forward`, which gradient checkpointing wraps.
@@ -84,7 +89,9 @@ class TrainableWeights:
 
         Tensors that are made meanwhile are inference tensors: clone them afterwards.
         """
-        with _layers_out(self._model.model):
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(_layers_out(model.model))
             self.restore()
             with torch.inference_mode():
                 yield
