@@ -96,11 +96,13 @@ def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
 
 def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
     """A CLIP's CLIP models by their prefix in files: `te` for SD1 and SD2; `te1`, `te2` for others; never a T5."""
-    held = vars(clip).get("cond_stage_model")
-    found = [getattr(held, name).transformer for name in ("clip_l", "clip_h", "clip_g") if hasattr(held, name)]
-    if len(found) == 1 and isinstance(network, UNetModel):
-        return {"te": found[0]}
-    return {f"te{number}": encoder for number, encoder in enumerate(found, 1)}
+    held = getattr(clip, "cond_stage_model", None)
+    found = {name: getattr(held, name, None) for name in ("clip_l", "clip_h", "clip_g")}
+    found = {name: encoder.transformer for name, encoder in found.items() if encoder is not None}
+    # The stock LoraLoader calls a single one `te`, but takes Flux's for `te1` as well, as it is called elsewhere.
+    if len(found) == 1 and (isinstance(network, UNetModel) or "clip_g" in found):
+        return {"te": encoder for encoder in found.values()}
+    return {f"te{number}": encoder for number, encoder in enumerate(found.values(), 1)}
 
 
 def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:

@@ -38,7 +38,7 @@ class TrainableWeights:
         self._streams = 0
 
     def load(self) -> None:
-        """Have ComfyUI load the model, whole or in part, and make it trainable through."""
+        """Have ComfyUI load the models, whole or in part, and make them trainable through."""
         management = comfy.model_management
         with torch.inference_mode():  # as in every prompt: what is moved stays what it was
             management.load_models_gpu(list(self._models))
@@ -85,7 +85,7 @@ class TrainableWeights:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """The model as ComfyUI knows it, while another one (CLIP, VAE) is loaded, which may unload this one.
+        """The models as ComfyUI knows them, while another one is loaded, which may unload these.
 
         Tensors that are made meanwhile are inference tensors: clone them afterwards.
         """
@@ -104,7 +104,7 @@ class _AskAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return layer(x)
+        return layer.forward(x)
 
     @staticmethod
     @once_differentiable
