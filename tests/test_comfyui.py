@@ -142,6 +142,12 @@ def test_a_model_that_cannot_be_trained_on_is_refused(both, model, message):
     assert message in text and "\n" not in text
 
 
+@pytest.mark.parametrize("check", ["adapter", "file_keys", "detach", "slope", "untouched", "stock_loader"])
+def test_text_encoder_adapters(both, check):
+    text = bytes(both[2][f"text_encoder.{check}"].tolist()).decode().strip()
+    assert not text, text
+
+
 # --- the nodes ----------------------------------------------------------------------------------------------------
 
 

@@ -6,15 +6,12 @@ holds the very parameters, modules and flags that it held before, also when the 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
-import comfy.lora
-import comfy.lora_convert
 import comfy.model_management
 import comfy.patcher_extension
 import comfy.sample
@@ -27,9 +24,10 @@ from torch import Tensor, nn
 from ..adapter import Adapter, AdapterConfig
 from ..checks import check_count, check_number
 from . import comfyui_families as families
+from .comfyui_apply import apply_adapter
 from .comfyui_weights import TrainableWeights, check_trainable
 
-logger = logging.getLogger(__name__)
+__all__ = ["ComfyCondition", "ComfyDenoiser", "apply_adapter"]
 
 TRAINING_GUIDANCE = 1.0
 """What a network with an embedded guidance scale (Flux.1-dev) is told in `predict`; `sample` leaves it ComfyUI's."""
@@ -67,7 +65,7 @@ class ComfyDenoiser:
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
         self._video = families.takes_frames(model.model)
         self._guided = families.is_guided(model.model)
-        self._file_keys = families.file_keys(model.model)
+        self._file_keys = families.file_keys(model.model) | families.text_keys(self.text_encoders)
         self._weights = TrainableWeights(model)
         self._stack: ExitStack | None = None
 
@@ -80,7 +78,7 @@ class ComfyDenoiser:
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
             stack.callback(self.model.cleanup)
-            stack.callback(self._weights.restore)
+            stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             self._weights.load()
             self._stack = stack.pop_all()
@@ -108,7 +106,13 @@ class ComfyDenoiser:
         return families.architecture(self.model.model)
 
     @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The CLIP models that an adapter may train, by their prefix in files."""
+        return families.text_encoders(self.clip, self.network)
+
+    @property
     def blocks(self) -> list[nn.Module]:
+        """The network's blocks; ValueError if they are not known."""
         return families.blocks(self.network)
 
     # --- the adapter ------------------------------------------------------------------------------------------
@@ -123,18 +127,32 @@ class ComfyDenoiser:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
-        if getattr(config, "text_encoder", False):
-            raise ValueError("text_encoder is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
-        layers = (module for module in self.network.modules() if isinstance(module, (nn.Linear, nn.Conv2d)))
+        networks = {"": self.network}
+        if config.text_encoder:
+            networks |= self._text_encoders_to_train()
+        layers = (m for net in networks.values() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
         if config.kind in ("dora", "oft") and not all(families.holds_its_weight(m, self.device) for m in layers):
             raise ValueError(
                 f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
                 "the device; take lora, lokr or loha"
             )
-        self.adapter = Adapter.attach(self.network, config, seed, self.file_keys())
-        for parameter in self.adapter.parameters():  # peft puts them where the weight is, which may be offloaded
-            parameter.data = parameter.data.to(self.device)
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys())
+        for name in self.adapter.module_names:  # peft puts parameters where the weight is, which may be offloaded
+            device = self.clip.patcher.load_device if ":" in name else self.device
+            for parameter in self.adapter.layer(name).parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(device)
         return self.adapter
+
+    def _text_encoders_to_train(self) -> dict[str, nn.Module]:
+        """The text encoders, loaded beside the network from now on."""
+        if not self.text_encoders:
+            raise ValueError("text_encoder is True, but this model's text encoder is no CLIP; leave it off")
+        check_trainable(self.clip.patcher)
+        self._weights.restore()
+        self._weights = TrainableWeights(self.model, self.clip.patcher)
+        self._weights.load()
+        return self.text_encoders
 
     def detach(self) -> None:
         """Take the adapter out, if there is one: the network gets its own modules back."""
@@ -165,31 +183,32 @@ class ComfyDenoiser:
     def encode_images(self, pixels: Tensor) -> Tensor:
         # A video VAE takes a batch for the frames of one video.
         batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
-        with self._weights.released(), torch.no_grad():
+        with self._weights.released():
             latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
-            return self._pictures(self.model.model.process_latent_in(latents)).clone().to(self.device)
+            latents = self._pictures(self.model.model.process_latent_in(latents))
+        return latents.clone().to(self.device)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._weights.released(), torch.no_grad():
-            unscaled = self.model.model.process_latent_out(self._frames(latents.detach().clone()))
-            pixels = self.vae.decode(unscaled)
-            return (pixels[:, 0] if pixels.ndim == 5 else pixels).movedim(-1, 1).clamp(0, 1)
+        with self._weights.released():
+            pixels = self.vae.decode(self.model.model.process_latent_out(self._frames(latents.clone())))
+            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
+        return pixels.clone().movedim(-1, 1).clamp(0, 1)
 
     def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
         return self.encode_prompts([prompt], adapted)[0]
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
         """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
-        if adapted:
-            raise ValueError("adapted is True, but ComfyUI's text encoders cannot be adapted yet; leave it off")
-        with self._weights.released(), torch.no_grad():
-            return [self._encode_prompt(prompt) for prompt in prompts]
+        tokens = [self.clip.tokenize(prompt) for prompt in prompts]
+        held = adapted and self.adapter is not None and self.adapter.config.text_encoder
+        with nullcontext() if held else self._weights.released():
+            schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
+        return [self._condition(schedule) for schedule in schedules]
 
-    def _encode_prompt(self, prompt: str) -> ComfyCondition:
-        encoded = self.clip.encode_from_tokens_scheduled(self.clip.tokenize(prompt), show_pbar=False)
-        if len(encoded) != 1:
-            raise ValueError(f"the CLIP gives {len(encoded)} encodings of one prompt; give a CLIP without hooks")
-        cross_attention, extras = encoded[0]
+    def _condition(self, schedule: list) -> ComfyCondition:
+        if len(schedule) != 1:
+            raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")
+        cross_attention, extras = schedule[0]
         copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
         return ComfyCondition(cross_attention.clone().to(self.device), copies)
 
@@ -286,7 +305,7 @@ class ComfyDenoiser:
             extras = condition.extras | ({"guidance": TRAINING_GUIDANCE} if self._guided else {})
             conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, extras]])
             # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
-            with torch.no_grad(), self.adapter_disabled():
+            with torch.set_grad_enabled(condition.cross_attention.requires_grad), self.adapter_disabled():
                 noise = torch.zeros_like(x[:1])
                 conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
             encoded = conds["positive"][0]["model_conds"]
@@ -336,29 +355,6 @@ class ComfyDenoiser:
             seed=0,
         )
         return self._pictures(self.model.model.process_latent_in(samples))
-
-
-def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
-    """A clone of a MODEL with a LoRA's tensors patched in, as the stock LoraLoader does it.
-
-    Raises:
-        ValueError: the LoRA was made for another model, which the stock loader only logs.
-    """
-    keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
-    if not patches:
-        raise ValueError("this LoRA was made for another model: none of its layers is in this one")
-    weights = model.model.state_dict()
-    for key, patch in patches.items():
-        name = key if isinstance(key, str) else key[0]
-        up, down = getattr(patch, "weights", (None, None))[:2]
-        if torch.is_tensor(up) and torch.is_tensor(down) and isinstance(key, str):
-            made, own = (up.shape[0], down[0].numel()), (len(weights[name]), weights[name][0].numel())
-            if made != own:
-                raise ValueError(f"this LoRA was made for another model: {name} is {own} here and {made} there")
-    patched = model.clone()
-    patched.add_patches(patches, strength)
-    return patched
 
 
 # --- helpers ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,14 @@ import comfy.model_base
 import comfy.model_sampling
 import comfy.utils
 import torch
+from comfy.ldm.chroma.model import Chroma
+from comfy.ldm.flux.model import Flux
+from comfy.ldm.lumina.model import NextDiT
 from comfy.ldm.modules.attention import BasicTransformerBlock
+from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.ldm.wan.model import WanModel
 from torch import nn
 
 ARCHITECTURES = {
@@ -16,12 +22,15 @@ ARCHITECTURES = {
     comfy.model_base.Flux: "flux-1-dev",
 }
 
-BLOCK_LISTS = (
-    "joint_blocks", "double_blocks", "single_blocks", "blocks", "layers", "noise_refiner", "context_refiner",
-    "transformer_blocks", "double_layers", "single_layers", "double_stream_blocks", "single_stream_blocks",
-    "text_transformer_blocks", "visual_transformer_blocks",
-)  # fmt: skip
-"""What ComfyUI's transformers call the lists of their blocks."""
+BLOCKS = {
+    OpenAISignatureMMDITWrapper: ("joint_blocks",),
+    Flux: ("double_blocks", "single_blocks"),
+    Chroma: ("double_blocks", "single_blocks"),
+    NextDiT: ("noise_refiner", "context_refiner", "layers"),
+    WanModel: ("blocks",),
+    QwenImageTransformer2DModel: ("transformer_blocks",),
+}
+"""The module lists that a transformer's blocks are in; only networks whose checkpointed gradients are tested."""
 
 
 def prediction_type(sampling: nn.Module) -> str:
@@ -63,12 +72,10 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     """
     if isinstance(network, UNetModel):
         return [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
-    lists = (getattr(network, name, None) for name in BLOCK_LISTS)
-    found = [block for part in lists if isinstance(part, (nn.ModuleList, nn.ModuleDict)) for block in part.children()]
-    if not found:
+    if type(network) not in BLOCKS:
         kind = type(network).__name__
         raise ValueError(f"gradient_checkpointing is on, but the blocks of a {kind} are not known; switch it off")
-    return found
+    return [block for name in BLOCKS[type(network)] for block in getattr(network, name)]
 
 
 def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
@@ -85,6 +92,27 @@ def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
     pairs = {name[: -len(suffix)]: key[: -len(suffix)] for key, name in names.items() if key.endswith(suffix)}
     original = config.get("adm_in_channels") is not None
     return {name: f"lora_unet_{(name if original else key).replace('.', '_')}" for name, key in pairs.items()}
+
+
+def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
+    """A CLIP's CLIP models by their prefix in files: `te` for SD1 and SD2; `te1`, `te2` for others; never a T5."""
+    held = getattr(clip, "cond_stage_model", None)
+    found = {name: getattr(held, name, None) for name in ("clip_l", "clip_h", "clip_g")}
+    found = {name: encoder.transformer for name, encoder in found.items() if encoder is not None}
+    # The stock LoraLoader calls a single one `te`, but takes Flux's for `te1` as well, as it is called elsewhere.
+    if len(found) == 1 and (isinstance(network, UNetModel) or "clip_g" in found):
+        return {"te": encoder for encoder in found.values()}
+    return {f"te{number}": encoder for number, encoder in enumerate(found.values(), 1)}
+
+
+def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:
+    """As `file_keys`, of text encoders without adapters: `te1:<name>` to `lora_te1_<name>`."""
+    return {
+        f"{prefix}:{name}": f"lora_{prefix}_{name.replace('.', '_')}"
+        for prefix, encoder in encoders.items()
+        for name, module in encoder.named_modules()
+        if isinstance(module, nn.Linear)
+    }
 
 
 def takes_frames(model: comfy.model_base.BaseModel) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
 import torch
+from comfy.clip_model import CLIPLayer
+from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -17,42 +20,59 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class TrainableWeights:
-    """Between `load` and `restore`, gradients flow through the weights of a MODEL; then it is as it was.
+    """Between `load` and `restore`, gradients flow through the weights of a MODEL (and CLIP); then it is as it was.
 
     Two things keep autograd from ComfyUI's own weights. Inference tensors cannot be saved for a backward pass: views
     over the same bytes take their places. And where a weight is cast to the computing dtype, fetched from memory or
     patched with a LoRA at each use (fp8, low VRAM), autograd would keep every such copy until the backward pass: such
     layers ask for their weight again instead (`_AskAgain`).
+
+    Blocks of Flux and CLIP, moreover, add in place to what their norms have saved by then. That is an error, or under
+    gradient checkpointing a wrong gradient without one; both get copies, of which no more are kept than before.
     """
 
-    def __init__(self, model: comfy.model_patcher.ModelPatcher):
-        self._model = model
+    def __init__(self, *models: comfy.model_patcher.ModelPatcher):
+        self._models = models
         self._swapped: list[tuple[dict, str, Tensor]] = []
-        self._layers: list[nn.Module] = []
+        self._classes: list[tuple[nn.Module, type]] = []
         self._streams = 0
 
     def load(self) -> None:
-        """Have ComfyUI load the model, whole or in part, and make it trainable through."""
+        """Have ComfyUI load the models, whole or in part, and make them trainable through."""
         management = comfy.model_management
-        management.load_models_gpu([self._model])
-        self._model.pre_run()
+        with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+            management.load_models_gpu(list(self._models))
+        for model in self._models:
+            model.pre_run()
         # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
         self._streams, management.NUM_STREAMS = management.NUM_STREAMS, 0
         views: dict[int, Tensor] = {}
-        for module in self._model.model.modules():
+        for module in self._modules():
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():
                         self._swapped.append((table, name, tensor))
                         table[name] = views.setdefault(id(tensor), _normal_view(tensor))
             if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
-                module.forward = _forward_of(module)
-                self._layers.append(module)
+                self._change(module, _asking(type(module)))
+            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
+                self._change(module, _copying(type(module)))
+                for child in module.children():
+                    if isinstance(child, nn.LayerNorm):
+                        self._change(child, _copying(type(child)))
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for model in self._models for module in model.model.modules()]
+
+    def _change(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        # Not the instance's `forward`, which gradient checkpointing wraps.
+        self._classes.append((module, type(module)))
+        module.__class__ = kind
 
     def restore(self) -> None:
         """Give ComfyUI the tensors and layers back. A second call does nothing."""
-        while self._layers:
-            vars(self._layers.pop()).pop("forward", None)
+        while self._classes:
+            module, module.__class__ = self._classes.pop()
         while self._swapped:
             table, name, original = self._swapped.pop()
             current = table[name]
@@ -65,10 +85,16 @@ class TrainableWeights:
 
     @contextmanager
     def released(self) -> Iterator[None]:
-        """The model as ComfyUI knows it, while another one (CLIP, VAE) is loaded, which may unload this one."""
-        with _layers_out(self._model.model):
+        """The models as ComfyUI knows them, while another one is loaded, which may unload these.
+
+        Tensors that are made meanwhile are inference tensors: clone them afterwards.
+        """
+        with ExitStack() as stack:
+            for model in self._models:
+                stack.enter_context(_layers_out(model.model))
             self.restore()
-            yield
+            with torch.inference_mode():
+                yield
             self.load()
 
 
@@ -78,7 +104,7 @@ class _AskAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
         ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return type(layer).forward(layer, x)
+        return layer.forward(x)
 
     @staticmethod
     @once_differentiable
@@ -104,13 +130,25 @@ def asks_again(module: nn.Module) -> bool:
     )
 
 
-def _forward_of(layer: nn.Module) -> Callable[..., Tensor]:
-    def forward(x: Tensor, *arguments, **options) -> Tensor:
+@cache
+def _asking(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(layer: nn.Module, x: Tensor, *arguments, **options) -> Tensor:
         if arguments or options or not (x.requires_grad and torch.is_grad_enabled() and asks_again(layer)):
-            return type(layer).forward(layer, x, *arguments, **options)
+            return kind.forward(layer, x, *arguments, **options)
         return _AskAgain.apply(x, layer)
 
-    return forward
+    return type(kind.__name__, (kind,), {"forward": forward})
+
+
+@cache
+def _copying(kind: type[nn.Module]) -> type[nn.Module]:
+    def forward(module: nn.Module, *arguments, **options):
+        if torch.is_grad_enabled():
+            arguments = [value.clone() for value in arguments[:1]] + list(arguments[1:])
+            options |= {name: options[name].clone() for name in ("img", "txt") if name in options}
+        return kind.forward(module, *arguments, **options)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _normal_view(tensor: Tensor) -> Tensor:

@@ -1,0 +1,45 @@
+"""Adapters in a MODEL, as ComfyUI applies them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import comfy.lora
+import comfy.lora_convert
+from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
+from torch import Tensor
+
+
+def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
+    """A clone of a MODEL with a LoRA's tensors patched in, as the stock LoraLoader does it.
+
+    Raises:
+        ValueError: the LoRA was made for another model, which the stock loader only logs.
+    """
+    keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
+    if not patches:
+        raise ValueError("this LoRA was made for another model: none of its layers is in this one")
+    weights = model.model.state_dict()
+    for key, patch in patches.items():
+        made = _update_size(patch) if isinstance(key, str) else None
+        if made is not None and made != (own := (len(weights[key]), weights[key][0].numel())):
+            raise ValueError(f"this LoRA was made for another model: {key} is {own} here and {made} there")
+    patched = model.clone()
+    patched.add_patches(patches, strength)
+    return patched
+
+
+def _update_size(patch) -> tuple[int, int] | None:
+    """Rows and columns of the update that a LoRA, LoHa or LoKr makes, where its factors tell."""
+    if isinstance(patch, LoKrAdapter):
+        one, other, _, *decomposed, tucker, _ = patch.weights
+        pairs = ((one, *decomposed[:2]), (other, *decomposed[2:]))
+        shapes = [(a.shape[0], b[0].numel()) if full is None else (len(full), full[0].numel()) for full, a, b in pairs]
+        size = shapes[0][0] * shapes[1][0], shapes[0][1] * shapes[1][1]
+    elif isinstance(patch, (LoRAAdapter, LoHaAdapter)):
+        tucker = patch.weights[3 if isinstance(patch, LoRAAdapter) else 5]
+        size = patch.weights[0].shape[0], patch.weights[1][0].numel()
+    else:
+        return None
+    return size if tucker is None else None
