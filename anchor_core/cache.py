@@ -87,9 +87,15 @@ class Cache:
 
     def condition(self, prompt: str) -> Condition:
         """`denoiser.encode_prompt(prompt)`, always the same object for a prompt."""
-        if prompt not in self._conditions:
-            self._conditions[prompt] = self._encoded(prompt) if self.folder is None else self._stored(prompt)
-        return self._conditions[prompt]
+        return self.conditions([prompt])[0]
+
+    def conditions(self, prompts: Sequence[str]) -> list[Condition]:
+        """`condition` of each; those that are not known are encoded together."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
+        if missing:
+            found = self.denoiser.encode_prompts(missing) if self.folder is None else map(self._stored, missing)
+            self._conditions |= zip(missing, found)
+        return [self._conditions[prompt] for prompt in prompts]
 
     def _encoded(self, prompt: str) -> Condition:
         return self.denoiser.encode_prompt(prompt)

@@ -46,6 +46,9 @@ class Denoiser(Protocol):
     def encode_prompt(self, prompt: str, adapted: bool = False) -> Condition:
         """One prompt to one condition, by the pretrained text encoder; with its adapter and a graph if `adapted`."""
 
+    def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
+        """`encode_prompt` of each, for no more than one change of the model that is loaded."""
+
     @property
     def token_limit(self) -> int | None:
         """Tokens of a prompt that are read; None if all are, however many."""

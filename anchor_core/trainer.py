@@ -175,8 +175,8 @@ class _Run:
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
         self.history, self.started = History(), time.perf_counter()
         self.best: dict[str, Any] | None = None  # of the probes within the budget: step, score, weights
-        prompts = dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts())
-        self.conditions = {prompt: cache.condition(prompt) for prompt in prompts}
+        prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
+        self.conditions = dict(zip(prompts, cache.conditions(prompts)))
         if checkpoints is not None:
             self._resume()
 
@@ -282,7 +282,8 @@ class _Run:
         """A condition a prompt: the pretrained encoder's, or that of the adapter on it if there is one."""
         if not (adapted and self.adapter.config.text_encoder):
             return [self.conditions[prompt] for prompt in prompts]
-        encoded = {prompt: self.denoiser.encode_prompt(prompt, adapted=True) for prompt in dict.fromkeys(prompts)}
+        different = list(dict.fromkeys(prompts))
+        encoded = dict(zip(different, self.denoiser.encode_prompts(different, adapted=True)))
         return [encoded[prompt] for prompt in prompts]
 
     def _check_finite(self, what: str, value: float) -> None:

@@ -35,8 +35,12 @@ class AnchorApplyAdapter(io.ComfyNode):
                     tooltip="A file of the loras folders, or the LoRA that is connected.",
                 ),
                 LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
+                io.Clip.Input("clip", optional=True, tooltip="Needed for a LoRA that adapts the text encoder too."),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
+                io.Clip.Output(display_name="clip", tooltip="The connected CLIP with the LoRA's part for it."),
+            ],
         )
 
     @classmethod
@@ -44,15 +48,15 @@ class AnchorApplyAdapter(io.ComfyNode):
         return None if file == CONNECTED else lora_file(file).stat().st_mtime_ns
 
     @classmethod
-    def execute(cls, model, strength: float, file: str, lora=None) -> io.NodeOutput:
+    def execute(cls, model, strength: float, file: str, lora=None, clip=None) -> io.NodeOutput:
         from ..anchor_core.adapter_file import load_adapter
-        from ..anchor_core.backends.comfyui import apply_adapter
+        from ..anchor_core.backends.comfyui_apply import apply_adapter
 
         if file != CONNECTED:
             lora, _ = load_adapter(lora_file(file))
         elif lora is None:
             raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
-        return io.NodeOutput(apply_adapter(model, lora, strength))
+        return io.NodeOutput(*apply_adapter(model, lora, strength, clip))
 
 
 class AnchorSaveAdapter(io.ComfyNode):

@@ -148,6 +148,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 LossMap.Output(display_name="loss", tooltip="The losses, for Plot Loss Graph."),
                 HistoryType.Output(display_name="history", tooltip="Losses, terms and drift, for Drift Report."),
                 io.String.Output(display_name="file", tooltip="The LoRA's file."),
+                io.Clip.Output(display_name="clip", tooltip="The CLIP, with the LoRA's part for it if it was trained."),
             ],
         )
 
@@ -157,7 +158,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         class_images=None, references=None, masks=None, options=None, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.adapter_file import adapter_metadata, save_adapter, to_file_keys
-        from ..anchor_core.backends.comfyui import ComfyDenoiser, apply_adapter
+        from ..anchor_core.backends.comfyui import ComfyDenoiser
+        from ..anchor_core.backends.comfyui_apply import apply_adapter
         from ..anchor_core.data import build_dataset
         from ..anchor_core.trainer import TrainingDiverged, train
 
@@ -201,8 +203,8 @@ class AnchorTrainLoRA(io.ComfyNode):
             comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
         lora = AdapterTensors(tensors, metadata)
-        adapted = apply_adapter(model, lora, 1.0)
-        return io.NodeOutput(adapted, lora, {"loss": history.losses}, history.to_dict(), str(path))
+        model, clip = apply_adapter(model, lora, 1.0, clip)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), str(path), clip)
 
 
 def _pictures(images, masks, references):

@@ -188,7 +188,7 @@ def check_stock_loader(name: str, model, clip, vae, shape) -> None:
         tensors, prediction, layers = trained(model, clip, vae, shape, kind=kind, alpha=1.0)
         stock, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), 1.0, 0.0)
         assert len(stock.patches) == layers, f"ComfyUI reads {len(stock.patches)} of {layers} layers ({kind})"
-        for on in (stock, apply_adapter(model, tensors, 1.0)):
+        for on in (stock, apply_adapter(model, tensors, 1.0)[0]):
             torch.testing.assert_close(predict(on, clip, vae, shape), prediction, atol=1e-4, rtol=0)
 
 
@@ -216,7 +216,7 @@ def check_untouched(name: str, model, clip, vae, shape) -> None:
     """However a training ends, with and without a LoRA on the MODEL: the same model, the same next picture."""
     tensors, *_ = trained(model, clip, vae, shape)
     endings = (None, RuntimeError, comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError)
-    for on in (model, apply_adapter(model, tensors, 0.5)):
+    for on in (model, apply_adapter(model, tensors, 0.5)[0]):
         first = picture(on, clip, shape)
         before = fingerprint(on)
         for ending in endings:
@@ -250,7 +250,7 @@ def run_training(model, clip, vae, shape, ending: type[BaseException] | None) ->
 def check_lora_on_model_is_pretrained(name: str, model, clip, vae, shape) -> None:
     """Gradients on a MODEL with a LoRA are those on one whose weights were merged beforehand."""
     tensors, *_ = trained(model, clip, vae, shape)
-    patched = apply_adapter(model, tensors, 0.5)
+    patched = apply_adapter(model, tensors, 0.5)[0]
     comfy.model_management.load_models_gpu([patched])
     values = {key: value.clone() for key, value in patched.model.state_dict().items()}
     base, _, _ = models.build(name)
@@ -282,7 +282,7 @@ def check_fp8(name: str, model, clip, vae, shape) -> None:
 def check_low_vram(name: str, model, clip, vae, shape) -> None:
     """ComfyUI offloads half of a model with a LoRA meanwhile: layers patched at each use have the whole's gradients."""
     tensors, *_ = trained(model, clip, vae, shape)
-    patched = apply_adapter(model, tensors, 0.5)
+    patched = apply_adapter(model, tensors, 0.5)[0]
     first = picture(patched, clip, shape)
     with ComfyDenoiser(patched, clip, vae) as denoiser:
         step = contract.make_step(denoiser, shape)

@@ -177,7 +177,7 @@ def main() -> None:
         results["untouched.finished"] = torch.tensor(same(before, fingerprint(model)))
         for error in (RuntimeError, comfy.model_management.InterruptProcessingException):
             results[f"untouched.{error.__name__}"] = torch.tensor(ends_by(error, model, clip, vae, latents))
-        for name, on in {"patched": apply_adapter(model, tensors, 1.0), "again": model}.items():
+        for name, on in {"patched": apply_adapter(model, tensors, 1.0)[0], "again": model}.items():
             with ComfyDenoiser(on, clip, vae) as denoiser, torch.no_grad():
                 results[name] = denoiser.predict(given["noisy"], given["timesteps"], conditions)
         for name, bases in {

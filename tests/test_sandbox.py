@@ -142,4 +142,6 @@ def test_the_shipped_model_draws_what_is_asked_for():
     assert card["captions"] == 500
     assert min(card[name] for name in ("shape", "colour", "background", "accessory")) >= 0.9
     here = evaluate.evaluate(model.WEIGHTS, judge.Judge(), count=50, seed=5)
-    assert min(here[name] for name in ("shape", "colour", "background", "accessory")) >= 0.76  # 0.9 less three standard errors
+    assert (
+        min(here[name] for name in ("shape", "colour", "background", "accessory")) >= 0.76
+    )  # 0.9 less three standard errors

@@ -9,25 +9,37 @@ import comfy.lora_convert
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
+TEXT_PREFIXES = ("lora_te", "text_encoder")
 
-def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float):
-    """A clone of a MODEL with a LoRA's tensors patched in, as the stock LoraLoader does it.
+
+def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float, clip=None) -> tuple:
+    """Clones of a MODEL and its CLIP with a LoRA's tensors patched in, as the stock LoraLoader does it.
+
+    Without a CLIP the second is None.
 
     Raises:
-        ValueError: the LoRA was made for another model, which the stock loader only logs.
+        ValueError: the LoRA was made for another model, which the stock loader only logs; or it adapts the text encoder
+            as well, and there is no CLIP.
     """
+    if clip is None and any(key.startswith(TEXT_PREFIXES) for key in tensors):
+        raise ValueError("clip is not connected, but this LoRA adapts the text encoder too; connect the model's CLIP")
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
+    weights = dict(model.model.state_dict())
+    if clip is not None:
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
+        weights |= clip.cond_stage_model.state_dict()
     patches = comfy.lora.load_lora(comfy.lora_convert.convert_lora(dict(tensors)), keys, log_missing=False)
     if not patches:
         raise ValueError("this LoRA was made for another model: none of its layers is in this one")
-    weights = model.model.state_dict()
     for key, patch in patches.items():
         made = _update_size(patch) if isinstance(key, str) else None
         if made is not None and made != (own := (len(weights[key]), weights[key][0].numel())):
             raise ValueError(f"this LoRA was made for another model: {key} is {own} here and {made} there")
-    patched = model.clone()
-    patched.add_patches(patches, strength)
-    return patched
+    patched = [each if each is None else each.clone() for each in (model, clip)]
+    for each in patched:
+        if each is not None:
+            each.add_patches(patches, strength)
+    return tuple(patched)
 
 
 def _update_size(patch) -> tuple[int, int] | None:

@@ -184,6 +184,9 @@ class DiffusersDenoiser:
         with torch.set_grad_enabled(adapted), self._switched(adapted):
             return self._family.encode(prompt)
 
+    def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
+        return [self.encode_prompt(prompt, adapted) for prompt in prompts]
+
     @property
     def token_limit(self) -> int:
         """Tokens of a prompt that the text encoder which reads most of it takes."""
