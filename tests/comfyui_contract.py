@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
+PATCHED = ("sd1", "sd2_v", "sdxl", "sdxl_v", "flux")
 OTHERS = ("lora", "loha", "lokr")
 REFUSED = ("dynamic_vram", "fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_encoder", "dora_on_fp8")
 
@@ -279,11 +281,27 @@ def check_fp8(name: str, model, clip, vae, shape) -> None:
     assert same(before, fingerprint(stored)), "after a training the model in fp8 is another one"
 
 
+def check_patches_by_block(name: str, model, clip, vae, shape) -> None:
+    """Patches of attention that look at the block they are in do the same when it is computed again."""
+    patched = model.clone()
+
+    def scale(attended: Tensor, options: dict) -> Tensor:
+        return attended * (1 + zlib.crc32(repr((options.get("block"), options.get("block_index"))).encode()) / 2**32)
+
+    patched.set_model_attn1_output_patch(scale)
+    with ComfyDenoiser(patched, clip, vae) as denoiser:
+        step = contract.make_step(denoiser, shape)
+        assert_near(gradients(denoiser, step, denoiser.blocks), gradients(denoiser, step))
+    if name in PATCHED:
+        assert not torch.equal(predict(patched, clip, vae, shape), predict(model, clip, vae, shape))
+
+
 def check_low_vram(name: str, model, clip, vae, shape) -> None:
     """ComfyUI offloads half of a model with a LoRA meanwhile: layers patched at each use have the whole's gradients."""
     tensors, *_ = trained(model, clip, vae, shape)
     patched = apply_adapter(model, tensors, 0.5)[0]
     first = picture(patched, clip, shape)
+    kinds = [(id(p), p.is_inference()) for p in patched.model.parameters()]
     with ComfyDenoiser(patched, clip, vae) as denoiser:
         step = contract.make_step(denoiser, shape)
         whole = gradients(denoiser, step)
@@ -298,6 +316,7 @@ def check_low_vram(name: str, model, clip, vae, shape) -> None:
         except ValueError as error:
             told = str(error)
         assert "take lora" in told, "a kind that reads weights is not refused"
+    assert [(id(p), p.is_inference()) for p in patched.model.parameters()] == kinds, "parameters are others"
     assert torch.equal(picture(patched, clip, shape), first), "the picture is another one"
 
 
@@ -354,7 +373,14 @@ INSIDE = (
     "check_gradients_are_slopes",
     "check_prompts_in_one_go",
 )
-AROUND = ("check_stock_loader", "check_untouched", "check_lora_on_model_is_pretrained", "check_fp8", "check_low_vram")
+AROUND = (
+    "check_stock_loader",
+    "check_untouched",
+    "check_lora_on_model_is_pretrained",
+    "check_fp8",
+    "check_low_vram",
+    "check_patches_by_block",
+)
 
 
 def main() -> None:

@@ -80,6 +80,8 @@ class ComfyDenoiser:
             stack.callback(self.model.cleanup)
             stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
+            for block in families.find_blocks(self.network):
+                stack.callback(block.register_forward_pre_hook(_with_own_options, with_kwargs=True).remove)
             self._weights.load()
             self._stack = stack.pop_all()
         return self
@@ -113,7 +115,11 @@ class ComfyDenoiser:
     @property
     def blocks(self) -> list[nn.Module]:
         """The network's blocks; ValueError if they are not known."""
-        return families.blocks(self.network)
+        blocks = families.find_blocks(self.network)
+        if not blocks:
+            kind = type(self.network).__name__
+            raise ValueError(f"gradient_checkpointing is on, but the blocks of a {kind} are not known; switch it off")
+        return blocks
 
     # --- the adapter ------------------------------------------------------------------------------------------
 
@@ -363,6 +369,14 @@ class ComfyDenoiser:
 def _column(values: Tensor, like: Tensor) -> Tensor:
     """(B,) to (B, 1, 1, 1), to multiply latents with."""
     return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _with_own_options(block: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A block's transformer_options as they are now: ComfyUI counts the blocks in them, which patches read, also when
+    gradient checkpointing runs the block once more."""
+    if torch.is_grad_enabled():
+        options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return arguments, options
 
 
 def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:

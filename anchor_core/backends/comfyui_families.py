@@ -64,18 +64,11 @@ def architecture(model: comfy.model_base.BaseModel) -> str:
     return ARCHITECTURES.get(type(model), type(model).__name__.lower())
 
 
-def blocks(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a transformer; of a UNet, its residual and its transformer blocks.
-
-    Raises:
-        ValueError: the network's blocks are not known.
-    """
+def find_blocks(network: nn.Module) -> list[nn.Module]:
+    """The blocks of a transformer; of a UNet, its residual and its transformer blocks; empty if they are not known."""
     if isinstance(network, UNetModel):
         return [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
-    if type(network) not in BLOCKS:
-        kind = type(network).__name__
-        raise ValueError(f"gradient_checkpointing is on, but the blocks of a {kind} are not known; switch it off")
-    return [block for name in BLOCKS[type(network)] for block in getattr(network, name)]
+    return [block for name in BLOCKS.get(type(network), ()) for block in getattr(network, name)]
 
 
 def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
@@ -101,7 +94,7 @@ def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
     found = {name: encoder.transformer for name, encoder in found.items() if encoder is not None}
     # The stock LoraLoader calls a single one `te`, but takes Flux's for `te1` as well, as it is called elsewhere.
     if len(found) == 1 and (isinstance(network, UNetModel) or "clip_g" in found):
-        return {"te": encoder for encoder in found.values()}
+        return {"te": next(iter(found.values()))}
     return {f"te{number}": encoder for number, encoder in enumerate(found.values(), 1)}
 
 

@@ -52,7 +52,7 @@ class TrainableWeights:
                 for name, tensor in table.items():
                     if tensor is not None and tensor.is_inference():
                         self._swapped.append((table, name, tensor))
-                        table[name] = views.setdefault(id(tensor), _normal_view(tensor))
+                        table[name] = views.setdefault(id(tensor), _view(tensor))
             if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
                 self._change(module, _asking(type(module)))
             elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
@@ -78,7 +78,7 @@ class TrainableWeights:
             current = table[name]
             if current.data_ptr() != original.data_ptr():  # ComfyUI moved the weights to another device meanwhile
                 with torch.inference_mode():
-                    original.data = current.data
+                    original.data = _view(current).data
             table[name] = original
         if self._streams:
             comfy.model_management.NUM_STREAMS, self._streams = self._streams, 0
@@ -151,8 +151,8 @@ def _copying(kind: type[nn.Module]) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-def _normal_view(tensor: Tensor) -> Tensor:
-    """A tensor that autograd may save, over the same bytes as an inference tensor."""
+def _view(tensor: Tensor) -> Tensor:
+    """Another tensor over the same bytes: an inference tensor in inference mode, else one that autograd may save."""
     view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
     return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
