@@ -43,7 +43,7 @@ from .adapter_kinds import NAME
 
 if TYPE_CHECKING:
     from .data import Concept
-    from .trainer import TrainSettings
+    from .settings import TrainSettings
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from .drift import ProbeResult
-from .trainer import History
+from .history import History
 
 
 def write_json(path: Path, value: Any) -> None:

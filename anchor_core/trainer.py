@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from .checkpoint import Checkpoints
 from .data import Concept
 from .dataset import Dataset, Example
 from .denoiser import Condition, Denoiser, PriorBatch, Step
-from .drift import DriftProbe, ProbeResult
+from .drift import DriftProbe
 from .gradient_checkpointing import checkpointed
+from .history import History, StepReport
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .parallel import ALONE, Workers
@@ -36,51 +37,6 @@ _MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drif
 
 class TrainingDiverged(RuntimeError):
     """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One finished step, counted from 1. `loss` is the sum of `terms`; `drift` is set when the probe has just run."""
-
-    step: int
-    steps: int
-    loss: float
-    terms: dict[str, float]
-    drift: float | None = None
-
-
-@dataclass
-class History:
-    """What happened: a loss and its weighted terms for each step made, and the probes as (steps made, result).
-
-    Attributes:
-        kept: the step whose weights the adapter was left with.
-        cancelled: `should_stop` ended the training.
-        over_budget: `stop_on_drift` ended it.
-    """
-
-    losses: list[float] = field(default_factory=list)
-    terms: dict[str, list[float]] = field(default_factory=dict)
-    probes: list[tuple[int, ProbeResult]] = field(default_factory=list)
-    seconds: float = 0.0
-    kept: int = 0
-    cancelled: bool = False
-    over_budget: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers that JSON holds."""
-        return {
-            **self.__dict__,
-            "losses": list(self.losses),
-            "terms": {name: list(values) for name, values in self.terms.items()},
-            "probes": [{"step": step, **result.to_dict()} for step, result in self.probes],
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> History:
-        """What `to_dict` gave."""
-        probes = [(probe["step"], ProbeResult.from_dict(probe)) for probe in values["probes"]]
-        return cls(**{**values, "probes": probes})
 
 
 def train(

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from .. import report
-from ..trainer import TrainSettings
+from ..settings import TrainSettings
 from .personalise import (
     ADAPTER,
     DREAMBOOTH,

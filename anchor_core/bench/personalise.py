@@ -17,7 +17,8 @@ from ..metrics import mean_pairwise_cosine, text_alignment
 from ..objectives import matched_learning_rate
 from ..sandbox.judge import Judge
 from ..sandbox.subjects import Subject
-from ..trainer import History, StepReport, TrainSettings, train
+from ..settings import TrainSettings
+from ..trainer import History, StepReport, train
 
 TOKEN = "sks"
 TUNING_SUBJECTS = ("rosie", "ziggy")
