@@ -30,14 +30,13 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         check_count("seed", options.seed, minimum=0)
-        options.run(options)
+        return options.run(options) or 0
     except (ValueError, TrainingDiverged) as error:
         print(f"semantic-anchor {options.verb}: error: {_with_option(str(error), parser)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"semantic-anchor {options.verb}: cancelled", file=sys.stderr)
         return 130
-    return 0
 
 
 def _with_option(message: str, parser: argparse.ArgumentParser) -> str:

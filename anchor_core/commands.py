@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
+import threading
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -56,7 +60,7 @@ def _given(options: Namespace, kind: type):
 # --- the verbs ------------------------------------------------------------------------------------------------------
 
 
-def train(options: Namespace) -> None:
+def train(options: Namespace) -> int:
     from tqdm import tqdm
 
     from . import report
@@ -98,12 +102,13 @@ def train(options: Namespace) -> None:
             if step.drift is not None:
                 bar.set_postfix(loss=f"{step.loss:.4f}", drift=f"{step.drift:.3f}")
 
-        history = run(
-            denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe, on_step=show,
-            checkpoints=checkpoints, cache=cache, workers=workers,
-        )  # fmt: skip
+        with _interrupt() as interrupted:
+            history = run(
+                denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe, on_step=show,
+                should_stop=interrupted.is_set, checkpoints=checkpoints, cache=cache, workers=workers,
+            )  # fmt: skip
     if not workers.is_first:
-        return
+        return 0
     path = out / "adapter.safetensors"
     save_trained(path, denoiser, concept, settings, history.kept)
     figure = report.new_figure(9, 3.4)
@@ -123,7 +128,25 @@ def train(options: Namespace) -> None:
     }
     report.write_json(out / "report.json", written)
     drift = dict(history.probes)[history.kept].drift
-    print(f"{path}  step {history.kept}, drift {drift:.3f}, {history.seconds:.0f} s")
+    state = f"cancelled after {len(history.losses)} steps; " if history.cancelled else ""
+    print(f"{state}{path}  step {history.kept}, drift {drift:.3f}, {history.seconds:.0f} s")
+    return 130 if history.cancelled else 0
+
+
+@contextmanager
+def _interrupt() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, so that the training ends after its step; a second one ends the process."""
+    interrupted = threading.Event()
+
+    def set_once(*_) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, set_once)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):

@@ -88,7 +88,7 @@ def train(
         own = class_latents.detach().to("cpu", torch.float32, copy=True)
         classes = Dataset([Example(row, (concept.class_prompt,), (concept.class_prompt,)) for row in own])
     if probe is None and (settings.keep == "best" or settings.stop_on_drift):
-        raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; pass a probe")
+        raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; set probe_every above 0")
     with ExitStack() as stack:
         # ComfyUI runs nodes in inference mode, where nothing can be trained.
         stack.enter_context(torch.inference_mode(False))

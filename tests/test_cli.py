@@ -245,3 +245,34 @@ def test_every_kind_of_adapter_trains_and_is_read_again(references, tmp_path, ki
     seen = json.loads((tmp_path / "seen" / "report.json").read_text())
     assert seen["metadata"]["anchor.kind"] == kind and report["history"]["kept"] == 3
     assert seen["after"]["drift"] != seen["before"]["drift"]
+
+
+def test_an_interrupted_training_keeps_the_adapter_so_far(references, tmp_path):
+    import signal
+    import time
+
+    command = [
+        sys.executable,
+        "-m",
+        "anchor_core.cli",
+        "train",
+        *QUICK,
+        "--steps",
+        "100000",
+        "--references",
+        references,
+    ]
+    command += [*PROMPTS, "--out", str(tmp_path / "run"), "--checkpoint_every", "1", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
+    try:
+        while not list((tmp_path / "run").glob("checkpoints/*.ckpt")):
+            assert process.poll() is None, "the training ended before its first step"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    tensors, metadata = load_adapter(tmp_path / "run" / "adapter.safetensors")
+    made = int(metadata["anchor.steps"])
+    assert f"cancelled after {made} steps" in output and str(tmp_path / "run" / "adapter.safetensors") in output
