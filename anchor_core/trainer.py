@@ -107,7 +107,7 @@ def train(
 
 
 class _Run:
-    """One training: all that changes while it goes on is in `state_dict`."""
+    """One training: all that changes while it goes on is in its checkpoints."""
 
     def __init__(
         self,
