@@ -27,9 +27,9 @@ def calls(eps_denoiser, monkeypatch) -> dict[str, list]:
         made["images"].append(tuple(pixels.shape))
         return encode_images(pixels)
 
-    def count_prompt(prompt):
+    def count_prompt(prompt, adapted=False):
         made["prompts"].append(prompt)
-        return encode_prompt(prompt)
+        return encode_prompt(prompt, adapted)
 
     monkeypatch.setattr(eps_denoiser, "encode_images", count_images)
     monkeypatch.setattr(eps_denoiser, "encode_prompt", count_prompt)

@@ -107,7 +107,10 @@ def test_the_judge_tells_a_subject_from_the_others(the_judge):
 
 
 def test_the_shipped_model_draws_what_a_caption_says(the_judge):
-    """A quick sample of the 500 captions of the model card, with room for its own chance."""
+    """On the 500 captions of its card; and on a quick sample here, with room for its own chance."""
+    card = json.loads((model.WEIGHTS / "training.json").read_text())["accuracy"]
+    assert card["captions"] == 500
+    assert min(card[name] for name in ("shape", "colour", "background", "accessory")) >= 0.9
     scores = evaluate.evaluate(model.WEIGHTS, the_judge, count=50, seed=7)
     for name in ("shape", "colour", "background", "accessory"):
         assert scores[name] >= 0.8, scores
@@ -134,14 +137,3 @@ def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
 
     denoiser = DiffusersDenoiser.from_pretrained(tmp_path / "weights")
     assert denoiser.default_resolution == model.PICTURE_SIZE and denoiser.prediction_type == "v_prediction"
-
-
-def test_the_shipped_model_draws_what_is_asked_for():
-    """On 500 captions never used, as its card says; and on some here, as a guard against a card of other weights."""
-    card = json.loads((model.WEIGHTS / "training.json").read_text())["accuracy"]
-    assert card["captions"] == 500
-    assert min(card[name] for name in ("shape", "colour", "background", "accessory")) >= 0.9
-    here = evaluate.evaluate(model.WEIGHTS, judge.Judge(), count=50, seed=5)
-    assert (
-        min(here[name] for name in ("shape", "colour", "background", "accessory")) >= 0.76
-    )  # 0.9 less three standard errors

@@ -232,7 +232,7 @@ def test_rows_train_with_their_own_prompts_and_masks(eps_denoiser, latents, conc
     prompts = {"subject_prompts": (concept.subject_prompt,), "class_prompts": (concept.class_prompt,)}
     seen = []
     encode = eps_denoiser.encode_prompt
-    eps_denoiser.encode_prompt = lambda prompt: seen.append(prompt) or encode(prompt)
+    eps_denoiser.encode_prompt = lambda prompt, adapted=False: seen.append(prompt) or encode(prompt)
     whole, _ = run(eps_denoiser, Dataset([Example(latents[0], **prompts)]), concept, steps=1)
     masked, _ = run(eps_denoiser, Dataset([Example(latents[0], mask=mask, **prompts)]), concept, steps=1)
     assert whole.losses != masked.losses
