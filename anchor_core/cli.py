@@ -76,7 +76,9 @@ def _build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--prompt", required=True, action="append", help="once or more")
     sample.add_argument("--count", type=int, default=1, help="pictures of each prompt (default 1)")
     sample.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
-    sample.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance scale (default 5)")
+    sample.add_argument(
+        "--guidance", type=float, help="classifier-free guidance scale (default: the adapter's, else 5)"
+    )
 
     inspect = _verb(verbs, "inspect", "measure the drift of a LoRA from its class", commands.inspect)
     _add_model(inspect)

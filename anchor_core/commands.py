@@ -172,11 +172,14 @@ def sample(options: Namespace) -> None:
 
     check_count("steps", options.steps)
     check_count("count", options.count)
-    check_number("guidance", options.guidance, minimum=0)
+    if options.guidance is not None:
+        check_number("guidance", options.guidance, minimum=0)
     check_number("strength", options.strength)
     out = _check_writable(options.out)
     denoiser = _open_model(options)
-    adapter = attach_file(denoiser, options.adapter)[0] if options.adapter else None
+    adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
+    if options.guidance is None:
+        options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
     side = _resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)

@@ -31,7 +31,7 @@ from .settings import TrainSettings
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift")
+_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
 """Settings that a resumed training may have otherwise: they do not enter the steps already made."""
 
 

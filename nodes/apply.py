@@ -5,6 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
+from ..anchor_core.settings import TrainSettings
 from .types import CATEGORY, AdapterTensors, ConceptType, LoraModel, lora_file, new_lora_file
 
 CONNECTED = "[connected lora]"
@@ -106,6 +107,7 @@ class AnchorLoadAdapter(io.ComfyNode):
                 io.String.Output(display_name="subject_prompt", tooltip="Empty if the file does not say."),
                 io.String.Output(display_name="class_prompt", tooltip="Empty if the file does not say."),
                 io.String.Output(display_name="settings", tooltip="Everything else that the file says, a line each."),
+                io.Float.Output(display_name="guidance", tooltip="The scale (cfg) that the file recommends, or 5."),
             ],
         )
 
@@ -120,4 +122,5 @@ class AnchorLoadAdapter(io.ComfyNode):
         tensors, metadata = load_adapter(lora_file(file))
         prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
         settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
-        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings)
+        guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
+        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings, guidance)

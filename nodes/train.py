@@ -31,9 +31,9 @@ LOG_EVERY = 50
 TRAIN_OPTIONS = (
     "anchor optimizer weight_decay beta1 beta2 grad_clip accumulation schedule warmup ema min_snr timestep_sampling "
     "timestep_mean timestep_std timestep_shift timestep_min timestep_max precision gradient_checkpointing "
-    "stop_on_drift keep checkpoint_every"
+    "stop_on_drift keep guidance checkpoint_every"
 ).split()
-PREVIEW_STEPS, PREVIEW_GUIDANCE, PREVIEW_SIDE = 12, 5.0, 512
+PREVIEW_STEPS, PREVIEW_SIDE = 12, 512
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -239,6 +239,7 @@ class _Watch:
         import torch
 
         self.denoiser, self.every, self.made = denoiser, preview_every, 0
+        self.guidance = settings.guidance
         self.bar = comfy.utils.ProgressBar(settings.steps)
         if preview_every:
             self.prompt = concept.subject_prompt
@@ -260,7 +261,7 @@ class _Watch:
         if self.denoiser.adapter.config.text_encoder:
             self.subject = self.denoiser.encode_prompt(self.prompt, adapted=True)
         latents = self.denoiser.sample(
-            [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=PREVIEW_GUIDANCE
+            [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=self.guidance
         )
         pixels = self.denoiser.decode_latents(latents)[0].movedim(0, -1)  # (H, W, 3)
         picture = Image.fromarray((pixels * 255).round().byte().cpu().numpy())

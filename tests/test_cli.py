@@ -276,3 +276,12 @@ def test_an_interrupted_training_keeps_the_adapter_so_far(references, tmp_path):
     tensors, metadata = load_adapter(tmp_path / "run" / "adapter.safetensors")
     made = int(metadata["anchor.steps"])
     assert f"cancelled after {made} steps" in output and str(tmp_path / "run" / "adapter.safetensors") in output
+
+
+def test_a_file_recommends_its_guidance(references, tmp_path):
+    trained(references, tmp_path / "run", "--guidance", "3.5")
+    file = str(tmp_path / "run" / "adapter.safetensors")
+    for name, options, expected in (("own", [], 3.5), ("given", ["--guidance", "2"], 2.0)):
+        arguments = ["--model", "sandbox", "--adapter", file, "--prompt", "a sks star", "--steps", "2", *options]
+        assert cli.main(["sample", *arguments, "--out", str(tmp_path / name)]) == 0
+        assert json.loads((tmp_path / name / "report.json").read_text())["guidance"] == expected

@@ -298,11 +298,12 @@ def test_stock_nodes_take_the_trained_adapter(server):
 def test_saved_adapter_comes_back_with_its_prompts(server):
     server.run({**training(), "5": node("AnchorSaveAdapter", lora=["4", 1], name="folder/kept")})
     load = {"1": node("AnchorLoadAdapter", file="folder/kept_00001_.safetensors")}
-    shown = {str(i + 2): node("PreviewAny", source=["1", i]) for i in (1, 2, 3)}
+    shown = {str(i + 2): node("PreviewAny", source=["1", i]) for i in (1, 2, 3, 4)}
     outputs = server.run(load | shown)
     assert outputs["3"]["text"] == ["a photo of a sks star"]
     assert outputs["4"]["text"] == ["a photo of a star"]
     assert "anchor.w: 0.5" in outputs["5"]["text"][0]
+    assert outputs["6"]["text"] == ["5.0"]  # the guidance
 
 
 @pytest.fixture
