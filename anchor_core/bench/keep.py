@@ -14,7 +14,7 @@ from tqdm import tqdm
 from .. import report
 from .personalise import ADAPTER, ANCHORED, DREAMBOOTH, SETTINGS, Personalisation, Scores
 
-STEPS = 400
+STEPS = 300
 KEYS = {"subject_fidelity": "ID", "text_alignment": "text", "drift": "drift"}
 
 
