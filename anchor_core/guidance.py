@@ -1,0 +1,330 @@
+"""The guidance rules: each is a table of branches, an affine combination of predictions at one step of sampling.
+
+A branch is a prediction made with (prompt, adapter strength). Every rule here leads away from one branch towards a mix
+of others, away + g (sum of share * branch - away), with shares that sum to 1; so a table is the same in epsilon, v, x0
+and velocity space. The scale g is the sampler's own: 1 is the conditional prediction, above it is extrapolation.
+
+A new rule is one class here, in `RULES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .checks import check_choice, check_number, check_options, option
+
+PROMPTS = ("subject", "class", "null")
+"""Of a branch: with the subject's token, the same prompt with the class word alone, and the empty or negative one."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One prediction: weights W + strength (W_adapted - W), and a prompt.
+
+    Args:
+        prompt: of `PROMPTS`.
+        strength: of the adapter: 1 as it is applied, 0 the pretrained network.
+        early: with an early checkpoint of the adapter in the adapter's place.
+    """
+
+    prompt: str
+    strength: float = 1.0
+    early: bool = False
+
+
+SUBJECT, CLASS, NULL = (Branch(prompt) for prompt in PROMPTS)
+
+Mix = Mapping[Branch, float]
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a rule says at one step: away + g (towards - away).
+
+    Args:
+        towards: branch -> share; the shares sum to 1.
+        away: the branch that guidance leads away from.
+        outside: `towards` outside of a mask over the picture; None if there is no mask. The mask is where the class
+            branch looks at the class word: its cross-attention map, averaged over heads and layers, above `quantile`
+            of its values (Beyond Fine-Tuning, masked sampling).
+        quantile: share of the picture that is outside the mask.
+    """
+
+    towards: Mix
+    away: Branch = NULL
+    outside: Mix | None = None
+    quantile: float = 0.0
+
+    def branches(self, scale: float) -> list[Branch]:
+        """Those that count at this scale, in a fixed order: the one to lead away from, where it counts, last."""
+        mixes = (self.towards,) if self.outside is None else (self.towards, self.outside)
+        counting = [] if scale == 0 else [branch for mix in mixes for branch, share in mix.items() if share]
+        return list(dict.fromkeys(counting + ([self.away] if scale != 1 else [])))
+
+    def coefficients(self, scale: float) -> dict[Branch, float]:
+        """Branch -> coefficient, which sum to 1; of the inside where there is a mask."""
+        table = {branch: scale * share for branch, share in self.towards.items()}
+        table[self.away] = table.get(self.away, 0.0) + 1 - scale
+        return {branch: coefficient for branch, coefficient in table.items() if coefficient}
+
+    def conditional(self, predictions: Mapping[Branch, Tensor], mask: Tensor | None = None) -> Tensor:
+        """The mix that guidance leads towards, of predictions (B, C, ...): a sampler's conditional prediction.
+
+        Args:
+            mask: (B, 1, h, w) in [0, 1], which broadcasts over the predictions; read where the table has one.
+        """
+        inside = _mix(self.towards, predictions)
+        if self.outside is None:
+            return inside
+        if mask is None:
+            raise ValueError("mask is None, but a table with an outside takes one of (B, 1, h, w)")
+        return torch.lerp(_mix(self.outside, predictions), inside, mask.to(inside))
+
+
+def _mix(mix: Mix, predictions: Mapping[Branch, Tensor]) -> Tensor:
+    shares = {branch: share for branch, share in mix.items() if share}
+    if len(shares) == 1:
+        return predictions[next(iter(shares))]
+    return sum(share * predictions[branch] for branch, share in shares.items())
+
+
+def guide(table: Table, predictions: Mapping[Branch, Tensor], scale: float, mask: Tensor | None = None) -> Tensor:
+    """away + scale (towards - away), of predictions (B, C, ...) of the branches that count at this scale."""
+    if scale == 0:
+        return predictions[table.away]
+    conditional = table.conditional(predictions, mask)
+    if scale == 1:
+        return conditional
+    away = predictions[table.away]
+    return away + scale * (conditional - away)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A guidance rule with its options, all of them numbers from 0 to 1 or choices.
+
+    Args:
+        start, stop: the share of the steps in which the scale counts (guidance interval): the steps
+            round(start N) <= i < round(stop N) of N, from the noisiest, i = 0; in the others the scale is 1.
+    """
+
+    name: ClassVar[str]
+
+    start: float = option(0.0, "share of the steps before the scale counts", minimum=0)
+    stop: float = option(1.0, "share of the steps after which the scale counts no more", minimum=0)
+
+    def __post_init__(self):
+        check_options(self)
+        for each in fields(self):
+            if isinstance(each.default, float) and not 0 <= getattr(self, each.name) <= 1:
+                raise ValueError(f"{each.name} is {getattr(self, each.name)!r}, but it takes a number from 0 to 1")
+        if self.start > self.stop:
+            raise ValueError(f"start is {self.start!r}, but it takes at most stop, which is {self.stop!r}")
+
+    def scale_at(self, step: int, steps: int, scale: float) -> float:
+        """The scale at step `step` (from 0, the noisiest) of `steps`."""
+        check_number("scale", scale)
+        return scale if _reached(self.start, step, steps) and not _reached(self.stop, step, steps) else 1.0
+
+    def table(self, step: int, steps: int) -> Table:
+        """What the rule says at step `step` (from 0, the noisiest) of `steps`."""
+        raise NotImplementedError
+
+    @property
+    def branches(self) -> list[Branch]:
+        """Every branch that some step may ask for."""
+        return list(dict.fromkeys(branch for i in range(1000) for branch in self.table(i, 1000).branches(2.0)))
+
+
+def _reached(share: float, step: int, steps: int) -> bool:
+    """Whether `share` of the steps are over; rounded, as 0.14 of 50 is 7.000000000000001."""
+    return step >= round(share * steps)
+
+
+def _mixed(class_share: float) -> Mix:
+    return {SUBJECT: 1 - class_share, CLASS: class_share}
+
+
+# --- the rules ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ClassifierFree(Rule):
+    """eps_null + g (eps_c - eps_null) (arXiv 2207.12598); with `start` and `stop` guidance in an interval
+    (arXiv 2404.07724, whose inclusive [a, b] of N steps is start = a / N, stop = (b + 1) / N)."""
+
+    name = "cfg"
+
+    def table(self, step, steps):
+        return Table({SUBJECT: 1})
+
+
+@dataclass(frozen=True)
+class Autoguidance(Rule):
+    """eps_weak + g (eps - eps_weak), the same prompt in both (arXiv 2406.02507).
+
+    The weak model is the adapter at strength `weak`, or with `early` an early checkpoint of its training.
+    """
+
+    name = "autoguidance"
+
+    weak: float = option(0.5, "strength of the adapter in the weak model: 0 is the pretrained one, 1 no guidance")
+    early: bool = option(False, "the weak model is an early checkpoint of the adapter instead")
+
+    def table(self, step, steps):
+        weak = Branch("subject", early=True) if self.early else Branch("subject", self.weak)
+        return Table({SUBJECT: 1}, weak)
+
+
+@dataclass(frozen=True)
+class UnconditionalPriors(Rule):
+    """eps_pretrained(null) + g (eps_theta(c) - eps_pretrained(null)) (arXiv 2503.20240, Eq. 7)."""
+
+    name = "unconditional_priors"
+
+    def table(self, step, steps):
+        return Table({SUBJECT: 1}, Branch("null", 0.0))
+
+
+@dataclass(frozen=True)
+class Personalization(Rule):
+    """eps_theta_weak(null) + g (eps_theta(c) - eps_theta_weak(null)), theta_weak = (1 - weak) theta' + weak theta
+    (personalization guidance, arXiv 2508.00319): the weights are interpolated, not the outputs.
+
+    weak = 1 is classifier-free guidance, weak = 0 unconditional priors. The paper's own default could not be read;
+    0.5 is a guess.
+    """
+
+    name = "personalization"
+
+    weak: float = option(0.5, "share of the adapter in the weak model: 1 is cfg, 0 unconditional priors")
+
+    def table(self, step, steps):
+        return Table({SUBJECT: 1}, Branch("null", self.weak))
+
+
+@dataclass(frozen=True)
+class RareToFrequent(Rule):
+    """Classifier-free guidance whose prompt alternates: the class prompt at every `period`-th step, from the first,
+    until the stop point of the `level`; the subject's otherwise (Rare-to-Frequent, arXiv 2410.22376).
+
+    The visual detail of what is rare: 0 not rare, 1 a rough shape ... 5 hair-fine. Stop points of the released code,
+    of 50 steps: SD3 (0, 5, 10, 20, 30, 40), SDXL (0, 3, 5, 10, 20, 30).
+    """
+
+    name = "rare_to_frequent"
+    STOPS: ClassVar = {"sd3": (0, 0.1, 0.2, 0.4, 0.6, 0.8), "sdxl": (0, 0.06, 0.1, 0.2, 0.4, 0.6)}
+
+    level: int = option(3, "visual detail of the subject: 0 not rare, 1 a rough shape, to 5 hair-fine", minimum=0)
+    stops: str = option("sdxl", "stop points of the levels: those of SD3, or of SDXL, which end earlier", choices=STOPS)
+    period: int = option(2, "the class prompt serves at every step that this divides")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("level", self.level, range(6))
+
+    def table(self, step, steps):
+        frequent = not _reached(self.STOPS[self.stops][self.level], step, steps) and step % self.period == 0
+        return Table({CLASS if frequent else SUBJECT: 1})
+
+
+@dataclass(frozen=True)
+class ScoreBlend(Rule):
+    """Classifier-free guidance towards lambda eps_subject + (1 - lambda) eps_class (Semantic Anchoring, Eq. 3)."""
+
+    name = "score_blend"
+
+    subject_share: float = option(2 / 3, "lambda, the subject's share; 2/3 belongs to w = 0.5")
+
+    def table(self, step, steps):
+        return Table(_mixed(1 - self.subject_share))
+
+
+@dataclass(frozen=True)
+class Switching(Rule):
+    """Classifier-free guidance towards the class prompt until `switch`, and the subject's from there
+    (Beyond Fine-Tuning: SD2 7 of 50 steps at g = 7, SDXL 10 of 50 at 5, PixArt 8 of 20 at 4.5)."""
+
+    name = "switching"
+
+    switch: float = option(0.14, "share of the steps that the class prompt leads")
+
+    def table(self, step, steps):
+        return Table({SUBJECT if _reached(self.switch, step, steps) else CLASS: 1})
+
+
+@dataclass(frozen=True)
+class Mixed(Rule):
+    """eps_null + w_c (eps_c - eps_null) + w_s (eps_s - eps_null), w_c + w_s = g (Beyond Fine-Tuning:
+    SD2 3.5 + 3.5, SDXL 2.5 + 2.5, PixArt 2.5 + 2). It is a score blend with lambda = 1 - class_share."""
+
+    name = "mixed"
+
+    class_share: float = option(0.5, "w_s / (w_c + w_s), the class prompt's part of the scale")
+
+    def table(self, step, steps):
+        return Table(_mixed(self.class_share))
+
+
+@dataclass(frozen=True)
+class MultiStage(Rule):
+    """The class prompt alone until `switch`, mixed from there (Beyond Fine-Tuning: SD2 10 of 50 steps, 4 + 3)."""
+
+    name = "multi_stage"
+
+    switch: float = option(0.2, "share of the steps that the class prompt leads")
+    class_share: float = option(3 / 7, "w_s / (w_c + w_s), the class prompt's part of the scale after them")
+
+    def table(self, step, steps):
+        share = self.class_share if _reached(self.switch, step, steps) else 1.0
+        return Table(_mixed(share))
+
+
+@dataclass(frozen=True)
+class MaskedMix(Rule):
+    """Mixed with `early_share` until `switch`; from there mixed inside the mask of the class word and the class
+    prompt alone outside (Beyond Fine-Tuning: SD2 3 of 50 steps, shares 1 and 0.5, quantile 0.7; SDXL 0.2, 0.5, 0.5)."""
+
+    name = "masked"
+
+    switch: float = option(0.06, "share of the steps before the mask counts")
+    early_share: float = option(1.0, "the class prompt's part of the scale in them")
+    class_share: float = option(0.5, "the class prompt's part of the scale inside the mask")
+    quantile: float = option(0.7, "share of the picture that is outside the mask", below=1)
+
+    def table(self, step, steps):
+        if not _reached(self.switch, step, steps):
+            return Table(_mixed(self.early_share))
+        return Table(_mixed(self.class_share), outside=_mixed(1.0), quantile=self.quantile)
+
+
+RULES: dict[str, type[Rule]] = {
+    rule.name: rule
+    for rule in (
+        ClassifierFree,
+        Autoguidance,
+        UnconditionalPriors,
+        Personalization,
+        RareToFrequent,
+        ScoreBlend,
+        Switching,
+        Mixed,
+        MultiStage,
+        MaskedMix,
+    )
+}
+
+
+def make_rule(name: str, **options: Any) -> Rule:
+    """The rule `name` with its options; ValueError for an unknown name or option, listing the known ones."""
+    rule = RULES[check_choice("rule", name, RULES)]
+    known = [each.name for each in fields(rule)]
+    for option_name in options:
+        if option_name not in known:
+            raise ValueError(f"rule {name!r} has no option {option_name!r}, but it takes {', '.join(known)}")
+    return rule(**options)
