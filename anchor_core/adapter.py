@@ -59,6 +59,11 @@ class AdapterConfig:
         except re.error as error:
             raise ValueError(f"layers is {self.layers!r} ({error}), but it takes {layer_choices()}") from error
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether prompts are encoded otherwise with the adapter than without it."""
+        return self.text_encoder
+
 
 class Adapter:
     """One adapter in one or several networks, made by `Adapter.attach`.

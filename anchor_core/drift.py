@@ -117,7 +117,7 @@ class DriftProbe:
     def measure(self) -> ProbeResult:
         """The distances of the network as it is now, adapter included."""
         conditions, adapter = self._conditions, self.denoiser.adapter
-        if adapter is not None and adapter.config.text_encoder:
+        if adapter is not None and adapter.config.trains_text:
             conditions = [self.denoiser.encode_prompt(prompt, adapted=True) for prompt in self._prompts]
         norms = []
         for rows, anchor in zip(self._chunks(), self._anchors, strict=True):

@@ -236,7 +236,7 @@ class _Run:
 
     def _encoded(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         """A condition a prompt: the pretrained encoder's, or that of the adapter on it if there is one."""
-        if not (adapted and self.adapter.config.text_encoder):
+        if not (adapted and self.adapter.config.trains_text):
             return [self.conditions[prompt] for prompt in prompts]
         different = list(dict.fromkeys(prompts))
         encoded = dict(zip(different, self.denoiser.encode_prompts(different, adapted=True)))

@@ -206,7 +206,7 @@ class ComfyDenoiser:
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
         """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
         tokens = [self.clip.tokenize(prompt) for prompt in prompts]
-        held = adapted and self.adapter is not None and self.adapter.config.text_encoder
+        held = adapted and self.adapter is not None and self.adapter.config.trains_text
         with nullcontext() if held else self._weights.released():
             schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
         return [self._condition(schedule) for schedule in schedules]
