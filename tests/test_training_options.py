@@ -106,7 +106,7 @@ def test_schedules(schedule):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1 if schedule == "constant" else 0.0)
 
 
-@pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if name != "adamw8bit"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_every_optimizer_learns(eps_denoiser, latents, concept, optimizer):
     rate = 1.0 if optimizer == "prodigy" else 1e-2
     history, _ = run(
