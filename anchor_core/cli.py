@@ -47,6 +47,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
+    known |= {"lambda"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -63,10 +64,15 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     for part, title in ((TrainSettings, "training"), (AdapterConfig, "adapter"), (DataSettings, "data")):
         group = train.add_argument_group(title)
+        weight = group.add_mutually_exclusive_group()
         for field in fields(part):
             if "help" in field.metadata and field.name != "seed":
-                _add_field(group, field)
-    train.add_argument("--class_pictures", "--class-pictures", type=int, default=24, help="for prior_preservation")
+                _add_field(weight if field.name == "w" else group, field)
+            if field.name == "w":
+                weight.add_argument("--lambda", dest="lambda_", type=float, help="in place of w: 1 / (1 + w)")
+    train.add_argument(
+        "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
+    )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     train.add_argument("--cache", metavar="DIR", help="keep latents and encoded prompts here for further trainings")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .adapter import AdapterConfig
 from .checks import check_count, check_number
+from .objectives import w_from_lambda
 from .settings import DataSettings, TrainSettings
 
 # --- what the verbs share -------------------------------------------------------------------------------------------
@@ -71,12 +72,15 @@ def train(options: Namespace) -> int:
     from .parallel import Workers
     from .trainer import train as run
 
+    if options.lambda_ is not None:
+        options.w = w_from_lambda(options.lambda_)
     settings, config, data = (_given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
     check_count("class_pictures", options.class_pictures)
     out, workers = _check_writable(options.out), Workers.from_environment()
     options.device = options.device or workers.device
     denoiser = _open_model(options)
+    settings.make_objective().check(denoiser.prediction_type, config.trains_text)
     size = _resolution(options, denoiser)
     sizes = bucket_sizes(size, 8 * denoiser.downscale) if data.buckets else size
     references = load_references(options.references, sizes, masks=data.masks, captions=data.captions)

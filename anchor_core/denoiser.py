@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +48,13 @@ class Denoiser(Protocol):
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         """`encode_prompt` of each, for no more than one change of the model that is loaded."""
+
+    def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
+        """The pooled output of each prompt, (N, D).
+
+        It is every CLIP's last layer at the end token, at length 1, side by side, so that the cosine of two rows is
+        the mean of the CLIPs' own. Adapter and graph are as in `encode_prompt`.
+        """
 
     @property
     def token_limit(self) -> int | None:
@@ -104,6 +111,23 @@ class PriorBatch:
     conditions: Sequence[Condition] | None = None
 
 
+@dataclass
+class Texts:
+    """What a step says in words, for objectives that need more than the conditions of its rows.
+
+    Args:
+        class_prompts: one for each row.
+        encode: a condition a prompt, by the text encoder as it is trained; the empty prompt is one that it takes.
+        subject_prompt: of the concept.
+        class_pooled: `Denoiser.encode_pooled` of the concept's class prompt by the pretrained encoder, (1, D).
+    """
+
+    class_prompts: Sequence[str]
+    encode: Callable[[Sequence[str]], Sequence[Condition]]
+    subject_prompt: str
+    class_pooled: Tensor | None = None
+
+
 class Step:
     """One training step: predictions are computed when an objective first reads them, and once.
 
@@ -117,6 +141,7 @@ class Step:
         prior: class pictures, for objectives that read `prior` or `prior_target`.
         weights: factor of each row's errors, (B,), the same for every term (min-SNR).
         masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
+        texts: for objectives that read `current_anchor`, `unconditional` or `text_distance`.
     """
 
     def __init__(
@@ -130,6 +155,7 @@ class Step:
         prior: PriorBatch | None = None,
         weights: Tensor | None = None,
         masks: Tensor | None = None,
+        texts: Texts | None = None,
     ):
         self.denoiser = denoiser
         self.latents = latents
@@ -140,6 +166,7 @@ class Step:
         self._prior = prior
         self.weights = weights
         self.masks = masks
+        self._texts = texts
 
     @cached_property
     def noisy(self) -> Tensor:
@@ -164,9 +191,43 @@ class Step:
 
     @cached_property
     def current_anchor(self) -> Tensor:
-        """Adapter on, class prompt, no graph: the ablation of Fig. 6 and 7, eps_theta(z_t, c_cls, t)."""
-        with torch.no_grad():
-            return self.denoiser.predict(self.noisy, self.timesteps, self.class_conditions)
+        """Adapter on, class prompt, no graph: eps_theta(z_t, c_cls, t), the ablation of Fig. 6 and 7.
+
+        All of theta is the current one, so the class prompt is encoded by the text encoder as it is trained.
+        """
+        return self._current(self.texts.class_prompts)
+
+    @cached_property
+    def unconditional(self) -> Tensor:
+        """Adapter on, empty prompt, no graph: eps_theta(z_t, "", t)."""
+        return self._current([""] * len(self.latents))
+
+    @torch.no_grad()
+    def _current(self, prompts: Sequence[str]) -> Tensor:
+        return self.denoiser.predict(self.noisy, self.timesteps, self.texts.encode(prompts))
+
+    @property
+    def texts(self) -> Texts:
+        if self._texts is None:
+            raise ValueError("this objective reads prompts, but the step was given none; pass texts")
+        return self._texts
+
+    @cached_property
+    def text_distance(self) -> Tensor:
+        """1 - cos(e(subject prompt), e(class prompt)), a scalar; e is the pooled output of the text encoder.
+
+        The subject's is that of the encoder as it is trained, with a graph; the class's that of the pretrained one.
+        """
+        subject = self.denoiser.encode_pooled([self.texts.subject_prompt], adapted=True)
+        return 1 - torch.cosine_similarity(subject, self.texts.class_pooled.to(subject)).mean()
+
+    @cached_property
+    def alpha_bars(self) -> tuple[Tensor, Tensor]:
+        """abar_t and abar_{t-1} of an epsilon or v model, (B,) each, in float64 on the CPU; before t = 0 it is 1."""
+        times = torch.stack([self.timesteps, (self.timesteps - 1).clamp(min=0)])
+        snr = self.denoiser.snr(times.flatten()).cpu().double().view(2, -1)
+        now, before = snr / (1 + snr)
+        return now, torch.where(self.timesteps.cpu() > 0, before, 1.0)
 
     @property
     def prior(self) -> PriorBatch:

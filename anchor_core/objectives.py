@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checks import check_choice, check_number
@@ -25,16 +26,21 @@ Terms = dict[str, Tensor]
 ANCHORS = ("pretrained", "current")
 
 
-def mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
-    """Mean squared error of (B, C, h, w) in float32 or better: the mean over the rows of each row's own mean.
-
-    `weights` (B,) multiplies each row's error; `masks` (B, 1, h, w) says where a row's error is taken.
-    """
+def _squared_error(prediction: Tensor, target: Tensor, masks: Tensor | None) -> Tensor:
     if prediction.element_size() < 4:
         prediction = prediction.float()
     error = (prediction - target.to(prediction.dtype)).square()
     if masks is not None:
         error = error * (masks / masks.mean(dim=(1, 2, 3), keepdim=True)).to(error.dtype)
+    return error
+
+
+def mse(prediction: Tensor, target: Tensor, weights: Tensor | None = None, masks: Tensor | None = None) -> Tensor:
+    """Mean squared error of (B, C, h, w) in float32 or better: the mean over the rows of each row's own mean.
+
+    `weights` (B,) multiplies each row's error; `masks` (B, 1, h, w) says where a row's error is taken.
+    """
+    error = _squared_error(prediction, target, masks)
     if weights is not None:
         error = error * weights.reshape(-1, *[1] * (error.ndim - 1)).to(error.dtype)
     return error.mean()
@@ -49,14 +55,14 @@ def reconstruction(step: Step) -> Terms:
     return {"reconstruction": _error(step, step.subject, step.target)}
 
 
-def prior_preservation(step: Step, weight: float = 1.0) -> Terms:
-    """Eq. 1 + weight * |eps' - eps_theta(z_t'^cls, c_cls, t')|^2 (DreamBooth; Semantic Anchoring, Eq. 2).
+def prior_preservation(step: Step, prior_weight: float = 1.0) -> Terms:
+    """Eq. 1 + prior_weight * |eps' - eps_theta(z_t'^cls, c_cls, t')|^2 (DreamBooth; Semantic Anchoring, Eq. 2).
 
     The class pictures come with noise and timesteps of their own. Two passes; one at weight 0.
     """
     terms = reconstruction(step)
-    if check_number("prior_weight", weight, minimum=0) > 0:
-        terms["prior"] = weight * mse(step.prior_prediction, step.prior_target, step.prior.weights)
+    if check_number("prior_weight", prior_weight, minimum=0) > 0:
+        terms["prior"] = prior_weight * mse(step.prior_prediction, step.prior_target, step.prior.weights)
     return terms
 
 
@@ -64,8 +70,8 @@ def semantic_anchoring(step: Step, w: float = 0.5, anchor: str = "pretrained") -
     """|eps - eps_theta(z_t, c_sbj, t)|^2 + w * |eps_theta(z_t, c_sbj, t) - eps_theta'(z_t, c_cls, t)|^2 (Eq. 5).
 
     theta' is the pretrained network, which is this network with the adapter off. `anchor="current"` takes theta
-    itself instead, without gradient: the ablation of Fig. 6 and 7. Two passes, the second without a graph; one at
-    w = 0, where Eq. 5 is Eq. 1.
+    itself instead, with the text encoder as it is trained, without gradient: the ablation of Fig. 6 and 7. Two
+    passes, the second without a graph; one at w = 0, where Eq. 5 is Eq. 1.
     """
     check_choice("anchor", anchor, ANCHORS)
     terms = reconstruction(step)
@@ -86,11 +92,67 @@ def blended_target(step: Step, w: float = 0.5) -> Terms:
     return {"blended": _error(step, step.subject, target)}
 
 
+def sude(step: Step, sude_weight: float = 0.4, prior_weight: float = 1.0) -> Terms:
+    """Eq. 1 + sude_weight * g * l / coef1_t + prior_weight * (the class pictures of Eq. 2); SuDe (facechain's code).
+
+    The subject derives from its class: l = -log p(class | x_{t-1}) up to a constant, which for the posterior
+    N(mu(eps), btilde_t) is a difference of errors of posterior means,
+
+        l = (mean (mu(eps_s) - mu(eps_c))^2 - mean (mu(eps_s) - mu(eps_0))^2) / (2 btilde_t + 1e-6),
+
+    of the subject, the class and the empty prompt, all by the current network, the last two without gradient. The
+    truncation g is 1 where l is above its own value at eps_s = eps_c, else 0: nothing is learnt where the subject is
+    closer to its class than the class itself. mu(eps) = coef1_t z_0(eps) + ..., coef1_t = beta_t sqrt(abar_{t-1}) /
+    (1 - abar_t). The 1e-6 counts at t = 0, where btilde_t is 0. In eps_s the term is linear, a constant push along
+    eps_c - eps_0.
+
+    l and g are each row's own; masks say where its means are taken, and weights multiply it as they do Eq. 1. For a v
+    model the errors are turned into those of epsilon. SuDe's prior_weight is 2. Three passes, and one for class
+    pictures; the second and third have no graph.
+    """
+    terms = prior_preservation(step, prior_weight)
+    if check_number("sude_weight", sude_weight, minimum=0) > 0:
+        now, before = step.alpha_bars
+        beta = 1 - now / before
+        coef1 = beta * before.sqrt() / (1 - now)
+        # mu(eps) - mu(eps') = -coef1 sigma / alpha (eps - eps'); for v both scale and alpha are 0 at zero terminal SNR.
+        scale = step.denoiser.epsilon_scale(step.timesteps).cpu().double()
+        of_x0 = (1 - now).sqrt() * (scale / now.sqrt()).nan_to_num(1.0)
+        factor = (coef1 * of_x0).square() / (2 * beta * (1 - before) / (1 - now) + 1e-6)
+
+        def error(prediction: Tensor, target: Tensor) -> Tensor:
+            rows = _squared_error(prediction, target, step.masks).mean(dim=(1, 2, 3))
+            return factor.to(rows) * rows
+
+        to_null = error(step.subject, step.unconditional)
+        likelihood = error(step.subject, step.current_anchor) - to_null
+        reference = -error(step.current_anchor, step.unconditional)
+        rows = torch.where(likelihood > reference, likelihood, 0.0) / coef1.to(likelihood)
+        terms["sude"] = sude_weight * (rows if step.weights is None else step.weights.to(rows) * rows).mean()
+    return terms
+
+
+def class_diffusion(step: Step, semantic_weight: float = 1.0) -> Terms:
+    """Eq. 1 + semantic_weight * (1 - cos(e(subject prompt), e(class prompt))) (ClassDiffusion).
+
+    e is the pooled output of the text encoder; the prompts are the concept's own, not a caption's. The second term
+    reaches what is trained on the text side alone. Its class prompt is encoded by the pretrained encoder: the same as
+    published, where only the subject's token is trained, and nothing that a trained encoder could move towards the
+    subject.
+    """
+    terms = reconstruction(step)
+    if check_number("semantic_weight", semantic_weight, minimum=0) > 0:
+        terms["semantic"] = semantic_weight * step.text_distance
+    return terms
+
+
 OBJECTIVES: dict[str, Callable[..., Terms]] = {
     "reconstruction": reconstruction,
     "prior_preservation": prior_preservation,
     "anchor": semantic_anchoring,
     "blended_target": blended_target,
+    "sude": sude,
+    "class_diffusion": class_diffusion,
 }
 
 
@@ -104,10 +166,38 @@ class Objective:
     def __call__(self, step: Step) -> Terms:
         return OBJECTIVES[self.name](step, **self.options)
 
+    def option(self, name: str) -> Any:
+        """The value of an option that the objective takes, given or its default; 0 if it takes none of that name."""
+        parameter = inspect.signature(OBJECTIVES[self.name]).parameters.get(name)
+        return self.options.get(name, 0 if parameter is None else parameter.default)
+
     @property
     def reads_class_pictures(self) -> bool:
         """Whether the step must hold a `PriorBatch`."""
-        return self.name == "prior_preservation" and self.options.get("weight", 1.0) > 0
+        return self.option("prior_weight") > 0
+
+    @property
+    def reads_unconditional(self) -> bool:
+        """Whether the empty prompt is predicted too."""
+        return self.option("sude_weight") > 0
+
+    @property
+    def reads_pooled(self) -> bool:
+        """Whether the step's texts must hold the pooled class prompt."""
+        return self.option("semantic_weight") > 0
+
+    def check(self, prediction_type: str, trains_text: bool) -> None:
+        """ValueError if the objective has no meaning for such a model, or nothing to train."""
+        if self.reads_unconditional and prediction_type == "flow":
+            raise ValueError(
+                f"objective is {self.name!r}, which reads the posterior of a discrete diffusion, but a flow model has "
+                "none; take anchor or prior_preservation"
+            )
+        if self.reads_pooled and not trains_text:
+            raise ValueError(
+                f"objective is {self.name!r}, which acts on the text side alone, but nothing is trained there; "
+                "set text_encoder, or take another objective"
+            )
 
 
 def option_names(name: str) -> tuple[str, ...]:
@@ -124,11 +214,11 @@ def make_objective(name: str, **options: Any) -> Objective:
             raise ValueError(
                 f"objective {name!r} has no option {option!r}, but it takes {', '.join(known) if known else 'none'}"
             )
-    for option in ("w", "weight"):
-        if option in options:
-            check_number("prior_weight" if option == "weight" else option, options[option], minimum=0)
-    if "anchor" in options:
-        check_choice("anchor", options["anchor"], ANCHORS)
+    for option, value in options.items():
+        if option == "anchor":
+            check_choice("anchor", value, ANCHORS)
+        else:
+            check_number(option, value, minimum=0)
     return Objective(name, options)
 
 

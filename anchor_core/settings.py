@@ -31,7 +31,9 @@ class TrainSettings:
     objective: str = option("anchor", "what is minimised", choices=tuple(OBJECTIVES))
     w: float = option(0.5, "weight of the anchor; 0 learns the pictures alone", minimum=0)
     anchor: str = option("pretrained", "the network that gives the anchor; current is an ablation", choices=ANCHORS)
-    prior_weight: float = option(1.0, "weight of prior_preservation's class pictures", minimum=0)
+    prior_weight: float = option(1.0, "weight of the class pictures of prior_preservation and sude", minimum=0)
+    sude_weight: float = option(0.4, "weight of sude's push from the empty prompt to the class", minimum=0)
+    semantic_weight: float = option(1.0, "weight of class_diffusion's distance between the two prompts", minimum=0)
     steps: int = option(300, "steps of the optimizer")
     learning_rate: float = option(1e-3, "about 1e-4 for SD1.5, 2e-3 for the sandbox, 1 for prodigy", above=0)
     batch_size: int = option(4, "rows of a pass")
@@ -74,8 +76,7 @@ class TrainSettings:
 
     def make_objective(self) -> Objective:
         """The objective with those of these settings that it takes."""
-        options = {"w": self.w, "anchor": self.anchor, "weight": self.prior_weight}
-        return make_objective(self.objective, **{name: options[name] for name in option_names(self.objective)})
+        return make_objective(self.objective, **{name: getattr(self, name) for name in option_names(self.objective)})
 
     @property
     def keep_w(self) -> float:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .cache import Cache
 from .checkpoint import Checkpoints
 from .data import Concept
 from .dataset import Dataset, Example
-from .denoiser import Condition, Denoiser, PriorBatch, Step
+from .denoiser import Condition, Denoiser, PriorBatch, Step, Texts
 from .drift import DriftProbe
 from .gradient_checkpointing import checkpointed
 from .history import History, StepReport
@@ -74,10 +75,12 @@ def train(
 
     Raises:
         TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
-        ValueError: for latents of a wrong shape, an objective whose class pictures are missing, a probe that the
-            settings need and that is missing, or a checkpoint of another training.
+        ValueError: for latents of a wrong shape, an objective whose class pictures are missing or that has no
+            meaning for this model or adapter, a probe that the settings need and that is missing, or a checkpoint of
+            another training.
     """
     objective = settings.make_objective()
+    objective.check(denoiser.prediction_type, adapter.config.trains_text)
     if not isinstance(references, Dataset):
         _check_latents("references", references)
         references = Dataset.of_latents(references, concept)
@@ -98,7 +101,8 @@ def train(
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
         datasets = [references] if classes is None else [references, classes]
-        run = _Run(denoiser, adapter, datasets, settings, probe, checkpoints, cache or Cache(denoiser), workers)
+        cache = cache or Cache(denoiser)
+        run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
         try:
             run.loop(on_step, should_stop)
         finally:
@@ -115,6 +119,7 @@ class _Run:
         denoiser: Denoiser,
         adapter: Adapter,
         datasets: list[Dataset],
+        concept: Concept,
         settings: TrainSettings,
         probe: DriftProbe | None,
         checkpoints: Checkpoints | None,
@@ -123,7 +128,7 @@ class _Run:
     ):
         self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
         self.objective, self.probe, self.checkpoints = settings.make_objective(), probe, checkpoints
-        self.datasets = datasets
+        self.datasets, self.concept = datasets, concept
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = adapter.parameters()
         self.optimizer = make_optimizer(self.parameters, settings)
@@ -133,7 +138,10 @@ class _Run:
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
+        prompts += [""] if self.objective.reads_unconditional else []
         self.conditions = dict(zip(prompts, cache.conditions(prompts)))
+        reads_pooled = self.objective.reads_pooled
+        self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
         if checkpoints is not None:
             self._resume()
 
@@ -209,6 +217,8 @@ class _Run:
             drawn, class_rows, share = self._rows(self.datasets[1])
             prior = PriorBatch(*drawn, self._encoded(class_rows.class_prompts[share], adapted=True))
         masks = None if rows.masks is None else rows.masks[mine].to(latents)
+        encode = partial(self._encoded, adapted=True)
+        texts = Texts(rows.class_prompts[mine], encode, self.concept.subject_prompt, self.class_pooled)
         return Step(
             self.denoiser,
             latents,
@@ -219,6 +229,7 @@ class _Run:
             prior,
             weights,
             masks,
+            texts,
         )
 
     def _rows(self, dataset: Dataset):

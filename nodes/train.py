@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.adapter import LAYERS, AdapterConfig
 from ..anchor_core.data import from_images, of_one_size
+from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.settings import DataSettings, TrainSettings
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
 from .types import (
@@ -63,6 +64,15 @@ class AnchorTrainOptions(io.ComfyNode):
                     tooltip="Go on from the checkpoints of a training that was cancelled, under output/"
                     f"{CHECKPOINTS}; everything else must be as it was.",
                 ),
+                *inputs_of(TrainSettings, ("sude_weight", "semantic_weight"), optional=True),
+                io.Float.Input(
+                    "lambda",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    optional=True,
+                    tooltip="In place of the node's w, which is then (1 - lambda) / lambda; 0 for w.",
+                ),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
         )
@@ -95,7 +105,9 @@ class AnchorTrainLoRA(io.ComfyNode):
                     TrainSettings,
                     ("objective", "w", "steps", "learning_rate", "batch_size"),
                     objective="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
-                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target",
+                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target. "
+                    "sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's text to "
+                    "the class's, which takes an adapter of the text encoder",
                 ),
                 *inputs_of(AdapterConfig, ("rank",)),
                 io.Combo.Input(
@@ -131,9 +143,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="prior_preservation only: how many class pictures are made if none are connected.",
+                    tooltip="prior_preservation and sude: how many class pictures are made if none are connected.",
                 ),
-                io.Image.Input("class_images", optional=True, tooltip="For prior_preservation: pictures of the class."),
+                io.Image.Input(
+                    "class_images", optional=True, tooltip="For prior_preservation and sude: pictures of the class."
+                ),
                 ReferencesType.Input(
                     "references",
                     optional=True,
@@ -164,7 +178,9 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.trainer import TrainingDiverged, train
 
         options = dict(options or {})
-        resume, pattern, alpha = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha"))
+        resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
+        if lam:
+            basic["w"] = w_from_lambda(lam)
         data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
         adapted = {key: options.pop(key) for key in ("kind", "dropout", "text_encoder") if key in options}
         settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
@@ -174,6 +190,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
         diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
+            settings.make_objective().check(denoiser.prediction_type, config.trains_text)
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)
             class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)

@@ -147,7 +147,7 @@ def latents() -> torch.Tensor:
 @pytest.fixture
 def make_step(concept, latents):
     """`make_step(denoiser, prior=False)`: a training step on fixed noise and timesteps."""
-    from anchor_core.denoiser import PriorBatch, Step
+    from anchor_core.denoiser import PriorBatch, Step, Texts
 
     def make(denoiser, prior: bool = False):
         generator = torch.Generator().manual_seed(11)
@@ -156,7 +156,8 @@ def make_step(concept, latents):
         batch = PriorBatch(latents.flip(0), noise.flip(1), timesteps.flip(0)) if prior else None
         subject = [denoiser.encode_prompt(concept.subject_prompt)] * 3
         class_ = [denoiser.encode_prompt(concept.class_prompt)] * 3
-        return Step(denoiser, latents, noise, timesteps, subject, class_, batch)
+        texts = Texts([concept.class_prompt] * 3, denoiser.encode_prompts, concept.subject_prompt)
+        return Step(denoiser, latents, noise, timesteps, subject, class_, batch, texts=texts)
 
     return make
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from anchor_core import objectives
 from anchor_core.adapter import Adapter, AdapterConfig
 from anchor_core.data import Concept
-from anchor_core.denoiser import Denoiser, Step
+from anchor_core.denoiser import Denoiser, Step, Texts
 from anchor_core.trainer import TrainSettings, train
 
 CONCEPT = Concept("a photo of a sks dog", "a photo of a dog")
@@ -40,7 +40,11 @@ def make_step(denoiser: Denoiser, shape: Shape) -> Step:
     subject = [denoiser.encode_prompt(CONCEPT.subject_prompt)] * rows
     class_ = [denoiser.encode_prompt(CONCEPT.class_prompt)] * rows
     latents, noise = draw(denoiser, shape, seed=1), draw(denoiser, shape, seed=2)
-    return Step(denoiser, latents, noise, times(denoiser), subject, class_)
+    conditions = {prompt: denoiser.encode_prompt(prompt) for prompt in (CONCEPT.class_prompt, "")}
+    texts = Texts(
+        [CONCEPT.class_prompt] * rows, lambda prompts: [conditions[p] for p in prompts], CONCEPT.subject_prompt
+    )
+    return Step(denoiser, latents, noise, times(denoiser), subject, class_, texts=texts)
 
 
 def stir(adapter: Adapter, size: float = 0.2) -> None:
@@ -174,8 +178,14 @@ def check_prompts_ignore_the_adapter(denoiser: Denoiser, shape: Shape, layers: s
         assert torch.equal(predict(denoiser.encode_prompt(CONCEPT.class_prompt)), before), "the adapter alters prompts"
 
 
+def _owners(adapter: Adapter) -> list[str]:
+    """The module of each of `adapter.parameters()`."""
+    return [name for name in adapter.module_names for p in adapter.layer(name).parameters() if p.requires_grad]
+
+
 def check_text_encoder_adapter(denoiser: Denoiser, shape: Shape, layers: str = LAYERS) -> None:
     """`adapted=True` goes through the text encoder's adapter with a graph; a plain prompt is the pretrained one's."""
+    pooled = denoiser.encode_pooled([CONCEPT.class_prompt, ""])
     noisy, timesteps = draw(denoiser, shape, 1), times(denoiser, (0.5,))
     with torch.no_grad():
         before = denoiser.predict(noisy, timesteps, [denoiser.encode_prompt(CONCEPT.class_prompt)])
@@ -198,6 +208,43 @@ def check_text_encoder_adapter(denoiser: Denoiser, shape: Shape, layers: str = L
         assert not torch.allclose(adapted, before, atol=1e-5), "the text encoder's adapter has no effect"
         gradients = torch.autograd.grad(adapted.square().mean(), adapter.parameters(), materialize_grads=True)
         assert any(gradient.any() for gradient in gradients), "no gradient reaches the text encoder's adapter"
+
+        again = denoiser.encode_pooled([CONCEPT.class_prompt, ""])
+        assert torch.equal(again, pooled) and not again.requires_grad, "the adapter alters the pretrained pooled output"
+        lengths = pooled.square().sum(dim=-1)
+        torch.testing.assert_close(lengths, torch.full_like(lengths, len(prefixes)), msg="a CLIP's pooled is not of 1")
+        moved = denoiser.encode_pooled([CONCEPT.class_prompt, ""], adapted=True)
+        assert not torch.allclose(moved, pooled, atol=1e-5), "the adapter has no effect on the pooled output"
+        direction = torch.linspace(-1, 1, moved.shape[1], device=moved.device)
+        gradients = torch.autograd.grad(moved[0] @ direction, adapter.parameters(), materialize_grads=True)
+        reached = {name for name, gradient in zip(_owners(adapter), gradients) if gradient.any()}
+        assert {name.partition(":")[0] for name in reached} == prefixes, f"pooled's gradient reaches {sorted(reached)}"
+
+
+def check_objectives(denoiser: Denoiser, shape: Shape) -> None:
+    """Every objective trains, or refuses the model before its first step."""
+    latents = draw(denoiser, shape, 2, seed=5)
+    text = bool(getattr(denoiser, "text_encoders", {}))
+    for name in objectives.OBJECTIVES:
+        needs_text, flow = name == "class_diffusion", denoiser.prediction_type == "flow"
+        config = AdapterConfig(rank=2, layers="attention", text_encoder=needs_text and text)
+        adapter = denoiser.attach(config, seed=1)
+        before = adapter.state_dict()
+        try:
+            settings = TrainSettings(objective=name, steps=2, batch_size=2, learning_rate=1e-2)
+            history = train(denoiser, adapter, latents, CONCEPT, settings, class_latents=latents.flip(0))
+            refused = ""
+        except ValueError as error:
+            refused = str(error)
+        finally:
+            after = adapter.state_dict()
+            denoiser.detach()
+        moved = [key for key in before if not torch.equal(before[key], after[key])]
+        if (name == "sude" and flow) or (needs_text and not text):
+            assert refused.startswith(f"objective is {name!r}") and not moved, f"{name} is not refused: {refused}"
+        else:
+            assert not refused and len(history.losses) == 2 and moved, f"{name} does not train: {refused}"
+            assert not needs_text or any(":" in key for key in moved), f"{name} does not reach the text encoder"
 
 
 def check_memorises(denoiser: Denoiser, shape: Shape, layers: str = LAYERS) -> None:
@@ -323,6 +370,7 @@ CHECKS = (
     check_noise_process,
     check_rows_are_independent,
     check_prompts_ignore_the_adapter,
+    check_objectives,
     check_memorises,
     check_detach_restores,
     check_file_keys,

@@ -144,9 +144,13 @@ def test_anchor_pass_builds_no_graph_and_ignores_the_adapter(denoiser, make_step
         ("anchor", {"w": 0.5, "anchor": "current"}, 2),
         ("anchor", {"w": 0}, 1),
         ("prior_preservation", {}, 2),
-        ("prior_preservation", {"weight": 0}, 1),
+        ("prior_preservation", {"prior_weight": 0}, 1),
         ("blended_target", {"w": 0.5}, 2),
         ("blended_target", {"w": 0}, 1),
+        ("sude", {}, 4),
+        ("sude", {"prior_weight": 0}, 3),
+        ("sude", {"prior_weight": 0, "sude_weight": 0}, 1),
+        ("class_diffusion", {"semantic_weight": 0}, 1),
     ],
 )
 def test_an_objective_pays_for_the_passes_that_it_reads(eps_denoiser, make_step, name, options, passes):
@@ -162,7 +166,7 @@ def test_an_objective_pays_for_the_passes_that_it_reads(eps_denoiser, make_step,
 def test_prior_preservation_weighs_its_second_term(eps_denoiser, make_step):
     step = make_step(eps_denoiser, prior=True)
     with torch.no_grad():
-        terms = prior_preservation(step, weight=0.3)
+        terms = prior_preservation(step, prior_weight=0.3)
         expected = mse(step.prior_prediction, step.prior_target)
     torch.testing.assert_close(terms["prior"], 0.3 * expected)
 

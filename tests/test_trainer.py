@@ -31,7 +31,8 @@ def same(one: dict, other: dict) -> bool:
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 def test_same_seed_same_training_bit_by_bit(denoiser, latents, concept, objective):
-    options = {"objective": objective, "class_latents": latents.flip(0)}
+    config = AdapterConfig(rank=2, text_encoder=objective == "class_diffusion")
+    options = {"objective": objective, "class_latents": latents.flip(0), "config": config}
     torch.manual_seed(1)
     history, weights = run(denoiser, latents, concept, **options)
     torch.manual_seed(2)

@@ -211,6 +211,23 @@ class ComfyDenoiser:
             schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
         return [self._condition(schedule) for schedule in schedules]
 
+    def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
+        """Each CLIP's last layer at the end token, at length 1, side by side, (N, D)."""
+        found: dict[str, list[Tensor]] = {prefix: [] for prefix in self.text_encoders}
+        if not found:
+            raise ValueError("this model's text encoder is no CLIP, and has no pooled output; connect one with a CLIP")
+
+        def keep(prefix: str, output: tuple) -> None:
+            found[prefix].append(output[3][0])  # of a long prompt's parts the first, as ComfyUI does
+
+        with ExitStack() as stack:
+            for prefix, encoder in self.text_encoders.items():
+                hook = encoder.register_forward_hook(lambda _, __, output, prefix=prefix: keep(prefix, output))
+                stack.callback(hook.remove)
+            self.encode_prompts(prompts, adapted)
+        rows = [nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found.values()]
+        return torch.cat(rows, dim=-1).to(self.device)
+
     def _condition(self, schedule: list) -> ComfyCondition:
         if len(schedule) != 1:
             raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")

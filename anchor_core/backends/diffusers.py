@@ -187,6 +187,15 @@ class DiffusersDenoiser:
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         return [self.encode_prompt(prompt, adapted) for prompt in prompts]
 
+    def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
+        """Each CLIP's last layer at the end token, at length 1, side by side, (N, D)."""
+        clips = self._family.encoders[: len(self._family.text_prefixes)]
+        if not clips:
+            raise ValueError("the text encoders were released; encode every prompt before")
+        with torch.set_grad_enabled(adapted), self._switched(adapted):
+            rows = [[nn.functional.normalize(clip.pooled(prompt), dim=-1) for clip in clips] for prompt in prompts]
+        return torch.stack([torch.cat(row) for row in rows])
+
     @property
     def token_limit(self) -> int:
         """Tokens of a prompt that the text encoder which reads most of it takes."""

@@ -31,6 +31,11 @@ class TextEncoder:
             logger.warning("the prompt %r is longer than %d tokens; its end is not used", prompt, length)
         return self.model(tokens.input_ids.to(self.model.device), **options)
 
+    def pooled(self, prompt: str) -> Tensor:
+        """A CLIP's last layer at the prompt's end token, (D,)."""
+        end = min(self.count(prompt), self.tokenizer.model_max_length) - 1
+        return self(prompt).last_hidden_state[0, end]
+
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, with those of its start and end."""
         return len(self.tokenizer(prompt).input_ids)
