@@ -96,7 +96,8 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({_reason(error)}); give a LoRA file") from error
+        reason = f"{path} is not a readable safetensors file ({_reason(error)})"
+        raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
 
 
 def _reason(error: Exception) -> str:

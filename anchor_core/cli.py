@@ -14,6 +14,7 @@ from . import commands
 from .adapter import AdapterConfig
 from .adapter_formats import FORMATS
 from .checks import check_count
+from .embeddings import ALIGNMENTS, Adjustment
 from .settings import PRECISIONS, DataSettings, TrainSettings
 from .trainer import TrainingDiverged
 
@@ -47,7 +48,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda"}
+    known |= {"lambda", "class_word"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -86,6 +87,20 @@ def _build_parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--guidance", type=float, help="classifier-free guidance scale (default: the adapter's, else 5)"
     )
+    sample.add_argument(
+        "--class", dest="class_prompt", metavar="PROMPT", action="append",
+        help="for --adjust: one for each --prompt (default: by the adapter's own prompts)",
+    )  # fmt: skip
+    adjusting = sample.add_argument_group("embedding adjustment (TEA) of the prompts' encodings")
+    adjusting.add_argument(
+        "--adjust", choices=ALIGNMENTS, help="to the class prompt's, by position (as published) or by token"
+    )
+    _add_adjustment(adjusting, "adjust_")
+    adjusting.add_argument(
+        "--adjust_anchor", "--adjust-anchor", default="current", choices=("current", "pretrained"),
+        help="the text encoder of the class prompt (default current)",
+    )  # fmt: skip
+    adjusting.add_argument("--adjust_pooled", "--adjust-pooled", action="store_true", help="the pooled output too")
 
     inspect = _verb(verbs, "inspect", "measure the drift of a LoRA from its class", commands.inspect)
     _add_model(inspect)
@@ -93,6 +108,14 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
     inspect.add_argument("--subject", metavar="PROMPT", help="default: the file's metadata")
     inspect.add_argument("--class", dest="class_prompt", metavar="PROMPT", help="default: the file's metadata")
+
+    adjust = _verb(verbs, "adjust", "turn a textual-inversion file towards its class word (TEA)", commands.adjust)
+    adjust.add_argument("file", metavar="FILE")
+    _add_model(adjust)
+    adjust.add_argument(
+        "--class-word", "--class_word", required=True, metavar="WORD", help="one token, such as dog: the anchor"
+    )
+    _add_adjustment(adjust, "")
 
     convert = _verb(verbs, "convert", "rewrite a LoRA file for another program", commands.convert)
     convert.add_argument("file", metavar="FILE")
@@ -149,6 +172,19 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=int, help="of the pictures (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: cuda where there is one)")
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")
+
+
+def _add_adjustment(parser, prefix: str) -> None:
+    """The options of an `Adjustment`; on prompts the default is norm_mix, which leaves alone what both agree on."""
+    mix = Adjustment.norm_mix if not prefix else 0.5
+    length = parser.add_mutually_exclusive_group()
+    for group, name, default, help in (
+        (parser, "alpha", Adjustment.alpha, f"rotation, 0 to 1 (default {Adjustment.alpha})"),
+        (length, "beta", None, "length over the class's" + ("" if prefix else f" (default {Adjustment.beta})")),
+        (length, "norm_mix", mix, "instead: share of the class's length" + (f" (default {mix})" if prefix else "")),
+    ):
+        names = dict.fromkeys((f"--{prefix}{name}", f"--{prefix}{name}".replace("_", "-")))
+        group.add_argument(*names, type=float, default=default, help=help)
 
 
 def _add_field(parser, field: Field) -> None:

@@ -7,7 +7,7 @@ import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -173,12 +173,16 @@ def sample(options: Namespace) -> None:
 
     from . import report
     from .adapter_file import attach_file
+    from .backends.diffusers_adjust import encode_adjusted
 
     check_count("steps", options.steps)
     check_count("count", options.count)
     if options.guidance is not None:
         check_number("guidance", options.guidance, minimum=0)
     check_number("strength", options.strength)
+    adjustment = _adjustment(options, "adjust_") if options.adjust else None
+    if options.class_prompt and adjustment is None:
+        raise ValueError("--class: nothing reads a class prompt without --adjust; leave it out")
     out = _check_writable(options.out)
     denoiser = _open_model(options)
     adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
@@ -187,24 +191,76 @@ def sample(options: Namespace) -> None:
     side = _resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)
-    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
-    noise = torch.randn((len(prompts), *shape), generator=generator)
-    negative = denoiser.encode_prompt("")
+    class_prompts = _class_prompts(options, metadata) if adjustment else [None] * len(options.prompt)
+    wanted = [pair for pair in zip(options.prompt, class_prompts) for _ in range(options.count)]
+    noise = torch.randn((len(wanted), *shape), generator=generator)
+
+    def encode(prompt: str, class_prompt: str | None):
+        if adjustment is None:
+            return denoiser.encode_prompt(prompt, adapted=True)
+        how = {"align": options.adjust, "pooled": options.adjust_pooled, "anchor": options.adjust_anchor}
+        return encode_adjusted(denoiser, prompt, class_prompt, adjustment, **how)
+
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, class_prompt) in enumerate(wanted):
         sampling = {"steps": options.steps, "guidance": options.guidance}
-        condition = [denoiser.encode_prompt(prompt)]
-        if adapter is None:
-            latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
-        else:
-            with adapter.scaled(options.strength):
-                latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
-        files.append({"file": f"{i:03}.png", "prompt": prompt})
+        with torch.no_grad(), nullcontext() if adapter is None else adapter.scaled(options.strength):
+            condition, negative = encode(prompt, class_prompt), denoiser.encode_prompt("", adapted=True)
+            latents = denoiser.sample([condition], negative, noise[i : i + 1], **sampling)
+        files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if class_prompt else {}))
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
     settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "seed")}
+    if adjustment is not None:
+        settings["adjust"] = {"align": options.adjust, **asdict(adjustment), "pooled": options.adjust_pooled}
+        settings["adjust"]["anchor"] = options.adjust_anchor
     report.write_json(out / "report.json", {"pictures": files, **settings})
     print(f"{len(files)} pictures in {out}")
+
+
+def _adjustment(options: Namespace, prefix: str = ""):
+    """The embedding adjustment of the options; a beta that is given goes before the default norm_mix."""
+    from .embeddings import Adjustment
+
+    alpha, beta, norm_mix = (getattr(options, prefix + name) for name in ("alpha", "beta", "norm_mix"))
+    try:
+        return Adjustment(alpha, norm_mix=norm_mix) if beta is None else Adjustment(alpha, beta)
+    except ValueError as error:
+        raise ValueError(f"--{prefix}{error}") from error
+
+
+def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
+    """The class prompt of each prompt: as given, or by the two prompts that the adapter was trained on."""
+    from .captions import Concept
+
+    if options.class_prompt:
+        if len(options.class_prompt) != len(options.prompt):
+            raise ValueError(
+                f"--class: given {len(options.class_prompt)} times for {len(options.prompt)} prompts; give one for each"
+            )
+        return options.class_prompt
+    trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
+    if None in trained:
+        raise ValueError(f"--class: {options.adapter} does not name its prompts in its metadata; give the option")
+    return [Concept(*trained).class_of(prompt, "prompt") for prompt in options.prompt]
+
+
+def adjust(options: Namespace) -> None:
+    from . import report
+    from .adapter_file import save_adapter
+    from .backends.diffusers_adjust import word_rows
+    from .embedding_file import adjust_embedding, describe, read_embedding
+
+    adjustment, out = _adjustment(options), _check_writable(options.out)
+    vectors, metadata = read_embedding(options.file)
+    rows = word_rows(_open_model(options), options.class_word)
+    adjusted = adjust_embedding(vectors, options.class_word, rows, adjustment)
+    target = out / f"{Path(options.file).stem}.adjusted.safetensors"
+    save_adapter(target, adjusted, metadata)
+    written = {"file": target.name, "source": str(options.file), "model": options.model}
+    written |= {"class_word": options.class_word, **asdict(adjustment), "vectors": describe(vectors, adjusted, rows)}
+    report.write_json(out / "report.json", written)
+    print(target)
 
 
 def inspect(options: Namespace) -> None:

@@ -52,8 +52,8 @@ class Denoiser(Protocol):
     def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
         """The pooled output of each prompt, (N, D).
 
-        It is every CLIP's last layer at the end token, at length 1, side by side, so that the cosine of two rows is
-        the mean of the CLIPs' own. Adapter and graph are as in `encode_prompt`.
+        It is every CLIP's (its last layer at the end token) at length 1, side by side, so that the cosine of two rows
+        is the mean of the CLIPs' own. Adapter and graph are as in `encode_prompt`.
         """
 
     @property

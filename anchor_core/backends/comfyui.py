@@ -212,18 +212,20 @@ class ComfyDenoiser:
         return [self._condition(schedule) for schedule in schedules]
 
     def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
-        """Each CLIP's last layer at the end token, at length 1, side by side, (N, D)."""
+        """Each CLIP's pooled output at length 1, side by side, (N, D); CLIP-G's is projected, as models read it."""
         found: dict[str, list[Tensor]] = {prefix: [] for prefix in self.text_encoders}
         if not found:
             raise ValueError("this model's text encoder is no CLIP, and has no pooled output; connect one with a CLIP")
-
-        def keep(prefix: str, output: tuple) -> None:
-            found[prefix].append(output[3][0])  # of a long prompt's parts the first, as ComfyUI does
-
+        projected = getattr(getattr(self.clip.cond_stage_model, "clip_g", None), "transformer", None)
         with ExitStack() as stack:
             for prefix, encoder in self.text_encoders.items():
-                hook = encoder.register_forward_hook(lambda _, __, output, prefix=prefix: keep(prefix, output))
-                stack.callback(hook.remove)
+
+                def keep(module: nn.Module, inputs: tuple, output: tuple, rows=found[prefix]) -> None:
+                    *_, with_projection, without = output
+                    # Of a long prompt's parts the first, as ComfyUI does.
+                    rows.append((with_projection if module is projected else without)[0])
+
+                stack.callback(encoder.register_forward_hook(keep).remove)
             self.encode_prompts(prompts, adapted)
         rows = [nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found.values()]
         return torch.cat(rows, dim=-1).to(self.device)

@@ -179,22 +179,26 @@ class DiffusersDenoiser:
         """One prompt to one condition, by the pretrained text encoders; with their adapter and a graph if `adapted`."""
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r}, but it takes a text")
-        if not self._family.encoders:
-            raise ValueError(f"prompt is {prompt!r}, but the text encoders were released; encode every prompt before")
-        with torch.set_grad_enabled(adapted), self._switched(adapted):
+        with self._encoding(adapted):
             return self._family.encode(prompt)
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         return [self.encode_prompt(prompt, adapted) for prompt in prompts]
 
     def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
-        """Each CLIP's last layer at the end token, at length 1, side by side, (N, D)."""
-        clips = self._family.encoders[: len(self._family.text_prefixes)]
-        if not clips:
-            raise ValueError("the text encoders were released; encode every prompt before")
-        with torch.set_grad_enabled(adapted), self._switched(adapted):
+        """Each CLIP's pooled output at length 1, side by side, (N, D); projected where the model has a projection."""
+        with self._encoding(adapted):
+            clips = self._family.encoders[: len(self._family.text_prefixes)]
             rows = [[nn.functional.normalize(clip.pooled(prompt), dim=-1) for clip in clips] for prompt in prompts]
         return torch.stack([torch.cat(row) for row in rows])
+
+    @contextmanager
+    def _encoding(self, adapted: bool) -> Iterator[None]:
+        """The text encoders as a prompt is encoded: pretrained, or with their adapter and a graph."""
+        if not self._family.encoders:
+            raise ValueError("the text encoders were released; encode every prompt before")
+        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()), self._switched(adapted):
+            yield
 
     @property
     def token_limit(self) -> int:

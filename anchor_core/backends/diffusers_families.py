@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Condition
+from ..embeddings import WHOLE, Part, side_by_side
 from .diffusers_names import ldm_names
 from .diffusers_noise import Diffusion, Flow, FluxFlow
 
@@ -32,9 +33,9 @@ class TextEncoder:
         return self.model(tokens.input_ids.to(self.model.device), **options)
 
     def pooled(self, prompt: str) -> Tensor:
-        """A CLIP's last layer at the prompt's end token, (D,)."""
-        end = min(self.count(prompt), self.tokenizer.model_max_length) - 1
-        return self(prompt).last_hidden_state[0, end]
+        """A CLIP's last layer at the prompt's end token, projected where it has a projection, (D,)."""
+        output = self(prompt)
+        return (output.text_embeds if "text_embeds" in output else output.pooler_output)[0]
 
     def count(self, prompt: str) -> int:
         """Tokens of a prompt, with those of its start and end."""
@@ -108,6 +109,18 @@ class Family:
     def encode(self, prompt: str) -> Condition:
         """One prompt to one condition."""
         raise NotImplementedError
+
+    def parts(self, condition: Condition) -> list[Part]:
+        """Where each text encoder's output lies in a condition's (tokens, width)."""
+        return [Part(WHOLE, WHOLE, 0)]
+
+    @property
+    def pooled_widths(self) -> tuple[int, ...]:
+        """Of the encoders whose outputs a condition's pooled text is."""
+        return ()
+
+    def _widths(self, encoders: Sequence[TextEncoder]) -> list[int]:
+        return [encoder.model.config.hidden_size for encoder in encoders]
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Sequence[Condition], guidance: float) -> Tensor:
         """The network's output (B, C, h, w); `guidance` is read by distilled networks only."""
@@ -201,6 +214,13 @@ class StableDiffusionXL(StableDiffusion):
         embeddings = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
         return embeddings[0], second.text_embeds[0]
 
+    def parts(self, condition):
+        return side_by_side(self._widths(self.encoders), WHOLE)
+
+    @property
+    def pooled_widths(self):
+        return (self.encoders[1].model.config.projection_dim,)
+
     def predict(self, noisy, timesteps, conditions, guidance):
         embeddings, pooled = stack(conditions, noisy)
         height, width = (edge * self.downscale for edge in noisy.shape[-2:])
@@ -250,6 +270,15 @@ class StableDiffusion3(Family):
         t5 = self.encoders[2]
         long = clip.new_zeros(self.t5_tokens, width) if t5 is None else t5(prompt, self.t5_tokens)[0][0]
         return torch.cat([nn.functional.pad(clip, (0, width - clip.shape[-1])), long.to(clip)]), pooled
+
+    def parts(self, condition):
+        tokens = len(condition[0]) - self.t5_tokens
+        clips = side_by_side(self._widths(self.encoders[:2]), slice(tokens))
+        return clips if self.encoders[2] is None else [*clips, Part(slice(tokens, None), WHOLE, 2)]
+
+    @property
+    def pooled_widths(self):
+        return tuple(encoder.model.config.projection_dim for encoder in self.encoders[:2])
 
     def predict(self, noisy, timesteps, conditions, guidance):
         embeddings, pooled = stack(conditions, noisy)
@@ -301,6 +330,13 @@ class Flux(Family):
     def encode(self, prompt):
         clip, t5 = self.encoders
         return t5(prompt, self.t5_tokens)[0][0], clip(prompt).pooler_output[0]
+
+    def parts(self, condition):
+        return [Part(WHOLE, WHOLE, 1)]
+
+    @property
+    def pooled_widths(self):
+        return (self.encoders[0].model.config.hidden_size,)
 
     def predict(self, noisy, timesteps, conditions, guidance):
         embeddings, pooled = stack(conditions, noisy)
