@@ -1,7 +1,8 @@
-"""The nodes, by topic: references, model, train, inspect, apply."""
+"""The nodes, by topic: references, model, train, inspect, apply, adjust."""
 
 from comfy_api.latest import ComfyExtension, io
 
+from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
@@ -18,6 +19,8 @@ NODES = [
     AnchorApplyAdapter,
     AnchorSaveAdapter,
     AnchorLoadAdapter,
+    AnchorAdjustConditioning,
+    AnchorAdjustEmbedding,
 ]
 
 

@@ -1,5 +1,6 @@
 """The embedded model."""
 
+import folder_paths
 from comfy_api.latest import io
 
 from .types import CATEGORY
@@ -29,4 +30,4 @@ class AnchorSandboxModel(io.ComfyNode):
         from ..anchor_core.sandbox.comfyui import load
         from ..anchor_core.sandbox.model import WEIGHTS
 
-        return io.NodeOutput(*load(WEIGHTS))
+        return io.NodeOutput(*load(WEIGHTS, folder_paths.get_folder_paths("embeddings")))

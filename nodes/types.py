@@ -55,10 +55,24 @@ def new_lora_file(name: str) -> Path:
     Raises:
         ValueError: the name leads out of that folder, or the folder cannot be written.
     """
-    root = Path(folder_paths.get_output_directory()) / "loras"
+    return _new_file(Path(folder_paths.get_output_directory()) / "loras", name)
+
+
+def new_embedding_file(name: str) -> Path:
+    """As `new_lora_file`, in the first folder where ComfyUI looks for `embedding:name`; none is below output."""
+    return _new_file(Path(folder_paths.get_folder_paths("embeddings")[0]), name)
+
+
+def embedding_word(path: Path) -> str:
+    """What stands in a prompt for an embedding file of that folder."""
+    root = Path(folder_paths.get_folder_paths("embeddings")[0])
+    return f"embedding:{path.relative_to(root).with_suffix('').as_posix()}"
+
+
+def _new_file(root: Path, name: str) -> Path:
     target = root / name.strip()
     if not name.strip() or target == root or not folder_paths.is_within_directory(str(root), str(target)):
-        raise ValueError(f"name is {name!r}, but it takes the name of a file inside output/loras")
+        raise ValueError(f"name is {name!r}, but it takes the name of a file inside {root}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         taken = {file.name for file in target.parent.iterdir()}
@@ -67,14 +81,23 @@ def new_lora_file(name: str) -> Path:
         probe.unlink()
     except OSError as error:
         reason = f"{target.parent} cannot be written ({error.strerror})"
-        raise ValueError(f"{reason}; free it or start ComfyUI with another --output-directory") from error
+        raise ValueError(f"{reason}; free it or start ComfyUI with other folders") from error
     number = next(n for n in range(1, len(taken) + 2) if f"{target.name}_{n:05}_.safetensors" not in taken)
     return target.with_name(f"{target.name}_{number:05}_.safetensors")
 
 
 def lora_file(name: str) -> Path:
     """The path of a file of ComfyUI's `loras` folders; ValueError if there is none of that name."""
-    path = folder_paths.get_full_path("loras", name)
+    return _listed_file("loras", name)
+
+
+def embedding_file(name: str) -> Path:
+    """The path of a file of ComfyUI's `embeddings` folders; ValueError if there is none of that name."""
+    return _listed_file("embeddings", name)
+
+
+def _listed_file(folder: str, name: str) -> Path:
+    path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise ValueError(f"file is {name!r}, which is in no loras folder; choose one of the list")
+        raise ValueError(f"file is {name!r}, which is in no {folder} folder; choose one of the list")
     return Path(path)

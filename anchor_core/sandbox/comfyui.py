@@ -31,8 +31,13 @@ BETA_SCHEDULES = {"scaled_linear": "linear", "squaredcos_cap_v2": "cosine"}
 """diffusers' name to ComfyUI's; ComfyUI's `linear` is linear in the square root of beta."""
 
 
-def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+def load(
+    folder: Path, embeddings: list[str] | None = None
+) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE in float32 from a diffusers folder of SD1.x's classes.
+
+    Args:
+        embeddings: folders in which the CLIP looks for `embedding:name`.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -49,7 +54,7 @@ def load(folder: Path) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP,
         )
     )
     model = _load_model(folder, unet, vae, scheduler)
-    clip = _load_clip(folder, text)
+    clip = _load_clip(folder, text, embeddings)
     return model, clip, _load_vae(folder, vae)
 
 
@@ -239,7 +244,7 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
         )
 
 
-def _load_clip(folder: Path, config: dict[str, Any]) -> comfy.sd.CLIP:
+def _load_clip(folder: Path, config: dict[str, Any], embeddings: list[str] | None) -> comfy.sd.CLIP:
     special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["pad_token_id"]}
     length = config["max_position_embeddings"]
     encoder = partial(
@@ -267,7 +272,7 @@ def _load_clip(folder: Path, config: dict[str, Any]) -> comfy.sd.CLIP:
         partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
     )
-    clip = comfy.sd.CLIP(target, model_options={"dtype": torch.float32}, disable_dynamic=True)
+    clip = comfy.sd.CLIP(target, embeddings, model_options={"dtype": torch.float32}, disable_dynamic=True)
     missing, unexpected = clip.cond_stage_model.clip_l.transformer.load_state_dict(weights, strict=False)
     if missing or unexpected:
         wrong = ", ".join([*missing, *unexpected][:3])
