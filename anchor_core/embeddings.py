@@ -153,13 +153,11 @@ def adjust_prompt(
     Raises:
         ValueError: if the two are not of one model, of different length under the same index, or not finite.
     """
-    for name, each in (("subject", subject), ("class", class_)):
-        if not torch.isfinite(each).all():
-            raise ValueError(f"the {name} conditioning has NaN or infinite values; encode the prompt again")
+    _check_finite(subject, class_)
     encoders = [part.encoder for part in subject_parts]
     if subject.shape[-1] != class_.shape[-1] or encoders != [part.encoder for part in class_parts]:
         raise ValueError(
-            f"the class conditioning is {tuple(class_.shape)} and the subject's {tuple(subject.shape)}, so they are of "
+            f"class_conditioning is {tuple(class_.shape)} and the subject's {tuple(subject.shape)}, so they are of "
             "two models; encode both prompts with the same kind of text encoder"
         )
     adjusted = subject.clone()
@@ -169,7 +167,7 @@ def adjust_prompt(
             other = other[alignment[ours.encoder].to(other.device)]
         if len(own) != len(other):
             raise ValueError(
-                f"the class conditioning has {len(class_)} tokens and the subject's {len(subject)}, which have no "
+                f"class_conditioning has {len(class_)} tokens and the subject's {len(subject)}, which have no "
                 "common index; write prompts of the same number of parts, or align them by token"
             )
         adjusted[ours.rows, ours.columns] = adjustment(own, other.to(own))
@@ -182,13 +180,20 @@ def adjust_pooled(subject: Tensor, class_: Tensor, widths: Sequence[int], adjust
     Raises:
         ValueError: if the two are not of one model.
     """
+    _check_finite(subject, class_)
     if subject.shape != class_.shape or subject.shape[-1] != sum(widths):
         raise ValueError(
-            f"the class conditioning's pooled output is {tuple(class_.shape)} and the subject's "
-            f"{tuple(subject.shape)}, so they are of two models; encode both prompts with the same kind of text encoder"
+            f"class_conditioning's pooled output is {tuple(class_.shape)} and the subject's {tuple(subject.shape)}, so "
+            "they are of two models; encode both prompts with the same kind of text encoder"
         )
     pairs = zip(subject.split(list(widths), dim=-1), class_.to(subject).split(list(widths), dim=-1))
     return torch.cat([adjustment(own, other) for own, other in pairs], dim=-1)
+
+
+def _check_finite(subject: Tensor, class_: Tensor) -> None:
+    for name, each in (("subject", subject), ("class", class_)):
+        if not torch.isfinite(each).all():
+            raise ValueError(f"{name}_conditioning has NaN or infinite values; encode the prompt again")
 
 
 def align_rows(

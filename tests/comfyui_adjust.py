@@ -188,12 +188,12 @@ def check_refusals() -> None:
         ("two models", (conditioning(1, "sd3"), conditioning(2, "flux")), {}),
         ("two models", (conditioning(1, "sd3"), conditioning(2, "sd3_no_t5")), {}),
         (
-            "the class conditioning has 154 tokens and the subject's 77",
+            "class_conditioning has 154 tokens and the subject's 77",
             (sd1, [[torch.cat([other[0][0]] * 2, 1), {}]]),
             {},
         ),
-        ("the class conditioning has NaN", (sd1, broken), {}),
-        ("the subject conditioning has NaN", (broken, sd1), {}),
+        ("class_conditioning has NaN", (sd1, broken), {}),
+        ("subject_conditioning has NaN", (broken, sd1), {}),
         ("has 2 encodings and the subject's 1", (sd1, other * 2), {}),
         ("pooled is on", (sd1, other), {"pooled": True}),
         (

@@ -215,10 +215,10 @@ def test_conditionings_that_do_not_fit_are_refused(pair):
             adjust_prompt(one, other, whole, whole, Adjustment())
         return str(caught.value)
 
-    assert "the class conditioning has NaN" in refusal(subject, class_ * math.nan)
-    assert "the subject conditioning has NaN" in refusal(subject * math.inf, class_)
+    assert "class_conditioning has NaN" in refusal(subject, class_ * math.nan)
+    assert "subject_conditioning has NaN" in refusal(subject * math.inf, class_)
     assert "are of two models" in refusal(subject, class_[:, :20])
-    assert "the class conditioning has 5 tokens and the subject's 7" in refusal(subject, class_[:5])
+    assert "class_conditioning has 5 tokens and the subject's 7" in refusal(subject, class_[:5])
     with pytest.raises(ValueError, match="pooled output.*of two models"):
         adjust_pooled(subject, class_, [20], Adjustment())
 

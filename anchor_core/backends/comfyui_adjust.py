@@ -39,7 +39,7 @@ def adjust_conditioning(
     """
     if not subject or len(class_) not in (1, len(subject)):
         raise ValueError(
-            f"the class conditioning has {len(class_)} encodings and the subject's {len(subject)}; connect both "
+            f"class_conditioning has {len(class_)} encodings and the subject's {len(subject)}; connect both "
             "straight from their text encoders"
         )
     others = class_ * len(subject) if len(class_) == 1 else class_
@@ -48,24 +48,25 @@ def adjust_conditioning(
 
 def _adjust(own: list, other: list, adjustment: Adjustment, pooled: bool, tokens) -> list:
     (ours, extras), (theirs, class_extras) = own, other
-    parts, class_parts = _parts(ours[0]), _parts(theirs[0])
+    parts, class_parts = _parts(ours[0], extras), _parts(theirs[0], class_extras)
     alignment = None if tokens is None else _alignment(ours[0], theirs[0], parts, class_parts, tokens)
     rows = [adjust_prompt(row, theirs[0], parts, class_parts, adjustment, alignment) for row in ours]
     if pooled:
         mine, of_class = (each.get("pooled_output") for each in (extras, class_extras))
         if mine is None or of_class is None:
             raise ValueError("pooled is on, but a conditioning has no pooled output; switch it off")
-        both = [CLIP_L, CLIP_G] if mine.shape[-1] == CLIP_L + CLIP_G else [mine.shape[-1]]
-        extras = extras | {"pooled_output": adjust_pooled(mine, of_class, both, adjustment)}
+        widths = [CLIP_L, CLIP_G] if mine.shape[-1] == CLIP_L + CLIP_G else [mine.shape[-1]]
+        extras = extras | {"pooled_output": adjust_pooled(mine, of_class, widths, adjustment)}
     return [torch.stack(rows), dict(extras)]
 
 
-def _parts(rows: Tensor) -> list[Part]:
-    """The encoders in (tokens, width), told by the width, and SD3's by the zeros that fill its CLIPs' rows."""
-    width = rows.shape[-1]
-    if width == CLIP_L + CLIP_G:
+def _parts(rows: Tensor, extras: dict[str, Any]) -> list[Part]:
+    """The encoders in (tokens, width): SDXL and SD3 are told by both widths, SD3's CLIPs by the zeros after them."""
+    pooled = extras.get("pooled_output")
+    widths = rows.shape[-1], None if pooled is None else pooled.shape[-1]
+    if widths == (CLIP_L + CLIP_G, CLIP_G):
         return side_by_side([CLIP_L, CLIP_G], WHOLE, ["l", "g"])
-    if width == T5:
+    if widths == (T5, CLIP_L + CLIP_G):
         filled = (rows[:, CLIP_L + CLIP_G :] == 0).all(dim=-1).tolist()
         count = len(list(takewhile(bool, filled)))
         if count:
