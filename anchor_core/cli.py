@@ -14,7 +14,7 @@ from . import commands
 from .adapter import AdapterConfig
 from .adapter_formats import FORMATS
 from .checks import check_count
-from .embeddings import ALIGNMENTS, Adjustment
+from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from .settings import PRECISIONS, DataSettings, TrainSettings
 from .trainer import TrainingDiverged
 
@@ -65,12 +65,15 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     for part, title in ((TrainSettings, "training"), (AdapterConfig, "adapter"), (DataSettings, "data")):
         group = train.add_argument_group(title)
-        weight = group.add_mutually_exclusive_group()
         for field in fields(part):
-            if "help" in field.metadata and field.name != "seed":
-                _add_field(weight if field.name == "w" else group, field)
             if field.name == "w":
-                weight.add_argument("--lambda", dest="lambda_", type=float, help="in place of w: 1 / (1 + w)")
+                weight = group.add_mutually_exclusive_group()
+                _add_field(weight, field)
+                weight.add_argument(
+                    "--lambda", dest="lambda_", type=float, metavar="LAMBDA", help="in place of w: 1 / (1 + w)"
+                )
+            elif "help" in field.metadata and field.name != "seed":
+                _add_field(group, field)
     train.add_argument(
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
     )
@@ -95,12 +98,14 @@ def _build_parser() -> argparse.ArgumentParser:
     adjusting.add_argument(
         "--adjust", choices=ALIGNMENTS, help="to the class prompt's, by position (as published) or by token"
     )
-    _add_adjustment(adjusting, "adjust_")
+    _add_adjustment(adjusting, "adjust_", "norm_mix")
     adjusting.add_argument(
-        "--adjust_anchor", "--adjust-anchor", default="current", choices=("current", "pretrained"),
+        "--adjust_anchor", "--adjust-anchor", choices=("current", "pretrained"),
         help="the text encoder of the class prompt (default current)",
     )  # fmt: skip
-    adjusting.add_argument("--adjust_pooled", "--adjust-pooled", action="store_true", help="the pooled output too")
+    adjusting.add_argument(
+        "--adjust_pooled", "--adjust-pooled", action="store_true", default=None, help="the pooled output too"
+    )
 
     inspect = _verb(verbs, "inspect", "measure the drift of a LoRA from its class", commands.inspect)
     _add_model(inspect)
@@ -115,7 +120,7 @@ def _build_parser() -> argparse.ArgumentParser:
     adjust.add_argument(
         "--class-word", "--class_word", required=True, metavar="WORD", help="one token, such as dog: the anchor"
     )
-    _add_adjustment(adjust, "")
+    _add_adjustment(adjust)
 
     convert = _verb(verbs, "convert", "rewrite a LoRA file for another program", commands.convert)
     convert.add_argument("file", metavar="FILE")
@@ -174,17 +179,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")
 
 
-def _add_adjustment(parser, prefix: str) -> None:
-    """The options of an `Adjustment`; on prompts the default is norm_mix, which leaves alone what both agree on."""
-    mix = Adjustment.norm_mix if not prefix else 0.5
+def _add_adjustment(parser, prefix: str = "", default: str = "beta") -> None:
+    """The options of an `Adjustment`, None where they are not given; `default` is what gives the length."""
     length = parser.add_mutually_exclusive_group()
-    for group, name, default, help in (
-        (parser, "alpha", Adjustment.alpha, f"rotation, 0 to 1 (default {Adjustment.alpha})"),
-        (length, "beta", None, "length over the class's" + ("" if prefix else f" (default {Adjustment.beta})")),
-        (length, "norm_mix", mix, "instead: share of the class's length" + (f" (default {mix})" if prefix else "")),
+    for group, name, value, help in (
+        (parser, "alpha", Adjustment.alpha, "rotation, 0 to 1"),
+        (length, "beta", Adjustment.beta, "length over that of the class"),
+        (length, "norm_mix", NORM_MIX, "share of the class's length in the new one, 0 to 1"),
     ):
         names = dict.fromkeys((f"--{prefix}{name}", f"--{prefix}{name}".replace("_", "-")))
-        group.add_argument(*names, type=float, default=default, help=help)
+        used = f" (default {value})" if name in ("alpha", default) else ""
+        group.add_argument(*names, type=float, help=help + used)
 
 
 def _add_field(parser, field: Field) -> None:

@@ -180,9 +180,7 @@ def sample(options: Namespace) -> None:
     if options.guidance is not None:
         check_number("guidance", options.guidance, minimum=0)
     check_number("strength", options.strength)
-    adjustment = _adjustment(options, "adjust_") if options.adjust else None
-    if options.class_prompt and adjustment is None:
-        raise ValueError("--class: nothing reads a class prompt without --adjust; leave it out")
+    adjustment, how = _prompt_adjustment(options)
     out = _check_writable(options.out)
     denoiser = _open_model(options)
     adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
@@ -198,7 +196,6 @@ def sample(options: Namespace) -> None:
     def encode(prompt: str, class_prompt: str | None):
         if adjustment is None:
             return denoiser.encode_prompt(prompt, adapted=True)
-        how = {"align": options.adjust, "pooled": options.adjust_pooled, "anchor": options.adjust_anchor}
         return encode_adjusted(denoiser, prompt, class_prompt, adjustment, **how)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -212,21 +209,36 @@ def sample(options: Namespace) -> None:
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
     settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "seed")}
     if adjustment is not None:
-        settings["adjust"] = {"align": options.adjust, **asdict(adjustment), "pooled": options.adjust_pooled}
-        settings["adjust"]["anchor"] = options.adjust_anchor
+        settings["adjust"] = asdict(adjustment) | how
     report.write_json(out / "report.json", {"pictures": files, **settings})
     print(f"{len(files)} pictures in {out}")
 
 
-def _adjustment(options: Namespace, prefix: str = ""):
-    """The embedding adjustment of the options; a beta that is given goes before the default norm_mix."""
+def _adjustment(options: Namespace, prefix: str = "", norm_mix: float | None = None):
+    """The embedding adjustment of the options; without a length among them, at this norm_mix or the default beta."""
     from .embeddings import Adjustment
 
-    alpha, beta, norm_mix = (getattr(options, prefix + name) for name in ("alpha", "beta", "norm_mix"))
+    given = {name: getattr(options, prefix + name) for name in ("alpha", "beta", "norm_mix")}
+    if given["beta"] is None and given["norm_mix"] is None:
+        given["norm_mix"] = norm_mix
     try:
-        return Adjustment(alpha, norm_mix=norm_mix) if beta is None else Adjustment(alpha, beta)
+        return Adjustment(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise ValueError(f"--{prefix}{error}") from error
+
+
+def _prompt_adjustment(options: Namespace):
+    """That of the prompts, and how it is made; None and nothing where none is asked for."""
+    from .embeddings import NORM_MIX
+
+    needing = {"class": options.class_prompt} | {k: v for k, v in vars(options).items() if k.startswith("adjust_")}
+    for name, value in needing.items():
+        if options.adjust is None and value is not None:
+            raise ValueError(f"--{name}: it is read with --adjust alone; give both or neither")
+    if options.adjust is None:
+        return None, {}
+    how = {"align": options.adjust, "pooled": bool(options.adjust_pooled), "anchor": options.adjust_anchor or "current"}
+    return _adjustment(options, "adjust_", NORM_MIX), how
 
 
 def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:

@@ -19,6 +19,8 @@ from torch.linalg import vector_norm
 from .checks import check_number
 
 ALIGNMENTS = ("index", "token")
+NORM_MIX = 0.5
+"""The released code's."""
 
 
 def rotate_and_rescale(subject: Tensor, anchor: Tensor, alpha: float = 0.2, beta: float | Tensor = 1.5) -> Tensor:
@@ -58,7 +60,7 @@ def rotate_and_rescale(subject: Tensor, anchor: Tensor, alpha: float = 0.2, beta
     return (beta * lengths[1] * (of_subject * subject + of_anchor * anchor)).to(given)
 
 
-def rotate_and_mix_norms(subject: Tensor, anchor: Tensor, alpha: float = 0.2, norm_mix: float = 0.5) -> Tensor:
+def rotate_and_mix_norms(subject: Tensor, anchor: Tensor, alpha: float = 0.2, norm_mix: float = NORM_MIX) -> Tensor:
     """As `rotate_and_rescale`, to the length (1 - norm_mix) |M_v| + norm_mix |M_c|: the released code's form.
 
     There the rotation is called rho, and norm_mix alpha. Equal embeddings stay what they are.
@@ -66,7 +68,7 @@ def rotate_and_mix_norms(subject: Tensor, anchor: Tensor, alpha: float = 0.2, no
     return rotate_and_rescale(subject, anchor, alpha, beta_of_norm_mix(subject, anchor, norm_mix))
 
 
-def beta_of_norm_mix(subject: Tensor, anchor: Tensor, norm_mix: float = 0.5) -> Tensor:
+def beta_of_norm_mix(subject: Tensor, anchor: Tensor, norm_mix: float = NORM_MIX) -> Tensor:
     """The paper's beta that is the released code's norm_mix, ((1 - norm_mix) |M_v| + norm_mix |M_c|) / |M_c|, (..., 1).
 
     1 where M_c is 0.

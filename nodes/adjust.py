@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.embeddings import ALIGNMENTS, Adjustment
+from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from .types import CATEGORY, embedding_file, embedding_word, new_embedding_file
 
 LENGTHS = ("norm_mix", "beta")
@@ -23,7 +23,7 @@ def _adjustment_inputs(length: str, lengths: str) -> list[io.Input]:
         io.Combo.Input("length", options=list(LENGTHS), default=length, tooltip=lengths),
         io.Float.Input(
             "norm_mix",
-            default=0.5,
+            default=NORM_MIX,
             **share,
             tooltip="Share of the class's length: 0 keeps the length, 1 is the class's.",
         ),

@@ -136,7 +136,9 @@ def test_a_lora_of_another_model_is_refused(tmp_path, capsys):
     assert "another model" in error and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "bench", "demo", "sandbox pretrain", "sandbox subject"])
+@pytest.mark.parametrize(
+    "verb", ["train", "sample", "inspect", "bench", "demo", "sandbox pretrain", "sandbox subject", "adjust"]
+)
 def test_every_verb_has_help_seed_and_out(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*verb.split(), "--help"])
