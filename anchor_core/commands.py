@@ -253,7 +253,10 @@ def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
         return options.class_prompt
     trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
     if None in trained:
-        raise ValueError(f"--class: {options.adapter} does not name its prompts in its metadata; give the option")
+        told = (
+            f"{options.adapter} does not name its prompts in its metadata" if options.adapter else "there is no adapter"
+        )
+        raise ValueError(f"--class: {told}; give the option")
     return [Concept(*trained).class_of(prompt, "prompt") for prompt in options.prompt]
 
 

@@ -213,22 +213,11 @@ class ComfyDenoiser:
 
     def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
         """Each CLIP's pooled output at length 1, side by side, (N, D); CLIP-G's is projected, as models read it."""
-        found: dict[str, list[Tensor]] = {prefix: [] for prefix in self.text_encoders}
+        with families.pooled_outputs(self.clip, self.network) as found:
+            self.encode_prompts(prompts, adapted)
         if not found:
             raise ValueError("this model's text encoder is no CLIP, and has no pooled output; connect one with a CLIP")
-        projected = getattr(getattr(self.clip.cond_stage_model, "clip_g", None), "transformer", None)
-        with ExitStack() as stack:
-            for prefix, encoder in self.text_encoders.items():
-
-                def keep(module: nn.Module, inputs: tuple, output: tuple, rows=found[prefix]) -> None:
-                    *_, with_projection, without = output
-                    # Of a long prompt's parts the first, as ComfyUI does.
-                    rows.append((with_projection if module is projected else without)[0])
-
-                stack.callback(encoder.register_forward_hook(keep).remove)
-            self.encode_prompts(prompts, adapted)
-        rows = [nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found.values()]
-        return torch.cat(rows, dim=-1).to(self.device)
+        return torch.cat([nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found], dim=-1).to(self.device)
 
     def _condition(self, schedule: list) -> ComfyCondition:
         if len(schedule) != 1:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import comfy.model_base
 import comfy.model_sampling
 import comfy.utils
@@ -14,7 +17,7 @@ from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
-from torch import nn
+from torch import Tensor, nn
 
 ARCHITECTURES = {
     comfy.model_base.SDXL: "stable-diffusion-xl-v1-base",
@@ -96,6 +99,25 @@ def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
     if len(found) == 1 and (isinstance(network, UNetModel) or "clip_g" in found):
         return {"te": next(iter(found.values()))}
     return {f"te{number}": encoder for number, encoder in enumerate(found.values(), 1)}
+
+
+@contextmanager
+def pooled_outputs(clip, network: nn.Module) -> Iterator[list[list[Tensor]]]:
+    """For each CLIP model, the pooled output (D,) of each prompt that is encoded meanwhile: CLIP-G's projected."""
+    found: list[list[Tensor]] = []
+    projected = getattr(getattr(getattr(clip, "cond_stage_model", None), "clip_g", None), "transformer", None)
+    with ExitStack() as stack:
+        for encoder in text_encoders(clip, network).values():
+            rows: list[Tensor] = []
+
+            def keep(module: nn.Module, inputs: tuple, output: tuple, rows=rows) -> None:
+                *_, with_projection, without = output
+                # Of a long prompt's parts the first, as ComfyUI does.
+                rows.append((with_projection if module is projected else without)[0])
+
+            stack.callback(encoder.register_forward_hook(keep).remove)
+            found.append(rows)
+        yield found
 
 
 def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:
