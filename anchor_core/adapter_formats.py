@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .adapter_names import dotted, network_family, swapped_rows, to_diffusers, to_original
 from .checks import check_choice
+from .tokens import is_embedding
 
 FORMATS = ("comfyui", "kohya", "diffusers")
 DIFFUSERS_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
@@ -40,7 +41,7 @@ _PARTS = {
 } | {
     part: part
     for part in (
-        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "diff"),
+        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "svd_shift", "diff", "diff_b"),
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     )
@@ -54,6 +55,8 @@ _KINDS = [
     ("oft_", "oft", {"oft_R.weight"}),
     ("lokr_", "lokr", {"lokr_w1", "lokr_w2"}),
     ("hada_", "loha", {"hada_w1", "hada_w2"}),
+    ("svd_", "svdiff", {"svd_shift"}),
+    ("diff", "full", {"diff"}),
 ]
 
 # Which network a key is of: the denoiser's by "", a text encoder by diffusers' component name.
@@ -89,6 +92,8 @@ def split_layers(tensors: Mapping[str, Tensor]) -> Layers:
         ValueError: if there is none, or one is no part of an adapter that can be read.
     """
     layers: Layers = {}
+    if is_embedding(tensors):
+        raise ValueError("this file is an embedding, for prompts and not for layers; give a LoRA file")
     for key, tensor in tensors.items():
         prefix, part = split_key(key)
         if part is None:
@@ -169,7 +174,8 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     layers = split_layers(with_stated_alphas(tensors, metadata or {}))
     for prefix, parts in layers.items():
         kind = kind_of(prefix, parts)
-        if to == "diffusers" and kind != "lora" or kind == "dora" and "dora_scale" not in parts:
+        unreadable = kind == "dora" and "dora_scale" not in parts or kind in ("full", "svdiff")
+        if to == "diffusers" and kind != "lora" or unreadable:
             raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED[kind]}")
         parts.pop("lora_magnitude_vector", None)
     named: dict[str, Layers] = {}
@@ -201,6 +207,8 @@ _NOT_CONVERTED = {
     "lokr": "diffusers reads LoRA only",
     "loha": "diffusers reads LoRA only",
     "oft": "diffusers reads LoRA only",
+    "full": "its changes of whole weights are read under the names they have, by ComfyUI only",
+    "svdiff": "its shifts are those of the very weights they were trained on",
 }
 
 

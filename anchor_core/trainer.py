@@ -23,6 +23,7 @@ from .denoiser import Condition, Denoiser, PriorBatch, Step
 from .drift import DriftProbe
 from .gradient_checkpointing import checkpointed
 from .history import History, StepReport
+from .methods import check_combination
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .parallel import ALONE, Workers
@@ -74,12 +75,15 @@ def train(
     Raises:
         TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
         ValueError: for latents of a wrong shape, an objective whose class pictures are missing, a probe that the
-            settings need and that is missing, or a checkpoint of another training.
+            settings need and that is missing, a checkpoint of another training, or an objective, adapter and prompts
+            that do not go together.
     """
     objective = settings.make_objective()
     if not isinstance(references, Dataset):
         _check_latents("references", references)
         references = Dataset.of_latents(references, concept)
+    pairs = {pair for each in references.examples for pair in zip(each.subject_prompts, each.class_prompts)}
+    check_combination(settings, adapter.config, sorted(pairs), references.caption_dropout)
     classes = None
     if objective.reads_class_pictures:
         if class_latents is None:
@@ -125,7 +129,7 @@ class _Run:
         self.datasets = datasets
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = adapter.parameters()
-        self.optimizer = make_optimizer(self.parameters, settings)
+        self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")

@@ -74,12 +74,15 @@ def inputs(module: nn.Module) -> torch.Tensor:
 
 
 def check_weights(adapter: Adapter, weights: dict[str, torch.Tensor], strength: float = 1.0) -> None:
-    """That each layer computes what its base module would with these weights."""
+    """That each layer computes what its base module would with these weights, and biases by `<name>.bias`."""
     for name in adapter.module_names:
         base = adapter.base_module(name)
         x = inputs(base)
         with torch.no_grad(), adapter.scaled(strength):
-            expected = torch.func.functional_call(base, {"weight": weights[name]}, x)
+            own = {"weight": weights[name]}
+            if f"{name}.bias" in weights:
+                own["bias"] = weights[f"{name}.bias"]
+            expected = torch.func.functional_call(base, own, x)
             assert (base(x) - expected).abs().max() > 1e-2
             torch.testing.assert_close(adapter.layer(name)(x), expected, atol=1e-4, rtol=1e-4)
 
@@ -109,11 +112,11 @@ def loha(weight, get):
     return get("alpha") / 4 * one * two
 
 
-def oft(weight, get):
+def diff(weight, get):
     return get("diff")
 
 
-FORMULAS = {"lora": lora, "dora": dora, "lokr": lokr, "loha": loha, "oft": oft}
+FORMULAS = {"lora": lora, "dora": dora, "lokr": lokr, "loha": loha, "oft": diff, "full": diff, "svdiff": diff}
 
 
 @pytest.mark.parametrize(("kind", "rank"), [*((kind, 4) for kind in KINDS), ("lokr", 2), ("oft", 2)])
@@ -125,6 +128,8 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
         weight = bare.adapter.base_module(name).weight.detach()
         change = FORMULAS[kind](weight, lambda part, name=name: tensors.get(f"diffusion_model.{name}.{part}"))
         weights[name] = weight + change.view(weight.shape)
+        if (bias := tensors.get(f"diffusion_model.{name}.diff_b")) is not None:
+            weights[f"{name}.bias"] = bare.adapter.base_module(name).bias.detach() + bias
     check_weights(bare.adapter, weights)
     again = Bare(blocks(), "diffusion_model.")
     attach_tensors(again, tensors)
@@ -287,8 +292,12 @@ def test_comfyuis_stock_loader_makes_the_trained_weights_of_every_kind_and_forma
     for kind in KINDS:
         for rank in (4, 2) if kind in ("lokr", "oft") else (4,):
             bare = bares[f"{kind}{rank}"] = attached(kind, stir, rank=rank)
-            prefixes = {f"diffusion_model.{name}": name for name in bare.adapter.module_names}
-            base = {name: bare.adapter.base_module(name).weight.detach() for name in bare.adapter.module_names}
+            prefixes = {f"diffusion_model.{name}": f"{name}.weight" for name in bare.adapter.module_names}
+            base = {
+                f"{name}.{part}": tensor.detach()
+                for name in bare.adapter.module_names
+                for part, tensor in bare.adapter.base_module(name).named_parameters()
+            }
             (tmp_path / f"{kind}{rank}.json").write_text(json.dumps({"keys": prefixes}))
             save_file(base, tmp_path / f"{kind}{rank}.base.safetensors")
             save_adapter(tmp_path / f"{kind}{rank}.file.safetensors", to_file_keys(bare.adapter, bare.file_keys()), {})
@@ -307,7 +316,8 @@ def test_comfyuis_stock_loader_makes_the_trained_weights_of_every_kind_and_forma
     for stem, bare in bares.items():
         made = load_file(tmp_path / f"{stem}.out.safetensors")
         for strength in (1.0, 0.5):
-            weights = {name: made[f"{strength}/{name}"] for name in bare.adapter.module_names}
+            own = {name.partition("/")[2]: tensor for name, tensor in made.items() if name.startswith(f"{strength}/")}
+            weights = {name.removesuffix(".weight"): tensor for name, tensor in own.items()}
             check_weights(bare.adapter, weights, strength)
     for family in ("sd3", "flux"):
         base = load_file(tmp_path / f"{family}-diffusers.base.safetensors")
