@@ -7,7 +7,7 @@ import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -68,12 +68,15 @@ def train(options: Namespace) -> int:
     from .cache import Cache
     from .data import Concept, bucket_sizes, build_dataset, load_references, of_one_size, sample_class_latents
     from .drift import DriftProbe
+    from .methods import check_combination
     from .parallel import Workers
     from .trainer import train as run
 
     settings, config, data = (_given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
     check_count("class_pictures", options.class_pictures)
+    prompts = [(concept.subject_prompt, concept.class_prompt)]
+    check_combination(settings, config, prompts, data.caption_dropout)
     out, workers = _check_writable(options.out), Workers.from_environment()
     options.device = options.device or workers.device
     denoiser = _open_model(options)
@@ -110,7 +113,7 @@ def train(options: Namespace) -> int:
     if not workers.is_first:
         return 0
     path = out / "adapter.safetensors"
-    save_trained(path, denoiser, concept, settings, history.kept)
+    files = save_trained(path, denoiser, concept, settings, history.kept)
     figure = report.new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     report.draw_drift(left, {settings.objective: history})
@@ -118,6 +121,8 @@ def train(options: Namespace) -> int:
     figure.savefig(out / "report.png")
     written = {
         "adapter": path.name,
+        "embedding": files[-1].name if config.vectors else None,
+        "method": options.method,
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "references": references.names,
@@ -164,12 +169,18 @@ def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):
     return checkpoints
 
 
+def _check_embedding(options: Namespace) -> None:
+    if options.embedding and not options.adapter:
+        raise ValueError("--embedding: it goes with an --adapter; give the embedding file itself as --adapter")
+
+
 def sample(options: Namespace) -> None:
     import torch
 
     from . import report
     from .adapter_file import attach_file
 
+    _check_embedding(options)
     check_count("steps", options.steps)
     check_count("count", options.count)
     if options.guidance is not None:
@@ -177,7 +188,9 @@ def sample(options: Namespace) -> None:
     check_number("strength", options.strength)
     out = _check_writable(options.out)
     denoiser = _open_model(options)
-    adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
+    adapter, metadata = None, {}
+    if options.adapter:
+        adapter, metadata = attach_file(denoiser, options.adapter, options.embedding)
     if options.guidance is None:
         options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
     side = _resolution(options, denoiser)
@@ -185,20 +198,18 @@ def sample(options: Namespace) -> None:
     generator = torch.Generator().manual_seed(options.seed)
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     noise = torch.randn((len(prompts), *shape), generator=generator)
-    negative = denoiser.encode_prompt("")
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, prompt in enumerate(prompts):
         sampling = {"steps": options.steps, "guidance": options.guidance}
-        condition = [denoiser.encode_prompt(prompt)]
-        if adapter is None:
-            latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
-        else:
-            with adapter.scaled(options.strength):
-                latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
+        with torch.no_grad(), nullcontext() if adapter is None else adapter.scaled(options.strength):
+            condition, negative = denoiser.encode_prompts([prompt, ""], adapted=True)
+            latents = denoiser.sample([condition], negative, noise[i : i + 1], **sampling)
         files.append({"file": f"{i:03}.png", "prompt": prompt})
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
-    settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "seed")}
+    settings = {
+        k: getattr(options, k) for k in ("model", "adapter", "embedding", "strength", "steps", "guidance", "seed")
+    }
     report.write_json(out / "report.json", {"pictures": files, **settings})
     print(f"{len(files)} pictures in {out}")
 
@@ -209,6 +220,7 @@ def inspect(options: Namespace) -> None:
     from .data import Concept, load_references
     from .drift import DriftProbe
 
+    _check_embedding(options)
     out = _check_writable(options.out)
     _, metadata = load_adapter(options.adapter)
     subject = options.subject or metadata.get("anchor.subject_prompt")
@@ -221,7 +233,7 @@ def inspect(options: Namespace) -> None:
     references = load_references(options.references, _resolution(options, denoiser))
     probe = DriftProbe(denoiser, denoiser.encode_images(references.stack()), concept, seed=options.seed)
     before = probe.measure()
-    attach_file(denoiser, options.adapter)
+    attach_file(denoiser, options.adapter, options.embedding)
     after = probe.measure()
     out.mkdir(parents=True, exist_ok=True)
     figure = report.new_figure(9, 3.6)

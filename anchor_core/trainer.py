@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .adapter_file import base_fingerprint
+from .adapter_metadata import base_fingerprint
 from .cache import Cache
 from .checkpoint import Checkpoints
 from .data import Concept

@@ -26,7 +26,9 @@ class AnchorSandboxModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
+        import folder_paths
+
         from ..anchor_core.sandbox.comfyui import load
         from ..anchor_core.sandbox.model import WEIGHTS
 
-        return io.NodeOutput(*load(WEIGHTS))
+        return io.NodeOutput(*load(WEIGHTS, folder_paths.get_folder_paths("embeddings")))

@@ -42,8 +42,10 @@ def _input(field: Field, text: str | None, optional: bool) -> io.Input:
         return io.Boolean.Input(field.name, **options)
     if isinstance(field.default, int):
         return io.Int.Input(field.name, min=field.metadata.get("minimum", 1), max=100_000, **options)
+    if isinstance(field.default, str):
+        return io.String.Input(field.name, **options)
     lowest = field.metadata.get("minimum", 0.0 if "above" in field.metadata else -100.0)
-    step = 1e-6 if field.name == "learning_rate" else 0.05
+    step = 1e-6 if field.name.endswith("learning_rate") else 0.05
     return io.Float.Input(
         field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
     )
@@ -55,10 +57,24 @@ def new_lora_file(name: str) -> Path:
     Raises:
         ValueError: the name leads out of that folder, or the folder cannot be written.
     """
-    root = Path(folder_paths.get_output_directory()) / "loras"
+    return _new_file(Path(folder_paths.get_output_directory()) / "loras", name)
+
+
+def new_embedding_file(name: str) -> Path:
+    """As `new_lora_file`, in the first folder where ComfyUI looks for `embedding:name`; none is below output."""
+    return _new_file(Path(folder_paths.get_folder_paths("embeddings")[0]), name)
+
+
+def embedding_word(path: Path) -> str:
+    """What stands in a prompt for an embedding file of that folder."""
+    root = Path(folder_paths.get_folder_paths("embeddings")[0])
+    return f"embedding:{path.relative_to(root).with_suffix('').as_posix()}"
+
+
+def _new_file(root: Path, name: str) -> Path:
     target = root / name.strip()
     if not name.strip() or target == root or not folder_paths.is_within_directory(str(root), str(target)):
-        raise ValueError(f"name is {name!r}, but it takes the name of a file inside output/loras")
+        raise ValueError(f"name is {name!r}, but it takes the name of a file inside {root}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         taken = {file.name for file in target.parent.iterdir()}
@@ -67,7 +83,7 @@ def new_lora_file(name: str) -> Path:
         probe.unlink()
     except OSError as error:
         reason = f"{target.parent} cannot be written ({error.strerror})"
-        raise ValueError(f"{reason}; free it or start ComfyUI with another --output-directory") from error
+        raise ValueError(f"{reason}; free it or start ComfyUI with other folders") from error
     number = next(n for n in range(1, len(taken) + 2) if f"{target.name}_{n:05}_.safetensors" not in taken)
     return target.with_name(f"{target.name}_{number:05}_.safetensors")
 

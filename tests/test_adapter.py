@@ -9,7 +9,6 @@ import torch
 from anchor_core.adapter import KINDS, LAYERS, Adapter, AdapterConfig, exact_layers, matching_modules
 from anchor_core.adapter_file import (
     attach_file,
-    base_fingerprint,
     from_file_keys,
     load_adapter,
     save_adapter,
@@ -17,6 +16,7 @@ from anchor_core.adapter_file import (
     to_file_keys,
 )
 from anchor_core.adapter_layers import matching_names
+from anchor_core.adapter_metadata import base_fingerprint
 from anchor_core.trainer import TrainSettings
 
 LINEAR_PARTS = "attention_feed_forward"  # every kind takes it; OFT takes no 3 x 3 convolution

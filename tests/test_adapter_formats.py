@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from anchor_core.adapter import KINDS, Adapter, AdapterConfig
-from anchor_core.adapter_file import adapter_metadata, attach_tensors, load_adapter, save_adapter, to_file_keys
+from anchor_core.adapter_file import attach_tensors, load_adapter, save_adapter, to_file_keys
 from anchor_core.adapter_formats import FORMATS, convert, convert_file
+from anchor_core.adapter_metadata import adapter_metadata
 from anchor_core.adapter_names import dotted, to_diffusers, to_original
 from anchor_core.trainer import TrainSettings
 from tests import comfyui_server
