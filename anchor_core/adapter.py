@@ -33,7 +33,8 @@ class AdapterConfig:
         dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output
             rows. The others have none.
         layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the networks'
-            linear and convolution modules; with kind full also `everything`, all parameters of the network.
+            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network, and
+            an expression selects its norms too.
         kind: of `KINDS`: lora, dora, lokr, loha, oft, full, svdiff; or none, which trains token vectors alone.
         text_encoder: adapt the text encoders as well.
         vectors: how many vectors of each CLIP text encoder the `token` stands for, which train too; 0 for none.
@@ -154,7 +155,7 @@ class Adapter:
                 )
         kind, chosen = KINDS.get(config.kind), {}
         if kind is not None:
-            chosen = matching_in_all(networks, config.layers)
+            chosen = matching_in_all(networks, config.layers, norms=config.kind == "full")
         for prefix, names in chosen.items():
             for name in names:
                 if _full_name(prefix, name) not in config.ranks:

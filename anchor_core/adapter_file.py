@@ -302,6 +302,11 @@ def attach_tensors(
         embedding = tensors
     else:
         kind, layers = _read_layers(tensors, denoiser.file_keys(), said)
+        if embedding is None and int(said.get("anchor.vectors", 0)):
+            raise ValueError(
+                f"it was trained together with vectors of {said.get('anchor.token')!r}, but no embedding is given; "
+                "give the embedding file that was written with it"
+            )
     options: dict[str, Any] = {}
     vectors: dict[str, Tensor] = {}
     if embedding is not None:
@@ -367,12 +372,8 @@ def attach_file(denoiser: Any, path: str | Path, embedding: str | Path | None = 
     """
     tensors, metadata = load_adapter(path)
     if embedding is None and int(metadata.get("anchor.vectors", 0)) and not is_embedding(tensors):
-        embedding = Path(path).with_name(EMBEDDING_FILE)
-        if not embedding.is_file():
-            raise ValueError(
-                f"{path} was trained together with the vectors of {metadata.get('anchor.token')!r}, but there is no "
-                f"{embedding}; give embedding, the file of these"
-            )
+        beside = Path(path).with_name(EMBEDDING_FILE)
+        embedding = beside if beside.is_file() else None
     vectors, about = (None, metadata) if embedding is None else load_adapter(embedding)
     if vectors is not None and (is_embedding(tensors) or not is_embedding(vectors)):
         raise ValueError(

@@ -78,26 +78,29 @@ def matching_modules(network: nn.Module, layers: str, prefix: str = "") -> list[
     return names
 
 
-def matching_in_all(networks: dict[str, nn.Module], layers: str) -> dict[str, list[str]]:
+def matching_in_all(networks: dict[str, nn.Module], layers: str, norms: bool = False) -> dict[str, list[str]]:
     """For each network by prefix, the names that `layers` selects: a preset in each, an expression in one at least.
+
+    Args:
+        norms: whether an expression selects norms and embeddings of the denoising network as well.
 
     Raises:
         ValueError: if there is none.
     """
-    if layers in _TEXT_LAYERS:
-        return {prefix: matching_modules(network, layers, prefix) for prefix, network in networks.items()}
-    names = {prefix: selected_modules(network, layers, prefix) for prefix, network in networks.items()}
-    if not any(names.values()):
-        raise ValueError(_no_match(next(iter(networks.values())), layers))
+    names = {prefix: selected_modules(network, layers, prefix, norms) for prefix, network in networks.items()}
+    for prefix, network in networks.items():
+        if not (names[prefix] if layers in _TEXT_LAYERS else any(names.values())):
+            raise ValueError(_no_match(network, layers))
     return names
 
 
-def selected_modules(network: nn.Module, layers: str, prefix: str) -> list[str]:
-    if layers == EVERYTHING and not prefix:
-        return [name for name, part in network.named_modules() if is_leaf(part)]
-    linear_only = layers in _TEXT_LAYERS and layers != "all_linear_conv"
-    kinds = nn.Linear if linear_only else (nn.Linear, nn.Conv2d)
-    return matching_names((name for name, part in network.named_modules() if isinstance(part, kinds)), layers, prefix)
+def selected_modules(network: nn.Module, layers: str, prefix: str = "", norms: bool = False) -> list[str]:
+    """As `matching_in_all`, of one network; empty if there is none."""
+    leaves = not prefix and (layers == EVERYTHING or norms and layers not in LAYERS)
+    kinds = nn.Linear if layers in _TEXT_LAYERS and layers != "all_linear_conv" else (nn.Linear, nn.Conv2d)
+    parts = network.named_modules()
+    names = [name for name, part in parts if (is_leaf(part) if leaves else isinstance(part, kinds))]
+    return names if layers == EVERYTHING and not prefix else matching_names(names, layers, prefix)
 
 
 def is_leaf(module: nn.Module) -> bool:

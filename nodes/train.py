@@ -170,6 +170,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.adapter_metadata import adapter_metadata, embedding_metadata
         from ..anchor_core.backends.comfyui import ComfyDenoiser
         from ..anchor_core.backends.comfyui_apply import apply_adapter
+        from ..anchor_core.backends.comfyui_families import check_size
         from ..anchor_core.data import build_dataset
         from ..anchor_core.methods import check_combination
         from ..anchor_core.tokens import to_embedding
@@ -192,6 +193,7 @@ class AnchorTrainLoRA(io.ComfyNode):
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)
             class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
+            check_size(config, denoiser.network)
             adapter = denoiser.attach(config, seed)
             probe = _probe(denoiser, latents, concept) if probe_every else None
             watch = _Watch(denoiser, concept, settings, preview_every, latents)
@@ -208,7 +210,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 interrupted, diverged = False, error
             tensors = to_file_keys(adapter, denoiser.file_keys())
             metadata = adapter_metadata(denoiser, concept, settings, watch.made)
-            vectors = to_embedding(adapter.tokens) if config.vectors else {}
+            vectors = to_embedding(adapter.tokens) if config.vectors else None
         if watch.made:
             save_adapter(path, tensors, metadata)
             if embedding not in (None, path):
@@ -220,7 +222,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         if interrupted:
             comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
-        lora = AdapterTensors(tensors, metadata)
+        lora = AdapterTensors(tensors, metadata, vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
         word = config.token if embedding is None else embedding_word(embedding)

@@ -20,11 +20,14 @@ OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, Adapt
 
 
 class AdapterTensors(dict[str, Tensor]):
-    """A LORA_MODEL that remembers the metadata of its file."""
+    """A LORA_MODEL that remembers the metadata of its file, and the token vectors that were trained with it."""
 
-    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    def __init__(
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], embedding: dict[str, Tensor] | None = None
+    ):
         super().__init__(tensors)
         self.metadata = metadata
+        self.embedding = embedding
 
 
 def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:

@@ -138,7 +138,6 @@ class ComfyDenoiser:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
-        families.check_size(config, self.network)
         networks = {"": self.network}
         if config.trains_text:
             encoders = self._text_encoders_to_train()

@@ -146,7 +146,7 @@ def check_size(config: AdapterConfig, network: nn.Module) -> None:
     """ValueError if `config` fine-tunes most of the network, which does not fit beside what ComfyUI keeps in memory."""
     if config.kind != "full":
         return
-    modules = [network.get_submodule(name) for name in selected_modules(network, config.layers)]
+    modules = [network.get_submodule(name) for name in selected_modules(network, config.layers, norms=True)]
     share = sum(map(_size, modules)) / _size(network)
     if share > 0.5:
         raise ValueError(

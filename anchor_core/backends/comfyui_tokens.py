@@ -49,7 +49,7 @@ def _ids(batches: Iterable[Sequence[tuple]]) -> list[int]:
 
 def _unused_word(tokenizers: Sequence[SDTokenizer], used: set[int]) -> str:
     end = "</w>"
-    for token in tokenizers[0].tokenizer.get_vocab():
+    for token in tokenizers[0].inv_vocab.values():
         word = token.removesuffix(end)
         if token.endswith(end) and word.isascii() and word.isalpha():
             read = [word_ids(tokenizer, word) for tokenizer in tokenizers]
