@@ -340,8 +340,9 @@ def _fill(adapter: Adapter, kind: str, layers: dict[str, dict[str, Tensor]]) -> 
     scales = {name: parts.pop("dora_scale", None) for name, parts in layers.items()}
     own = adapter.state_dict()
     state = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
-    if kind == "full":  # it starts as the pretrained parameters
+    if kind == "full":  # it starts as the pretrained parameters; a file need not change all
         state = {key: own[key] + change if _fits(own, key, change) else change for key, change in state.items()}
+        state = {**own, **state}
     vectors = {key: own[key] for key in own if key.endswith(":tokens")}
     adapter.load_state_dict({**{key: own[key] for key in own if "magnitude" in key}, **vectors, **state})
     for name, scale in scales.items():

@@ -174,8 +174,7 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     layers = split_layers(with_stated_alphas(tensors, metadata or {}))
     for prefix, parts in layers.items():
         kind = kind_of(prefix, parts)
-        unreadable = kind == "dora" and "dora_scale" not in parts or kind in ("full", "svdiff")
-        if to == "diffusers" and kind != "lora" or unreadable:
+        if to == "diffusers" and kind != "lora" or kind == "dora" and "dora_scale" not in parts:
             raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED[kind]}")
         parts.pop("lora_magnitude_vector", None)
     named: dict[str, Layers] = {}
@@ -207,8 +206,8 @@ _NOT_CONVERTED = {
     "lokr": "diffusers reads LoRA only",
     "loha": "diffusers reads LoRA only",
     "oft": "diffusers reads LoRA only",
-    "full": "its changes of whole weights are read under the names they have, by ComfyUI only",
-    "svdiff": "its shifts are those of the very weights they were trained on",
+    "full": "diffusers reads LoRA only",
+    "svdiff": "diffusers reads LoRA only",
 }
 
 
@@ -298,10 +297,13 @@ def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | 
 
 
 def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form."""
-    for piece in pieces.values():
-        if (kind := kind_of(name, piece)) != "lora":
-            raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
+    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form; of full, their rows."""
+    kinds = {kind_of(name, piece) for piece in pieces.values()}
+    if kinds == {"full"}:
+        return _fuse_rows(pieces, count)
+    if kinds != {"lora"}:
+        kind = min(kinds - {"lora"})
+        raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
     order = sorted(pieces)
     downs = [pieces[index]["lora_down.weight"] for index in order]
     ups = {index: pieces[index]["lora_up.weight"] for index in order}
@@ -310,8 +312,7 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
     if len(set(scales.values())) > 1:
         ups, scales = {index: up * scales[index] for index, up in ups.items()}, dict.fromkeys(order, 1.0)
     shared = len(order) == count and all(torch.equal(down, downs[0]) for down in downs)
-    sizes = [width] * 3 + [4 * width] if count == 4 else [next(iter(ups.values())).shape[0]] * count
-    sizes = [ups[index].shape[0] if index in ups else size for index, size in enumerate(sizes)]
+    sizes = _rows_of(ups, width, count)
     down = downs[0] if shared else torch.cat(downs)
     up = down.new_zeros(sum(sizes), down.shape[0])
     column = 0
@@ -321,3 +322,23 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
         column += 0 if shared else piece.shape[1]
     alpha = torch.tensor(scales[order[0]] * down.shape[0])
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+
+
+def _fuse_rows(pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """The changes of separate layers' weights and biases as that of the fused layer, 0 where one is not changed."""
+    weights = {index: piece["diff"] for index, piece in pieces.items()}
+    sizes = _rows_of(weights, next(iter(weights.values())).shape[1], count)
+    result = {}
+    for part in ("diff", "diff_b"):
+        held = {index: piece[part] for index, piece in pieces.items() if part in piece}
+        if held:
+            like = next(iter(held.values()))
+            rows = [held.get(index, like.new_zeros(size, *like.shape[1:])) for index, size in enumerate(sizes)]
+            result[part] = torch.cat(rows)
+    return result
+
+
+def _rows_of(held: Mapping[int, Tensor], width: int, count: int) -> list[int]:
+    """Rows of each of a fused layer's parts; of one that is not held, those that it has with an input of `width`."""
+    sizes = [width] * 3 + [4 * width] if count == 4 else [next(iter(held.values())).shape[0]] * count
+    return [held[index].shape[0] if index in held else size for index, size in enumerate(sizes)]

@@ -15,6 +15,7 @@ from torch import nn
 from anchor_core.adapter import KINDS, Adapter, AdapterConfig
 from anchor_core.adapter_file import attach_tensors, load_adapter, save_adapter, to_file_keys
 from anchor_core.adapter_formats import FORMATS, convert, convert_file
+from anchor_core.adapter_layers import is_leaf
 from anchor_core.adapter_metadata import adapter_metadata
 from anchor_core.adapter_names import dotted, to_diffusers, to_original
 from anchor_core.trainer import TrainSettings
@@ -39,10 +40,11 @@ class Blocks(nn.Module):
 class Bare:
     """What `attach_tensors` needs of a denoiser."""
 
-    def __init__(self, network: nn.Module, prefix: str = "", architecture: str = ""):
+    def __init__(self, network: nn.Module, prefix: str = "", architecture: str = "", everything: bool = False):
         self.network, self.architecture, self.adapter = network, architecture, None
-        kinds = (nn.Linear, nn.Conv2d)
-        self.shapes = {name: part.weight.shape for name, part in network.named_modules() if isinstance(part, kinds)}
+        kinds = nn.Module if everything else (nn.Linear, nn.Conv2d)
+        parts = {name: part for name, part in network.named_modules() if isinstance(part, kinds) and is_leaf(part)}
+        self.shapes = {name: part.weight.shape for name, part in parts.items()}
         self.keys = {name: f"{prefix}{name}" for name in self.shapes}
 
     def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
@@ -142,6 +144,19 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
     assert to_file_keys(again.adapter, again.file_keys()).keys() == tensors.keys() or kind == "lokr"
 
 
+def test_a_file_of_some_changes_leaves_the_other_parameters_as_they_are():
+    bare = Bare(blocks(), "diffusion_model.")
+    linear, change = bare.network.linear, torch.randn(16, 24)
+    attach_tensors(bare, {"diffusion_model.linear.diff": change})
+    x = inputs(linear)
+    with torch.no_grad():
+        torch.testing.assert_close(bare.network.linear(x), linear(x) + x @ change.T)
+    bare.detach()
+    with pytest.raises(ValueError, match="made for another model: these weights do not fit .* linear.weight is"):
+        attach_tensors(bare, {"diffusion_model.linear.diff": change[:, 1:]})
+    assert bare.network.linear is linear
+
+
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_under_diffusers_prefixes_alpha_is_folded_and_both_loaders_find_their_dora(kind, stir):
     bare = attached(kind, stir, "transformer.")
@@ -202,7 +217,8 @@ def test_mixed_kinds_and_unknown_parts_are_one_line(stir):
         ({"lora_up.weight": (16, 4)}, "not a whole LoRA: diffusion_model.linear lacks lora_down.weight"),
         ({"lokr_w1": (4, 4), "lokr_w2_a": (4, 2)}, "not a whole LoRA: diffusion_model.linear lacks lokr_w2"),
         ({"hada_w1_a": (16, 4), "hada_w1_b": (4, 24)}, "not a whole LoRA: diffusion_model.linear lacks hada_w2"),
-        ({"diff": (16, 24)}, "no LoRA that can be read: diffusion_model.linear has diff alone"),
+        ({"alpha": ()}, "no LoRA that can be read: diffusion_model.linear has alpha alone"),
+        ({"diff": (16, 23)}, "made for another model: these weights do not fit .* linear.weight is"),
     ):
         with pytest.raises(ValueError, match=message):
             attach_tensors(bare, {f"diffusion_model.linear.{part}": torch.zeros(size) for part, size in parts.items()})
@@ -377,6 +393,42 @@ def test_a_fused_lora_splits_with_one_down_and_fuses_again(stir):
     again = convert(split, to="comfyui")
     assert again["diffusion_model.single_blocks.3.linear1.lora_down.weight"].shape == (4, 32)
     assert torch.equal(again["diffusion_model.single_blocks.3.linear1.lora_up.weight"], update)
+
+
+def test_changes_of_all_weights_of_sd3_are_those_of_its_checkpoint(stir):
+    from tests.single_files import _mmdit
+
+    network = transformer("sd3")
+    before = _mmdit(network)
+    bare = Bare(network, "transformer.", everything=True)
+    stir(bare.attach(AdapterConfig(kind="full", layers="everything")))
+    tensors = to_file_keys(bare.adapter, bare.file_keys())
+    changes = convert(tensors, {"modelspec.architecture": METADATA["sd3"]}, to="comfyui")
+    trained = {f"{n}.{p}": v for n in bare.adapter.module_names for p, v in bare.adapter.layer(n).trained.items()}
+    bare.detach()
+    network.load_state_dict(trained, strict=False)
+    after, names = _mmdit(network), {"weight": "diff", "bias": "diff_b"}
+    for key, tensor in after.items():
+        module, _, leaf = key.removeprefix("model.").rpartition(".")
+        if leaf != "pos_embed":  # which does not train
+            torch.testing.assert_close(changes.pop(f"{module}.{names[leaf]}"), tensor - before[key])
+    assert not changes
+
+
+def test_changes_of_a_fused_layer_of_flux_are_its_parts_one_below_the_other():
+    draw = torch.Generator().manual_seed(0)
+    block, parts = "transformer.single_transformer_blocks.3", ("attn.to_q", "attn.to_k", "proj_mlp")
+    diffs = {name: torch.randn(128 if name == "proj_mlp" else 32, 32, generator=draw) for name in parts}
+    tensors = {f"{block}.{name}.diff": tensor for name, tensor in diffs.items()}
+    tensors |= {f"{block}.{name}.diff_b": tensor[:, 0] for name, tensor in diffs.items()}
+    tensors |= {f"{block}.attn.norm_q.diff": torch.ones(8)}
+    made, original = convert(tensors, to="comfyui"), "diffusion_model.single_blocks.3"
+    rows = [diffs["attn.to_q"], diffs["attn.to_k"], torch.zeros(32, 32), diffs["proj_mlp"]]
+    assert torch.equal(made[f"{original}.linear1.diff"], torch.cat(rows))
+    assert torch.equal(made[f"{original}.linear1.diff_b"], torch.cat(rows)[:, 0])
+    assert torch.equal(made[f"{original}.norm.query_norm.diff"], torch.ones(8)) and len(made) == 3
+    with pytest.raises(ValueError, match="^to is 'diffusers', but this is a full file, and diffusers reads LoRA only"):
+        convert(tensors, to="diffusers")
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -100,7 +100,9 @@ def test_a_file_attaches_again_on_every_architecture(any_denoiser, part, stir):
 # --- each part ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layer", [torch.nn.Linear(12, 8), torch.nn.Conv2d(4, 8, 3, padding=1, stride=2)])
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Linear(12, 8), torch.nn.Linear(12, 20), torch.nn.Conv2d(4, 8, 3, padding=1, stride=2)], ids=repr
+)
 def test_svdiff_shifts_the_singular_values(layer):
     network = torch.nn.Sequential(layer)
     adapter = Adapter.attach(network, AdapterConfig(kind="svdiff", layers="."))
