@@ -308,9 +308,9 @@ def attach_tensors(
                 "give the embedding file that was written with it"
             )
     options: dict[str, Any] = {}
-    vectors: dict[str, Tensor] = {}
+    vectors = None
     if embedding is not None:
-        vectors = from_embedding(embedding, list(denoiser.text_encoders))
+        vectors = from_embedding(embedding, denoiser.text_encoders)
         count = len(next(iter(vectors.values())))
         options |= {"vectors": count, "token": token or said.get("anchor.token", "")}
     if layers:
@@ -323,7 +323,7 @@ def attach_tensors(
             "text_encoder": any(":" in name for name in layers),
             "ranks": ranks,
         }
-    adapter = denoiser.attach(AdapterConfig(kind=kind, **options), **({"vectors": vectors} if vectors else {}))
+    adapter = denoiser.attach(AdapterConfig(kind=kind, **options), vectors=vectors)
     try:
         _fill(adapter, kind, layers)
     except ValueError as error:

@@ -62,18 +62,25 @@ def to_embedding(tokens: TokenVectors) -> dict[str, Tensor]:
     return {EMBEDDING_KEYS[name]: part.detach().to("cpu", copy=True) for name, part in tokens.vectors.items()}
 
 
-def from_embedding(tensors: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
-    """Vectors by text encoder, of the model that has these text encoders.
+def from_embedding(tensors: Mapping[str, Tensor], encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Vectors by text encoder, (count, width) each, for a model of these text encoders.
 
     Raises:
         ValueError: if they were made for another model.
     """
-    keys = {EMBEDDING_KEYS[prefix]: prefix for prefix in prefixes}
-    if tensors.keys() != keys.keys():
-        made, takes = (" and ".join(sorted(names)) or "none" for names in (tensors, keys))
-        raise ValueError(f"this embedding was made for another model: it has {made}, and this one takes {takes}")
+    takes = {EMBEDDING_KEYS[name]: _rows(encoder).shape[1] for name, encoder in encoders.items()}
+    has = {key: tensor.shape[-1] for key, tensor in tensors.items()}
     # One vector may be written as (width,).
-    return {keys[name]: tensor.reshape(-1, tensor.shape[-1]) for name, tensor in tensors.items()}
+    vectors = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items()}
+    if has != takes or len(set(map(len, vectors.values()))) != 1:
+        made, wanted = (", ".join(f"{key} {width}" for key, width in sizes.items()) for sizes in (has, takes))
+        raise ValueError(f"this embedding was made for another model: it is of {made}, and this one takes {wanted}")
+    return {name: vectors[EMBEDDING_KEYS[name]] for name in encoders}
+
+
+def _rows(encoder: nn.Module) -> Tensor:
+    """A text encoder's embeddings of all tokens, (vocabulary, width)."""
+    return encoder.get_input_embeddings().weight.detach()
 
 
 def start_vectors(word: str, count: int, encoders: Mapping[str, tuple[Sequence[int], nn.Module]]) -> dict[str, Tensor]:
@@ -92,6 +99,5 @@ def start_vectors(word: str, count: int, encoders: Mapping[str, tuple[Sequence[i
                 f"initial is {word!r}, which is {len(ids)} tokens of this model's text encoder, but it takes a word of "
                 "one token, such as the class word"
             )
-        rows = encoder.get_input_embeddings().weight
-        starts[prefix] = rows.detach()[ids[0]].float().expand(count, -1)
+        starts[prefix] = _rows(encoder)[ids[0]].float().expand(count, -1)
     return starts

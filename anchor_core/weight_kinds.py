@@ -77,7 +77,7 @@ class SpectralLayer(WeightLayer):
         weight = base.weight.detach().float()
         self.left, self.singular, right = _svd(weight.flatten(1))
         self.right = right.reshape(-1, *weight.shape[1:])
-        self.shift = nn.Parameter(torch.zeros_like(singular))
+        self.shift = nn.Parameter(torch.zeros_like(self.singular))
 
     @property
     def gain(self) -> Tensor:

@@ -359,7 +359,7 @@ class WithText:
         keys = {f"te:{name}": f"lora_te_text_model_{inner[name]}" for name in names}
         self.keys = {**denoiser.file_keys(), **keys}
 
-    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors=None) -> Adapter:
         networks = self.networks if config.text_encoder else {"": self.networks[""]}
         self.adapter = Adapter.attach(networks, config, seed, self.keys)
         return self.adapter

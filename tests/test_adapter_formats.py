@@ -47,7 +47,7 @@ class Bare:
         self.shapes = {name: part.weight.shape for name, part in parts.items()}
         self.keys = {name: f"{prefix}{name}" for name in self.shapes}
 
-    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors=None) -> Adapter:
         self.adapter = Adapter.attach({"": self.network}, config, seed, self.file_keys())
         return self.adapter
 

@@ -247,7 +247,7 @@ def test_layers_and_vectors_are_two_files_that_belong_together(pipelines, tmp_pa
         attach_file(denoiser, moved, moved)
     with pytest.raises(ValueError, match="is an embedding, for prompts and not for layers"):
         convert(load_file(moved), to="kohya")
-    with pytest.raises(ValueError, match="made for another model: it has clip_g and clip_l, and this one"):
+    with pytest.raises(ValueError, match="another model: it is of clip_g 40, clip_l 32, and this one takes emb_params"):
         attach_file(tiny_models.denoiser_of(pipelines["sd1"]), moved)
     assert denoiser.adapter is None
 
@@ -258,6 +258,10 @@ def test_a_foreign_embedding_is_called_by_its_files_name(pipelines, tmp_path):
     adapter, _ = attach_file(denoiser, tmp_path / "cat-toy.safetensors")
     assert (adapter.tokens.token, adapter.tokens.count) == ("cat-toy", 1)
     assert not torch.allclose(predict(denoiser, "a cat-toy"), predict(denoiser, "a dog"), atol=1e-3)
+    denoiser.detach()
+    save_adapter(tmp_path / "wide.safetensors", {"emb_params": torch.randn(2, tiny_models.WIDTH + 1)}, {})
+    with pytest.raises(ValueError, match="another model: it is of emb_params 33, and this one takes emb_params 32"):
+        attach_file(denoiser, tmp_path / "wide.safetensors")
 
 
 # --- what does not go together ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +187,20 @@ class DiffusersDenoiser:
             raise ValueError(f"prompt is {prompt!r}, but it takes a text")
         if not self._family.encoders:
             raise ValueError(f"prompt is {prompt!r}, but the text encoders were released; encode every prompt before")
+        with self._encoding(adapted):
+            return self._family.encode(prompt)
+
+    @contextmanager
+    def _encoding(self, adapted: bool) -> Iterator[None]:
+        """The text encoders as pretrained and without a graph; or with their adapter and its token vectors."""
         tokens = self.adapter.tokens if adapted and self.adapter is not None else None
-        prefixes = [*self._family.text_prefixes, *[None] * len(self._family.encoders)]
         with ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(adapted and torch.is_grad_enabled()))
             stack.enter_context(self._switched(adapted))
-            for encoder, prefix in zip(self._family.encoders, prefixes):
+            for encoder, prefix in zip_longest(self._family.encoders, self._family.text_prefixes):
                 if encoder is not None:
                     stack.enter_context(encoder.reading(tokens, prefix))
-            return self._family.encode(prompt)
+            yield
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         return [self.encode_prompt(prompt, adapted) for prompt in prompts]
@@ -313,6 +319,8 @@ class DiffusersDenoiser:
         Raises:
             ValueError: if there is one already, or `config` asks for what this model cannot have.
         """
+        if config.trains_text and not self._family.encoders:
+            raise ValueError("text_encoder or vectors is set, but the text encoders were released; attach before that")
         networks = {"": self.network, **(self.text_encoders if config.text_encoder else {})}
         if config.vectors and vectors is None:
             word = config.initial or config.token
