@@ -1,4 +1,4 @@
-"""Adapters: attach to networks, switch, scale, take off without a trace. peft does the layers."""
+"""Adapters: attach to networks, switch, scale, take off without a trace. peft does the layers of most kinds."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter_kinds import KINDS, NAME
-from .adapter_layers import LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
+from .adapter_kinds import KINDS, NAME, NO_LAYERS
+from .adapter_layers import EVERYTHING, LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
 from .checks import check_count, check_number, check_options, option
+from .tokens import TokenVectors
 
 __all__ = ["KINDS", "LAYERS", "Adapter", "AdapterConfig", "exact_layers", "matching_modules"]
 
@@ -27,22 +28,37 @@ class AdapterConfig:
         rank: of the update, at least 1 and at most the width of each layer. LoKr: of the second factor of the
             Kronecker product (the first is about 8 x 8; a second one no wider than 2 rank is a full matrix). LoHa: of
             each of the two products. OFT: channels of a block, which divide every layer's input.
-        alpha: the update is multiplied by alpha / rank; None means `rank`. OFT has none.
+            full, svdiff and none have no rank.
+        alpha: the update is multiplied by alpha / rank; None means `rank`. OFT and those without a rank have none.
         dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output
-            rows. OFT has none.
+            rows. The others have none.
         layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the networks'
-            linear and convolution modules.
-        kind: of `KINDS`: lora, dora, lokr, loha, oft.
+            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network, and
+            an expression selects its norms too.
+        kind: of `KINDS`: lora, dora, lokr, loha, oft, full, svdiff; or none, which trains token vectors alone.
         text_encoder: adapt the text encoders as well.
+        vectors: how many vectors of each CLIP text encoder the `token` stands for, which train too; 0 for none.
+        token: the word of the subject prompt whose place they take.
+        initial: the word whose embedding they start from, a single token; empty for `token` itself.
+        detach_start: no gradient goes through the keys and values of a prompt's first token, as in Custom Diffusion.
         ranks: by module name, where it is not `rank`: that of a file whose layers differ.
+
+    Raises:
+        ValueError: naming an option out of its limits, or two that do not go together.
     """
 
     rank: int = option(8, "width of the update: its capacity")
     alpha: float | None = option(None, "the update counts alpha / rank; none means rank")
     dropout: float = option(0.0, "share of the update's inputs left out in training", minimum=0, below=1)
-    layers: str = option("attention", f"{', '.join(LAYERS)}, or a regular expression over the names of layers")
-    kind: str = option("lora", "of the adapter", choices=tuple(KINDS))
+    layers: str = option(
+        "attention", f"{', '.join((*LAYERS, EVERYTHING))}, or a regular expression over the names of layers"
+    )
+    kind: str = option("lora", "of the adapter; none for token vectors alone", choices=(*KINDS, NO_LAYERS))
     text_encoder: bool = option(False, "adapt the text encoders too; the anchor keeps the pretrained ones")
+    vectors: int = option(0, "of the subject's token that are trained, as in Textual Inversion", minimum=0)
+    token: str = option("sks", "the word of the subject prompt that the vectors stand for")
+    initial: str = option("", "the word that the vectors start from, such as the class word; empty for the token")
+    detach_start: bool = option(False, "cross_attention_kv: no gradient by the first token, as in Custom Diffusion")
     ranks: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -50,10 +66,27 @@ class AdapterConfig:
             object.__setattr__(self, "alpha", float(check_count("rank", self.rank)))
         check_options(self)
         check_number("alpha", self.alpha, above=0)
-        if self.kind == "oft" and self.dropout:
-            raise ValueError(f"dropout is {self.dropout!r}, but with kind 'oft' it takes 0: a rotation has no dropout")
+        if self.kind in ("oft", "full", "svdiff", NO_LAYERS) and self.dropout:
+            raise ValueError(
+                f"dropout is {self.dropout!r}, but with kind {self.kind!r} it takes 0: it has no update to leave out"
+            )
+        if self.kind == NO_LAYERS and not self.vectors:
+            raise ValueError("kind is 'none' and vectors is 0, so that nothing would be trained; take vectors 1")
+        if self.kind == NO_LAYERS and self.text_encoder:
+            raise ValueError(
+                "text_encoder is True, but with kind 'none' no layer is adapted; take lora, or leave it off"
+            )
+        if self.vectors and not (isinstance(self.token, str) and self.token.strip()):
+            raise ValueError(f"token is {self.token!r}, but it takes a word of the subject prompt, such as sks")
         if not isinstance(self.layers, str) or not self.layers:
             raise ValueError(f"layers is {self.layers!r}, but it takes {layer_choices()}")
+        if self.layers == EVERYTHING and self.kind not in ("full", NO_LAYERS):
+            raise ValueError(
+                f"layers is {EVERYTHING!r}, which has norms too, but kind {self.kind!r} takes linear and convolution "
+                "layers; take all_linear_conv, or kind full"
+            )
+        if self.detach_start and (self.layers != "cross_attention_kv" or self.kind == NO_LAYERS):
+            raise ValueError("detach_start is True, but it goes with layers cross_attention_kv only; leave it off")
         try:
             re.compile(self.layers)
         except re.error as error:
@@ -62,7 +95,7 @@ class AdapterConfig:
     @property
     def trains_text(self) -> bool:
         """Whether prompts are encoded otherwise with the adapter than without it."""
-        return self.text_encoder
+        return self.text_encoder or self.vectors > 0
 
 
 class Adapter:
@@ -81,12 +114,14 @@ class Adapter:
     ):
         self.networks = networks
         self.config = config
-        self._kind = KINDS[config.kind]
+        self.tokens: TokenVectors | None = None
+        self._kind = KINDS.get(config.kind)
         self._layers = layers
         self._were_trainable = frozen
         self._enabled = True
         self._strength = 1.0
         self._hooks: list[Any] = []
+        self._lasting: list[Any] = []
 
     @classmethod
     def attach(
@@ -95,6 +130,7 @@ class Adapter:
         config: AdapterConfig,
         seed: int = 0,
         keys: Mapping[str, str] | None = None,
+        vectors: Mapping[str, Tensor] | None = None,
     ) -> Adapter:
         """Put an adapter of zero effect into `networks`, in place, and freeze everything else.
 
@@ -104,22 +140,22 @@ class Adapter:
             seed: of the factors that do not start at 0, drawn on the CPU. The global random state is left alone.
             keys: module name to a name that is the same in every backend (`file_keys`): the draw of a layer depends
                 on the seed and on this name only, so that both backends start from the same adapter.
+            vectors: (config.vectors, width) by text encoder, which the token's training starts from.
 
         Raises:
             ValueError: if no module matches `config.layers`, if one is too narrow for `config.rank`, or if an adapter
                 is attached already; the networks are then as before.
         """
-        from peft import inject_adapter_in_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         networks = {"": networks} if isinstance(networks, nn.Module) else dict(networks)
         check_count("seed", seed, minimum=0)
         for network in networks.values():
-            if any(isinstance(module, BaseTunerLayer) for module in network.modules()):
+            if any(map(_is_layer, network.modules())):
                 raise ValueError(
                     f"this {type(network).__name__} has an adapter already; detach it before attaching another"
                 )
-        kind, chosen = KINDS[config.kind], matching_in_all(networks, config.layers)
+        kind, chosen = KINDS.get(config.kind), {}
+        if kind is not None:
+            chosen = matching_in_all(networks, config.layers, norms=config.kind == "full")
         for prefix, names in chosen.items():
             for name in names:
                 if _full_name(prefix, name) not in config.ranks:
@@ -133,17 +169,17 @@ class Adapter:
             # ComfyUI runs nodes in inference mode, where a new parameter could never be trained.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
                 for prefix, names in chosen.items():
-                    shared = {
-                        "r": config.rank,
-                        "target_modules": exact_layers(names),
-                        "rank_pattern": _rank_pattern(config.ranks, prefix, names),
-                    }
                     if names:
-                        inject_adapter_in_model(kind.peft_config(config, shared), networks[prefix], adapter_name=NAME)
+                        kind.inject(networks[prefix], names, config, _rank_pattern(config.ranks, prefix, names))
                 adapter._layers = adapter._injected(chosen)
                 for name, layer in adapter._layers.items():
                     kind.initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
+                if config.vectors:
+                    adapter.tokens = TokenVectors(config.token, vectors)
             adapter._set_dropout(False)
+            if config.detach_start:
+                kv = [layer for name, layer in adapter._layers.items() if ":" not in name]
+                adapter._lasting = [layer.register_forward_hook(_detach_first) for layer in kv]
         except BaseException:  # out of memory half-way, too, leaves nothing behind
             adapter._layers = adapter._injected(chosen)
             adapter.detach()
@@ -151,14 +187,12 @@ class Adapter:
         return adapter
 
     def _injected(self, chosen: Mapping[str, list[str]]) -> dict[str, Any]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         modules = {
             _full_name(prefix, name): self.networks[prefix].get_submodule(name)
             for prefix, names in chosen.items()
             for name in names
         }
-        return {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+        return {name: module for name, module in modules.items() if _is_layer(module)}
 
     @property
     def module_names(self) -> list[str]:
@@ -170,12 +204,21 @@ class Adapter:
         return self._layers[name].get_base_layer()
 
     def layer(self, name: str) -> Any:
-        """peft's layer under an adapted name."""
+        """The adapter's layer, peft's or ours, under an adapted name."""
         return self._layers[name]
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trainable parameters, module by module (LoRA: `down`, `up`), in float32."""
-        return [factor for layer in self._layers.values() for _, factor in self._kind.factors(layer)]
+        """The trainable parameters in float32: module by module (LoRA: `down`, `up`), then the token's vectors."""
+        return [factor for group in self.parameter_groups() for factor in group["params"]]
+
+    def parameter_groups(self, token_learning_rate: float = 0.0) -> list[dict[str, Any]]:
+        """`parameters()` as an optimizer takes them: in one group, or the token's vectors with a rate of their own."""
+        factors = [factor for layer in self._layers.values() for _, factor in self._kind.factors(layer)]
+        vectors = [] if self.tokens is None else list(self.tokens.vectors.values())
+        if not token_learning_rate or not vectors:
+            return [{"params": [*factors, *vectors]}]
+        own = {"params": vectors, "lr": token_learning_rate}
+        return [{"params": factors}, own] if factors else [own]
 
     @property
     def enabled(self) -> bool:
@@ -239,8 +282,9 @@ class Adapter:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Copies on the CPU: `<module>.<part>` for each part of the kind (LoRA: `lora_down.weight`,
-        `lora_up.weight`), and `<module>.alpha` (a scalar) where the kind has one."""
-        return {f"{name}.{part}": tensor for name in self._layers for part, tensor in self.parts(name).items()}
+        `lora_up.weight`), and `<module>.alpha` (a scalar) where the kind has one; `<text encoder>:tokens`."""
+        state = {f"{name}.{part}": tensor for name in self._layers for part, tensor in self.parts(name).items()}
+        return state if self.tokens is None else state | self.tokens.state_dict()
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """One module's share of `state_dict()`, by part."""
@@ -265,6 +309,8 @@ class Adapter:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(f"these weights do not fit the attached adapter: {'; '.join(wrong[:3])}{more}")
         with torch.inference_mode(False), torch.no_grad():
+            if self.tokens is not None:
+                self.tokens.load_state_dict(state)
             for name, layer in self._layers.items():
                 for part, factor in self._kind.factors(layer):
                     factor.copy_(state[f"{name}.{part}"])
@@ -293,6 +339,8 @@ class Adapter:
     def detach(self) -> None:
         """Give the networks back their own modules, with the `requires_grad` they had. A second call does nothing."""
         self._set_strength(1.0)
+        for hook in self._lasting:
+            hook.remove()
         for full_name, layer in self._layers.items():
             prefix, _, name = full_name.rpartition(":")
             parent, _, leaf = name.rpartition(".")
@@ -301,7 +349,17 @@ class Adapter:
             vars(network).pop("peft_config", None)
         for parameter in self._were_trainable:
             parameter.requires_grad_(True)
-        self.networks, self._layers, self._were_trainable = {}, {}, []
+        self.networks, self._layers, self._were_trainable, self._lasting, self.tokens = {}, {}, [], [], None
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Whether a module is an adapter's, peft's or ours, around one of the network's."""
+    return hasattr(module, "get_base_layer")
+
+
+def _detach_first(layer: Any, inputs: tuple, output: Tensor) -> Tensor:
+    """Keys or values (B, tokens, channels) without a gradient by the first token's."""
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)
 
 
 def _full_name(prefix: str, name: str) -> str:

@@ -11,17 +11,20 @@ keys are `<prefix>.lora_down.weight`, `.lora_up.weight` and `.alpha`, and under 
 - OFT: `oft_R.weight`, which peft trains, and `diff`, the change of the weight. The stock `oft_blocks` rotate outputs,
   peft's blocks inputs (SPECS.md 9.7), so no `oft_blocks` give the same weight. The file is as large as the layers,
   and the stock loader logs each `oft_R.weight` as not loaded.
+- full: `diff` and `diff_b`, the changes of a module's weight and bias.
+- SVDiff: `svd_shift`, which is trained, and `diff`; as with OFT.
+
+Token vectors are a file of their own, an embedding (`tokens.py`): the whole of what a training of kind none writes, and
+`embedding.safetensors` beside the adapter's file of another.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +42,9 @@ from .adapter_formats import (
     split_layers,
     with_stated_alphas,
 )
-from .adapter_kinds import NAME
+from .adapter_kinds import NAME, NO_LAYERS
+from .adapter_metadata import adapter_metadata, embedding_metadata
+from .tokens import from_embedding, is_embedding, to_embedding
 
 if TYPE_CHECKING:
     from .data import Concept
@@ -105,7 +110,9 @@ def _reason(error: Exception) -> str:
 
 
 def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of the adapter's file, on the CPU, by `<prefix>.<part>`."""
+    """The tensors of the adapter's file, on the CPU, by `<prefix>.<part>`; of kind none those of an embedding."""
+    if adapter.config.kind == NO_LAYERS:
+        return to_embedding(adapter.tokens)
     tensors = {}
     for name in adapter.module_names:
         parts = _WRITTEN.get(adapter.config.kind, _as_trained)(adapter, name, adapter.parts(name))
@@ -149,10 +156,28 @@ def _write_oft(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[st
     with torch.no_grad():
         rotation = adapter.layer(name).get_delta_weight(NAME).cpu()
         change = (weight @ rotation.T - weight).view(base.shape)
-    return {**parts, "diff": change.half() if base.dtype in (torch.float16, torch.bfloat16) else change}
+    return {**parts, "diff": _as_stored(change, base)}
 
 
-_WRITTEN = {"dora": _write_dora, "lokr": _write_lokr, "oft": _write_oft}
+def _write_full(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    own = dict(adapter.base_module(name).named_parameters(recurse=False))
+    changes = {part: tensor - own[part].detach().float().cpu() for part, tensor in parts.items()}
+    return {_DIFFS[part]: _as_stored(change, own[part]) for part, change in changes.items()}
+
+
+def _write_svdiff(adapter: Adapter, name: str, parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        change = adapter.layer(name).change().cpu()
+    return {"svd_shift": parts["shift"], "diff": _as_stored(change, adapter.base_module(name).weight)}
+
+
+def _as_stored(change: Tensor, weight: Tensor) -> Tensor:
+    """A change of a weight that is held in half precision needs no more than that."""
+    return change.half() if weight.dtype in (torch.float16, torch.bfloat16) else change
+
+
+_DIFFS = {"weight": "diff", "bias": "diff_b"}
+_WRITTEN = {"dora": _write_dora, "lokr": _write_lokr, "oft": _write_oft, "full": _write_full, "svdiff": _write_svdiff}
 
 
 def _base_weight(adapter: Adapter, name: str) -> Tensor:
@@ -218,7 +243,24 @@ def _read_oft(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"oft_R.weight": parts["oft_R.weight"]}
 
 
-_READ = {"lora": _read_lora, "dora": _read_lora, "lokr": _read_lokr, "loha": _read_loha, "oft": _read_oft}
+def _read_svdiff(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"shift": parts["svd_shift"]}
+
+
+def _read_full(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The changes of the parameters, by their names; `attach_tensors` adds the parameters."""
+    return {name: parts[part].float() for name, part in _DIFFS.items() if part in parts}
+
+
+_READ = {
+    "lora": _read_lora,
+    "dora": _read_lora,
+    "lokr": _read_lokr,
+    "loha": _read_loha,
+    "oft": _read_oft,
+    "full": _read_full,
+    "svdiff": _read_svdiff,
+}
 
 
 def _lokr_width(parts: Mapping[str, Tensor]) -> int:
@@ -234,144 +276,133 @@ _RANKS = {
     "lokr": _lokr_width,
     # b (b - 1) / 2 entries above the diagonal of a block of b
     "oft": lambda parts: (1 + math.isqrt(1 + 8 * parts["oft_R.weight"].shape[1])) // 2,
+    "full": lambda parts: 1,
+    "svdiff": lambda parts: 1,
 }
 
 
-def attach_tensors(denoiser: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
+def attach_tensors(
+    denoiser: Any,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+    embedding: Mapping[str, Tensor] | None = None,
+    token: str = "",
+) -> Adapter:
     """Attach an adapter's tensors, in any format and kind that can be read, to `denoiser`, which has none.
+
+    Args:
+        embedding: the tensors of an embedding file, where the adapter has token vectors. `tensors` may be one itself.
+        token: the word that the vectors stand for; empty for what the metadata says.
 
     Raises:
         ValueError: if they were made for another model; the denoiser is then as before.
     """
     said = {**(metadata or {}), "modelspec.architecture": getattr(denoiser, "architecture", "")}
-    kind, layers = _read_layers(tensors, denoiser.file_keys(), said)
-    ranks = {name: _RANKS[kind](parts) for name, parts in layers.items()}
-    alphas = {float(parts["alpha"]) for parts in layers.values() if "alpha" in parts}
-    config = AdapterConfig(
-        rank=Counter(ranks.values()).most_common(1)[0][0],
-        alpha=alphas.pop() if len(alphas) == 1 else None,  # else each layer has its own, from load_state_dict
-        layers=exact_layers(sorted(layers)),
-        kind=kind,
-        text_encoder=any(":" in name for name in layers),
-        ranks=ranks,
-    )
-    adapter = denoiser.attach(config)
+    kind, layers = NO_LAYERS, {}
+    if is_embedding(tensors):
+        embedding = tensors
+    else:
+        kind, layers = _read_layers(tensors, denoiser.file_keys(), said)
+        if embedding is None and int(said.get("anchor.vectors", 0)):
+            raise ValueError(
+                f"it was trained together with vectors of {said.get('anchor.token')!r}, but no embedding is given; "
+                "give the embedding file that was written with it"
+            )
+    options: dict[str, Any] = {}
+    vectors = None
+    if embedding is not None:
+        vectors = from_embedding(embedding, denoiser.text_encoders)
+        count = len(next(iter(vectors.values())))
+        options |= {"vectors": count, "token": token or said.get("anchor.token", "")}
+    if layers:
+        ranks = {name: _RANKS[kind](parts) for name, parts in layers.items()}
+        alphas = {float(parts["alpha"]) for parts in layers.values() if "alpha" in parts}
+        options |= {
+            "rank": Counter(ranks.values()).most_common(1)[0][0],
+            "alpha": alphas.pop() if len(alphas) == 1 else None,  # else each layer has its own, from load_state_dict
+            "layers": exact_layers(sorted(layers)),
+            "text_encoder": any(":" in name for name in layers),
+            "ranks": ranks,
+        }
+    adapter = denoiser.attach(AdapterConfig(kind=kind, **options), vectors=vectors)
     try:
-        if kind == "lokr":
-            adapter.adopt_factors(layers)
-        else:
-            scales = {name: parts.pop("dora_scale", None) for name, parts in layers.items()}
-            own = adapter.state_dict()
-            state = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
-            adapter.load_state_dict({**{key: own[key] for key in own if "magnitude" in key}, **state})
-            for name, scale in scales.items():
-                if scale is not None and "lora_magnitude_vector" not in layers[name]:
-                    key = f"{name}.lora_magnitude_vector"
-                    state[key] = (scale.flatten() * _dora_norms(adapter, name, layers[name])).view(own[key].shape)
-            adapter.load_state_dict(state)
+        _fill(adapter, kind, layers)
     except ValueError as error:
         denoiser.detach()
         raise ValueError(f"this LoRA was made for another model: {error}") from error
     return adapter
 
 
-def attach_file(denoiser: Any, path: str | Path) -> tuple[Adapter, dict[str, str]]:
+def _fill(adapter: Adapter, kind: str, layers: dict[str, dict[str, Tensor]]) -> None:
+    """Give a new adapter the parts that were read of each module."""
+    if kind == "lokr":
+        adapter.adopt_factors(layers)
+        return
+    scales = {name: parts.pop("dora_scale", None) for name, parts in layers.items()}
+    own = adapter.state_dict()
+    state = {f"{name}.{part}": tensor for name, parts in layers.items() for part, tensor in parts.items()}
+    if kind == "full":  # it starts as the pretrained parameters; a file need not change all
+        state = {key: own[key] + change if _fits(own, key, change) else change for key, change in state.items()}
+        state = {**own, **state}
+    vectors = {key: own[key] for key in own if key.endswith(":tokens")}
+    adapter.load_state_dict({**{key: own[key] for key in own if "magnitude" in key}, **vectors, **state})
+    for name, scale in scales.items():
+        if scale is not None and "lora_magnitude_vector" not in layers[name]:
+            key = f"{name}.lora_magnitude_vector"
+            state[key] = (scale.flatten() * _dora_norms(adapter, name, layers[name])).view(own[key].shape)
+    adapter.load_state_dict({**vectors, **state})
+
+
+def _fits(own: Mapping[str, Tensor], key: str, tensor: Tensor) -> bool:
+    return key in own and own[key].shape == tensor.shape
+
+
+EMBEDDING_FILE = "embedding.safetensors"
+"""The token vectors, beside the file of the layers that were trained with them."""
+
+
+def attach_file(denoiser: Any, path: str | Path, embedding: str | Path | None = None) -> tuple[Adapter, dict[str, str]]:
     """Attach the adapter of a file to `denoiser`, which has none; gives the adapter and the file's metadata.
 
+    Args:
+        path: an adapter file, or an embedding. The word of an embedding whose metadata names none is its file's name.
+        embedding: the file of the token vectors that belong to the adapter; the default is `embedding.safetensors`
+            beside it, if it was trained with some.
+
     Raises:
-        ValueError: if the file cannot be read, or was made for another model; the denoiser is then as before.
+        ValueError: if a file cannot be read, or was made for another model; the denoiser is then as before.
     """
     tensors, metadata = load_adapter(path)
+    if embedding is None and int(metadata.get("anchor.vectors", 0)) and not is_embedding(tensors):
+        beside = Path(path).with_name(EMBEDDING_FILE)
+        embedding = beside if beside.is_file() else None
+    vectors, about = (None, metadata) if embedding is None else load_adapter(embedding)
+    if vectors is not None and (is_embedding(tensors) or not is_embedding(vectors)):
+        raise ValueError(
+            f"embedding is {embedding}, but it takes a file of token vectors, beside an adapter file of layers"
+        )
+    token = about.get("anchor.token") or Path(embedding or path).stem
     try:
-        return attach_tensors(denoiser, tensors, metadata), metadata
+        return attach_tensors(denoiser, tensors, metadata, vectors, token), metadata
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
 def save_trained(
     path: str | Path, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
-) -> None:
-    """Write the adapter attached to `denoiser` with what it was trained on; `steps` if fewer than planned were made."""
-    tensors = to_file_keys(denoiser.adapter, denoiser.file_keys())
-    save_adapter(path, tensors, adapter_metadata(denoiser, concept, settings, steps))
+) -> list[Path]:
+    """Write the adapter attached to `denoiser` with what it was trained on, and its token vectors beside it.
 
+    Args:
+        steps: if fewer than planned were made.
 
-_BASE_VERSIONS = {
-    "stable-diffusion-v1": "sd_v1",
-    "stable-diffusion-v2": "sd_v2",
-    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
-    "stable-diffusion-v3-medium": "sd3",
-    "flux-1-dev": "flux1",
-}
-"""modelspec's architecture -> kohya's `ss_base_model_version`."""
-
-
-def adapter_metadata(
-    denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
-) -> dict[str, str]:
-    """Metadata of a trained adapter: `modelspec.`, kohya's `ss_`, and all settings of the training under `anchor.`.
-
-    No date, so that the same training makes the same file.
+    Returns:
+        the files: of the adapter, and of the embedding where it is another.
     """
-    from . import __version__
-
-    config, made = denoiser.adapter.config, settings.steps if steps is None else steps
-    architecture = getattr(denoiser, "architecture", "stable-diffusion-v1")
-    diffusers_names = any("transformer_blocks" in name for name in denoiser.adapter.module_names)
-    modelspec = {
-        "sai_model_spec": "1.0.0",
-        "architecture": f"{architecture}/{config.kind}",
-        "implementation": "diffusers" if diffusers_names else "https://github.com/comfyanonymous/ComfyUI",
-        "title": concept.subject_prompt,
-        "trigger_phrase": concept.subject_prompt,
-        "resolution": _resolution(getattr(denoiser, "default_resolution", None)),
-        "prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(denoiser.prediction_type),
-    }
-    kohya = {
-        "network_module": "networks.lora" if config.kind == "lora" else "lycoris.kohya",
-        "network_args": None if config.kind == "lora" else json.dumps({"algo": config.kind}),
-        "network_dim": config.rank,
-        "network_alpha": config.alpha,
-        "base_model_version": _BASE_VERSIONS.get(architecture),
-        "learning_rate": settings.learning_rate,
-        "max_train_steps": settings.steps,
-        "steps": made,
-        "batch_size_per_device": settings.batch_size,
-        "seed": settings.seed,
-    }
-    anchor = {
-        **{option.name: getattr(settings, option.name) for option in fields(settings)},
-        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
-        "subject_prompt": concept.subject_prompt,
-        "class_prompt": concept.class_prompt,
-        "steps": made,
-        "base_model": base_fingerprint(denoiser),
-        "version": __version__,
-    }
-    groups = {"modelspec.": modelspec, "ss_": kohya, "anchor.": anchor}
-    return {
-        f"{prefix}{name}": str(value)
-        for prefix, group in groups.items()
-        for name, value in group.items()
-        if value is not None
-    }
-
-
-def _resolution(size: int | tuple[int, int] | None) -> str | None:
-    """modelspec's `<width>x<height>` of one side, or of (height, width)."""
-    height, width = size if isinstance(size, tuple) else (size, size)
-    return None if size is None else f"{width}x{height}"
-
-
-def base_fingerprint(denoiser: Any) -> str:
-    """16 hexadecimal digits that tell base models apart, from the first weights of each adapted module.
-
-    The same for both backends, and whatever the dtype that holds the same values.
-    """
-    adapter, keys = denoiser.adapter, denoiser.file_keys()
-    digest = hashlib.sha256()
-    for name in sorted(adapter.module_names, key=lambda name: keys[name]):
-        weight = adapter.base_module(name).weight
-        digest.update(f"{keys[name]} {tuple(weight.shape)}".encode())
-        digest.update(weight.detach().flatten()[:64].float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    adapter, files = denoiser.adapter, [Path(path)]
+    metadata = adapter_metadata(denoiser, concept, settings, steps)
+    save_adapter(path, to_file_keys(adapter, denoiser.file_keys()), metadata)
+    if adapter.tokens is not None and adapter.config.kind != NO_LAYERS:
+        files.append(files[0].with_name(EMBEDDING_FILE))
+        save_adapter(files[1], to_embedding(adapter.tokens), embedding_metadata(metadata))
+    return files

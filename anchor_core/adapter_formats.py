@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .adapter_names import dotted, network_family, swapped_rows, to_diffusers, to_original
 from .checks import check_choice
+from .tokens import is_embedding
 
 FORMATS = ("comfyui", "kohya", "diffusers")
 DIFFUSERS_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
@@ -40,7 +41,7 @@ _PARTS = {
 } | {
     part: part
     for part in (
-        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "diff"),
+        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "svd_shift", "diff", "diff_b"),
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
         *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     )
@@ -54,6 +55,8 @@ _KINDS = [
     ("oft_", "oft", {"oft_R.weight"}),
     ("lokr_", "lokr", {"lokr_w1", "lokr_w2"}),
     ("hada_", "loha", {"hada_w1", "hada_w2"}),
+    ("svd_", "svdiff", {"svd_shift"}),
+    ("diff", "full", {"diff"}),
 ]
 
 # Which network a key is of: the denoiser's by "", a text encoder by diffusers' component name.
@@ -89,6 +92,8 @@ def split_layers(tensors: Mapping[str, Tensor]) -> Layers:
         ValueError: if there is none, or one is no part of an adapter that can be read.
     """
     layers: Layers = {}
+    if is_embedding(tensors):
+        raise ValueError("this file is an embedding, for prompts and not for layers; give a LoRA file")
     for key, tensor in tensors.items():
         prefix, part = split_key(key)
         if part is None:
@@ -201,6 +206,8 @@ _NOT_CONVERTED = {
     "lokr": "diffusers reads LoRA only",
     "loha": "diffusers reads LoRA only",
     "oft": "diffusers reads LoRA only",
+    "full": "diffusers reads LoRA only",
+    "svdiff": "diffusers reads LoRA only",
 }
 
 
@@ -290,10 +297,13 @@ def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | 
 
 
 def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form."""
-    for piece in pieces.values():
-        if (kind := kind_of(name, piece)) != "lora":
-            raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
+    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form; of full, their rows."""
+    kinds = {kind_of(name, piece) for piece in pieces.values()}
+    if kinds == {"full"}:
+        return _fuse_rows(pieces, count)
+    if kinds != {"lora"}:
+        kind = min(kinds - {"lora"})
+        raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
     order = sorted(pieces)
     downs = [pieces[index]["lora_down.weight"] for index in order]
     ups = {index: pieces[index]["lora_up.weight"] for index in order}
@@ -302,8 +312,7 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
     if len(set(scales.values())) > 1:
         ups, scales = {index: up * scales[index] for index, up in ups.items()}, dict.fromkeys(order, 1.0)
     shared = len(order) == count and all(torch.equal(down, downs[0]) for down in downs)
-    sizes = [width] * 3 + [4 * width] if count == 4 else [next(iter(ups.values())).shape[0]] * count
-    sizes = [ups[index].shape[0] if index in ups else size for index, size in enumerate(sizes)]
+    sizes = _rows_of(ups, width, count)
     down = downs[0] if shared else torch.cat(downs)
     up = down.new_zeros(sum(sizes), down.shape[0])
     column = 0
@@ -313,3 +322,23 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
         column += 0 if shared else piece.shape[1]
     alpha = torch.tensor(scales[order[0]] * down.shape[0])
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+
+
+def _fuse_rows(pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
+    """The changes of separate layers' weights and biases as that of the fused layer, 0 where one is not changed."""
+    weights = {index: piece["diff"] for index, piece in pieces.items()}
+    sizes = _rows_of(weights, next(iter(weights.values())).shape[1], count)
+    result = {}
+    for part in ("diff", "diff_b"):
+        held = {index: piece[part] for index, piece in pieces.items() if part in piece}
+        if held:
+            like = next(iter(held.values()))
+            rows = [held.get(index, like.new_zeros(size, *like.shape[1:])) for index, size in enumerate(sizes)]
+            result[part] = torch.cat(rows)
+    return result
+
+
+def _rows_of(held: Mapping[int, Tensor], width: int, count: int) -> list[int]:
+    """Rows of each of a fused layer's parts; of one that is not held, those that it has with an input of `width`."""
+    sizes = [width] * 3 + [4 * width] if count == 4 else [next(iter(held.values())).shape[0]] * count
+    return [held[index].shape[0] if index in held else size for index, size in enumerate(sizes)]

@@ -1,6 +1,6 @@
-"""The kinds of adapter that peft makes: how each is configured, what it trains, and where its training starts.
+"""The kinds of adapter: how the layers of each are made, what they train, and where the training starts.
 
-A new kind is one entry of `KINDS`. Every kind starts at zero effect.
+A new kind is one entry of `KINDS`. Every kind starts at zero effect. peft makes the layers of most.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .adapter_layers import exact_layers
+from .weight_kinds import FullLayer, SpectralLayer, WeightLayer
+
 if TYPE_CHECKING:
     from .adapter import AdapterConfig
 
@@ -24,7 +27,7 @@ Start = Callable[[Any, torch.Size, torch.Generator], Tensor]
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of adapter.
+    """One kind of adapter, of peft's.
 
     Args:
         peft_config: of an `AdapterConfig` and the options that all kinds share.
@@ -32,12 +35,23 @@ class Kind:
             of the draws. A layer need not have all of them.
         alpha: peft's attribute of a layer that holds alpha; None if the kind has none.
         check: raises ValueError if a module of this name cannot take the config.
+        reads_weights: whether a layer computes with the module's own weight, beside what the module makes of it.
+        ranked: whether `rank` and `alpha` mean anything to it.
     """
 
     peft_config: Callable[[AdapterConfig, dict[str, Any]], Any]
     parts: Mapping[str, tuple[str, Start]]
     alpha: str | None
     check: Callable[[AdapterConfig, str, nn.Module], None]
+    reads_weights: bool = False
+    ranked: bool = True
+
+    def inject(self, network: nn.Module, names: list[str], config: AdapterConfig, ranks: dict[str, int]) -> None:
+        """Put a layer around each of these modules; `ranks` is peft's `rank_pattern`."""
+        from peft import inject_adapter_in_model
+
+        shared = {"r": config.rank, "target_modules": exact_layers(names), "rank_pattern": ranks}
+        inject_adapter_in_model(self.peft_config(config, shared), network, adapter_name=NAME)
 
     def factors(self, layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters of a layer of peft's, by name."""
@@ -53,6 +67,35 @@ class Kind:
             for part, factor in self.factors(layer):
                 factor.data = factor.data.float()
                 factor.copy_(starts[part](layer, factor.shape, generator))
+
+
+@dataclass(frozen=True)
+class WeightKind:
+    """A kind that trains weights themselves, with the interface of `Kind`; its layers are ours and start as they are.
+
+    Args:
+        layer: made around a module.
+        check: raises ValueError if a module of this name cannot take the config.
+    """
+
+    layer: type[WeightLayer]
+    check: Callable[[AdapterConfig, str, nn.Module], None]
+    alpha: None = None
+    reads_weights: bool = True
+    ranked: bool = False
+
+    def inject(self, network: nn.Module, names: list[str], config: AdapterConfig, ranks: dict[str, int]) -> None:
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            setattr(network.get_submodule(parent), leaf, self.layer(network.get_submodule(name)).train(False))
+
+    def factors(self, layer: WeightLayer) -> Iterator[tuple[str, nn.Parameter]]:
+        for name, factor in layer.named_parameters():
+            if not name.startswith("base_layer."):
+                yield name.rpartition(".")[2], factor
+
+    def initialise(self, layer: WeightLayer, generator: torch.Generator) -> None:
+        """Nothing is drawn."""
 
 
 def magnitude(layer: Any) -> Tensor:
@@ -112,6 +155,19 @@ def _check_blocks(config: AdapterConfig, name: str, module: nn.Module) -> None:
         )
 
 
+def _check_plain(config: AdapterConfig, name: str, module: nn.Module) -> None:
+    # Only these are linear in a weight of two sides.
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
+        raise ValueError(
+            f"kind is {config.kind!r}, which takes linear and ungrouped convolution layers, but layers selects {name}; "
+            "take all_linear_conv"
+        )
+
+
+def _check_nothing(config: AdapterConfig, name: str, module: nn.Module) -> None:
+    pass
+
+
 def _lora(config: AdapterConfig, shared: dict[str, Any], **options: Any) -> Any:
     from peft import LoraConfig
 
@@ -148,6 +204,7 @@ KINDS = {
         {**_LORA_PARTS, "lora_magnitude_vector": ("lora_magnitude_vector", _magnitude)},
         "lora_alpha",
         _check_dora,
+        reads_weights=True,
     ),
     "lokr": Kind(
         _lokr,
@@ -171,6 +228,12 @@ KINDS = {
         "alpha",
         _check_rank,
     ),
-    "oft": Kind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks),
+    "oft": Kind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks, reads_weights=True),
+    "full": WeightKind(FullLayer, _check_nothing),
+    "svdiff": WeightKind(SpectralLayer, _check_plain),
 }
-"""Kinds by name. LoRA: arXiv 2106.09685; DoRA: 2402.09353; LoKr: 2309.14859; LoHa: 2108.06098; OFT: 2306.07280."""
+"""Kinds by name. LoRA: arXiv 2106.09685; DoRA: 2402.09353; LoKr: 2309.14859; LoHa: 2108.06098; OFT: 2306.07280;
+full: DreamBooth's own fine-tuning, 2208.12242; SVDiff: 2303.11305."""
+
+NO_LAYERS = "none"
+"""The kind that adapts no layer at all: token vectors alone, Textual Inversion."""

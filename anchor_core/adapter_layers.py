@@ -28,17 +28,20 @@ LAYERS = {
 }
 """Presets of `AdapterConfig.layers`: patterns over names of linear modules; `all_linear_conv` of convolutions too."""
 
+EVERYTHING = "everything"
+"""The preset that has every parameter of the denoising network, norms and embeddings too: for the kind `full`."""
+
 _TEXT_ATTENTION = r"(^|\.)self_attn\.(q|k|v|out)_proj$"
 _TEXT_LAYERS = {
     name: _TEXT_ATTENTION if name in ("attention", "cross_attention_kv") else rf"{_TEXT_ATTENTION}|(^|\.)mlp\.fc[12]$"
-    for name in LAYERS
+    for name in (*LAYERS, EVERYTHING)
 }
 _JOINT_ATTENTION = re.compile(r"\.attn\.add_k_proj$")
 
 
 def layer_choices() -> str:
     """What `AdapterConfig.layers` takes, for an error message."""
-    return f"one of {', '.join(LAYERS)}, or a regular expression over module names"
+    return f"one of {', '.join(LAYERS)}, {EVERYTHING}, or a regular expression over module names"
 
 
 def exact_layers(names: list[str]) -> str:
@@ -59,7 +62,7 @@ def matching_names(names: Iterable[str], layers: str, prefix: str = "") -> list[
     if layers == "cross_attention_kv" and not prefix and any(map(_JOINT_ATTENTION.search, names)):
         return []
     pattern = re.compile((_TEXT_LAYERS if prefix else LAYERS).get(layers, layers))
-    full = prefix and layers not in LAYERS
+    full = prefix and layers not in _TEXT_LAYERS
     return [name for name in names if pattern.search(f"{prefix}:{name}" if full else name)]
 
 
@@ -69,30 +72,40 @@ def matching_modules(network: nn.Module, layers: str, prefix: str = "") -> list[
     Raises:
         ValueError: if there is none.
     """
-    names = _matching(network, layers, prefix)
+    names = selected_modules(network, layers, prefix)
     if not names:
         raise ValueError(_no_match(network, layers))
     return names
 
 
-def matching_in_all(networks: dict[str, nn.Module], layers: str) -> dict[str, list[str]]:
+def matching_in_all(networks: dict[str, nn.Module], layers: str, norms: bool = False) -> dict[str, list[str]]:
     """For each network by prefix, the names that `layers` selects: a preset in each, an expression in one at least.
+
+    Args:
+        norms: whether an expression selects norms and embeddings of the denoising network as well.
 
     Raises:
         ValueError: if there is none.
     """
-    if layers in LAYERS:
-        return {prefix: matching_modules(network, layers, prefix) for prefix, network in networks.items()}
-    names = {prefix: _matching(network, layers, prefix) for prefix, network in networks.items()}
-    if not any(names.values()):
-        raise ValueError(_no_match(next(iter(networks.values())), layers))
+    names = {prefix: selected_modules(network, layers, prefix, norms) for prefix, network in networks.items()}
+    for prefix, network in networks.items():
+        if not (names[prefix] if layers in _TEXT_LAYERS else any(names.values())):
+            raise ValueError(_no_match(network, layers))
     return names
 
 
-def _matching(network: nn.Module, layers: str, prefix: str) -> list[str]:
-    linear_only = layers in LAYERS and layers != "all_linear_conv"
-    kinds = nn.Linear if linear_only else (nn.Linear, nn.Conv2d)
-    return matching_names((name for name, part in network.named_modules() if isinstance(part, kinds)), layers, prefix)
+def selected_modules(network: nn.Module, layers: str, prefix: str = "", norms: bool = False) -> list[str]:
+    """As `matching_in_all`, of one network; empty if there is none."""
+    leaves = not prefix and (layers == EVERYTHING or norms and layers not in LAYERS)
+    kinds = nn.Linear if layers in _TEXT_LAYERS and layers != "all_linear_conv" else (nn.Linear, nn.Conv2d)
+    parts = network.named_modules()
+    names = [name for name, part in parts if (is_leaf(part) if leaves else isinstance(part, kinds))]
+    return names if layers == EVERYTHING and not prefix else matching_names(names, layers, prefix)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module holds parameters and no modules: such ones hold all parameters of every supported network."""
+    return next(module.children(), None) is None and next(module.parameters(), None) is not None
 
 
 def _no_match(network: nn.Module, layers: str) -> str:

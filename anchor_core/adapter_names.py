@@ -14,13 +14,13 @@ _WORDS = (
     # UNets
     "down_blocks up_blocks mid_block transformer_blocks input_blocks middle_block output_blocks in_layers out_layers "
     "emb_layers skip_connection time_embed label_emb time_embedding add_embedding linear_1 linear_2 conv_in conv_out "
-    "conv_shortcut time_emb_proj to_q to_k to_v to_out proj_in proj_out "
+    "conv_shortcut conv_norm_out time_emb_proj to_q to_k to_v to_out proj_in proj_out "
     # transformers
     "joint_blocks x_block context_block double_blocks single_blocks single_transformer_blocks img_attn txt_attn "
     "img_mlp txt_mlp img_mod txt_mod img_in txt_in time_in vector_in guidance_in in_layer out_layer final_layer "
     "adaLN_modulation x_embedder y_embedder t_embedder context_embedder pos_embed add_q_proj add_k_proj add_v_proj "
     "to_add_out ff_context norm1_context norm_out proj_mlp time_text_embed timestep_embedder text_embedder "
-    "guidance_embedder "
+    "guidance_embedder query_norm key_norm norm_q norm_k norm_added_q norm_added_k ln_q ln_k "
     # text encoders
     "text_model self_attn q_proj k_proj v_proj out_proj text_projection"
 ).split()
@@ -50,6 +50,12 @@ _BLOCKS = {
             {
                 "x_block.attn.qkv": _under("attn", _QKV),
                 "x_block.attn.proj": ("attn.to_out.0",),
+                "x_block.attn.ln_q": ("attn.norm_q",),
+                "x_block.attn.ln_k": ("attn.norm_k",),
+                "x_block.attn2.ln_q": ("attn2.norm_q",),
+                "x_block.attn2.ln_k": ("attn2.norm_k",),
+                "context_block.attn.ln_q": ("attn.norm_added_q",),
+                "context_block.attn.ln_k": ("attn.norm_added_k",),
                 "x_block.attn2.qkv": _under("attn2", _QKV),
                 "x_block.attn2.proj": ("attn2.to_out.0",),
                 "x_block.mlp.fc1": ("ff.net.0.proj",),
@@ -70,6 +76,10 @@ _BLOCKS = {
             {
                 "img_attn.qkv": _under("attn", _QKV),
                 "img_attn.proj": ("attn.to_out.0",),
+                "img_attn.norm.query_norm": ("attn.norm_q",),
+                "img_attn.norm.key_norm": ("attn.norm_k",),
+                "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+                "txt_attn.norm.key_norm": ("attn.norm_added_k",),
                 "img_mlp.0": ("ff.net.0.proj",),
                 "img_mlp.2": ("ff.net.2",),
                 "img_mod.lin": ("norm1.linear",),
@@ -87,6 +97,8 @@ _BLOCKS = {
                 "linear1": (*_under("attn", _QKV), "proj_mlp"),
                 "linear2": ("proj_out",),
                 "modulation.lin": ("norm.linear",),
+                "norm.query_norm": ("attn.norm_q",),
+                "norm.key_norm": ("attn.norm_k",),
             },
         ),
     ],
@@ -132,6 +144,7 @@ _UNET = {
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
     "out.2": "conv_out",
 }
 _RESNET_BACK = {value: key for key, value in _RESNET.items()}
@@ -211,17 +224,17 @@ def to_original(name: str, family: str) -> tuple[str, int | None]:
 
 
 def swapped_rows(parts: Mapping[str, Tensor], original: str, family: str) -> dict[str, Tensor]:
-    """The LoRA of a layer whose output is (shift, scale) in one code and (scale, shift) in the other."""
+    """The LoRA or change of a layer whose output is (shift, scale) in one code and (scale, shift) in the other."""
     pair = original == "final_layer.adaLN_modulation.1" or original.endswith("context_block.adaLN_modulation.1")
     if family in ("sd", "sdxl") or not pair:
         return dict(parts)
-    if "lora_up.weight" not in parts:
-        raise ValueError(f"{original} has its rows in another order there, which only a LoRA can follow")
-    up = parts["lora_up.weight"]
-    if up.shape[0] != 2 * parts["lora_down.weight"].shape[1]:
+    by_row = {"lora_up.weight", "dora_scale", "diff", "diff_b"}
+    rows, width = parts.get("lora_up.weight", parts.get("diff")), parts.get("lora_down.weight", parts.get("diff"))
+    if rows is None or width is None or not parts.keys() <= by_row | {"lora_down.weight", "alpha"}:
+        raise ValueError(f"{original} has its rows in another order there, which only a LoRA or full can follow")
+    if rows.shape[0] != 2 * width.shape[1]:
         return dict(parts)  # all but SD3's last block modulate six values
-    by_row = ("lora_up.weight", "dora_scale")
-    return {part: tensor.roll(up.shape[0] // 2, 0) if part in by_row else tensor for part, tensor in parts.items()}
+    return {part: tensor.roll(rows.shape[0] // 2, 0) if part in by_row else tensor for part, tensor in parts.items()}
 
 
 _TRANSFORMER_WIDTHS = {1536: "sd3", 2432: "sd3", 3072: "flux"}

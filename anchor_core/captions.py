@@ -55,7 +55,7 @@ class Concept:
             object.__setattr__(self, "class_phrase", class_)
         for name in ("subject", "class"):
             prompt, phrase = getattr(self, f"{name}_prompt"), getattr(self, f"{name}_phrase")
-            if not phrase or not _pattern(phrase).search(prompt):
+            if not phrase or not word_pattern(phrase).search(prompt):
                 raise ValueError(f"{name}_prompt is {prompt!r}, but it takes a text with the words {phrase!r}")
 
     @classmethod
@@ -82,7 +82,7 @@ class Concept:
         Raises:
             ValueError: if the caption does not name the subject by `subject_phrase`, or has its token elsewhere too.
         """
-        class_caption, count = _pattern(self.subject_phrase).subn(lambda _: self.class_phrase, caption)
+        class_caption, count = word_pattern(self.subject_phrase).subn(lambda _: self.class_phrase, caption)
         if not count:
             raise ValueError(
                 f"{name} is {caption!r}, which does not name the subject; write {self.subject_phrase!r} where it does"
@@ -90,12 +90,12 @@ class Concept:
         words = list(_WORD.finditer(self.subject_phrase))
         start, end, _ = _difference(words, list(_WORD.finditer(self.class_phrase)))
         token = " ".join(word[0] for word in words[start:end])
-        if _pattern(token).search(class_caption):
+        if word_pattern(token).search(class_caption):
             raise ValueError(f"{name} is {caption!r}, but it takes {token!r} only as a part of {self.subject_phrase!r}")
         return class_caption
 
 
-def _pattern(phrase: str) -> re.Pattern[str]:
+def word_pattern(phrase: str) -> re.Pattern[str]:
     """The words of a phrase, whole, in any case."""
     words = r"\s+".join(map(re.escape, phrase.split()))
     return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import Field, fields
+from typing import Any
 
 from . import commands
 from .adapter import AdapterConfig
 from .adapter_formats import FORMATS
 from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
+from .methods import METHODS, method_options
 from .settings import PRECISIONS, DataSettings, TrainSettings
 from .trainer import TrainingDiverged
 
@@ -28,6 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a verb; gives the exit status."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
+    if getattr(options, "method", None):  # its options are defaults, under those that were given
+        parser = _build_parser(method_options(options.method))
+        options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and on a CPU it has something to say
     try:
@@ -48,11 +54,12 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda", "class_word"}
+    known |= {"lambda", "class_word", "embedding", "method"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
-def _build_parser() -> argparse.ArgumentParser:
+def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.ArgumentParser:
+    """The parser, with other defaults of `train`."""
     parser = _Parser(prog="semantic-anchor", description="Teach an image model a subject without losing what it knew.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
 
@@ -62,6 +69,9 @@ def _build_parser() -> argparse.ArgumentParser:
     train.add_argument("--subject", required=True, metavar="PROMPT", help='such as "a photo of a sks dog"')
     train.add_argument(
         "--class", required=True, dest="class_prompt", metavar="PROMPT", help='such as "a photo of a dog"'
+    )
+    train.add_argument(
+        "--method", choices=METHODS, help="take the options of this method for SD1.5, but for those given besides"
     )
     for part, title in ((TrainSettings, "training"), (AdapterConfig, "adapter"), (DataSettings, "data")):
         group = train.add_argument_group(title)
@@ -79,10 +89,12 @@ def _build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     train.add_argument("--cache", metavar="DIR", help="keep latents and encoded prompts here for further trainings")
+    train.set_defaults(**(defaults or {}))
 
     sample = _verb(verbs, "sample", "make pictures, with or without an adapter", commands.sample)
     _add_model(sample)
-    sample.add_argument("--adapter", metavar="FILE", help="a LoRA file; without it the model as it is")
+    sample.add_argument("--adapter", metavar="FILE", help="a LoRA or embedding file; without it the model as it is")
+    _add_embedding(sample)
     sample.add_argument("--strength", type=float, default=1.0, help="of the adapter (default 1)")
     sample.add_argument("--prompt", required=True, action="append", help="once or more")
     sample.add_argument("--count", type=int, default=1, help="pictures of each prompt (default 1)")
@@ -110,6 +122,7 @@ def _build_parser() -> argparse.ArgumentParser:
     inspect = _verb(verbs, "inspect", "measure the drift of a LoRA from its class", commands.inspect)
     _add_model(inspect)
     inspect.add_argument("--adapter", required=True, metavar="FILE")
+    _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
     inspect.add_argument("--subject", metavar="PROMPT", help="default: the file's metadata")
     inspect.add_argument("--class", dest="class_prompt", metavar="PROMPT", help="default: the file's metadata")
@@ -190,6 +203,14 @@ def _add_adjustment(parser, prefix: str = "", default: str = "beta") -> None:
         names = dict.fromkeys((f"--{prefix}{name}", f"--{prefix}{name}".replace("_", "-")))
         used = f" (default {value})" if name in ("alpha", default) else ""
         group.add_argument(*names, type=float, help=help + used)
+
+
+def _add_embedding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--embedding",
+        metavar="FILE",
+        help="its token vectors (default: embedding.safetensors beside it, if it has some)",
+    )
 
 
 def _add_field(parser, field: Field) -> None:

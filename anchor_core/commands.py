@@ -69,6 +69,7 @@ def train(options: Namespace) -> int:
     from .cache import Cache
     from .data import Concept, bucket_sizes, build_dataset, load_references, of_one_size, sample_class_latents
     from .drift import DriftProbe
+    from .methods import check_combination
     from .parallel import Workers
     from .trainer import train as run
 
@@ -77,10 +78,12 @@ def train(options: Namespace) -> int:
     settings, config, data = (_given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
     check_count("class_pictures", options.class_pictures)
+    prompts = [(concept.subject_prompt, concept.class_prompt)]
+    check_combination(settings, config, prompts, data.caption_dropout)
     out, workers = _check_writable(options.out), Workers.from_environment()
     options.device = options.device or workers.device
     denoiser = _open_model(options)
-    settings.make_objective().check(denoiser.prediction_type, config.trains_text)
+    settings.make_objective().check(denoiser.prediction_type)
     size = _resolution(options, denoiser)
     sizes = bucket_sizes(size, 8 * denoiser.downscale) if data.buckets else size
     references = load_references(options.references, sizes, masks=data.masks, captions=data.captions)
@@ -114,7 +117,7 @@ def train(options: Namespace) -> int:
     if not workers.is_first:
         return 0
     path = out / "adapter.safetensors"
-    save_trained(path, denoiser, concept, settings, history.kept)
+    files = save_trained(path, denoiser, concept, settings, history.kept)
     figure = report.new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     report.draw_drift(left, {settings.objective: history})
@@ -122,6 +125,8 @@ def train(options: Namespace) -> int:
     figure.savefig(out / "report.png")
     written = {
         "adapter": path.name,
+        "embedding": files[-1].name if config.vectors else None,
+        "method": options.method,
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "references": references.names,
@@ -168,6 +173,11 @@ def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):
     return checkpoints
 
 
+def _check_embedding(options: Namespace) -> None:
+    if options.embedding and not options.adapter:
+        raise ValueError("--embedding: it goes with an --adapter; give the embedding file itself as --adapter")
+
+
 def sample(options: Namespace) -> None:
     import torch
 
@@ -175,6 +185,7 @@ def sample(options: Namespace) -> None:
     from .adapter_file import attach_file
     from .backends.diffusers_adjust import encode_adjusted
 
+    _check_embedding(options)
     check_count("steps", options.steps)
     check_count("count", options.count)
     if options.guidance is not None:
@@ -183,7 +194,9 @@ def sample(options: Namespace) -> None:
     adjustment, how = _prompt_adjustment(options)
     out = _check_writable(options.out)
     denoiser = _open_model(options)
-    adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
+    adapter, metadata = None, {}
+    if options.adapter:
+        adapter, metadata = attach_file(denoiser, options.adapter, options.embedding)
     if options.guidance is None:
         options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
     side = _resolution(options, denoiser)
@@ -207,7 +220,9 @@ def sample(options: Namespace) -> None:
             latents = denoiser.sample([condition], negative, noise[i : i + 1], **sampling)
         files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if class_prompt else {}))
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
-    settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "seed")}
+    settings = {
+        k: getattr(options, k) for k in ("model", "adapter", "embedding", "strength", "steps", "guidance", "seed")
+    }
     if adjustment is not None:
         settings["adjust"] = asdict(adjustment) | how
     report.write_json(out / "report.json", {"pictures": files, **settings})
@@ -284,6 +299,7 @@ def inspect(options: Namespace) -> None:
     from .data import Concept, load_references
     from .drift import DriftProbe
 
+    _check_embedding(options)
     out = _check_writable(options.out)
     _, metadata = load_adapter(options.adapter)
     subject = options.subject or metadata.get("anchor.subject_prompt")
@@ -296,7 +312,7 @@ def inspect(options: Namespace) -> None:
     references = load_references(options.references, _resolution(options, denoiser))
     probe = DriftProbe(denoiser, denoiser.encode_images(references.stack()), concept, seed=options.seed)
     before = probe.measure()
-    attach_file(denoiser, options.adapter)
+    attach_file(denoiser, options.adapter, options.embedding)
     after = probe.measure()
     out.mkdir(parents=True, exist_ok=True)
     figure = report.new_figure(9, 3.6)

@@ -186,17 +186,12 @@ class Objective:
         """Whether the step's texts must hold the pooled class prompt."""
         return self.option("semantic_weight") > 0
 
-    def check(self, prediction_type: str, trains_text: bool) -> None:
-        """ValueError if the objective has no meaning for such a model, or nothing to train."""
+    def check(self, prediction_type: str) -> None:
+        """ValueError if the objective has no meaning for such a model."""
         if self.reads_unconditional and prediction_type == "flow":
             raise ValueError(
                 f"objective is {self.name!r}, which reads the posterior of a discrete diffusion, but a flow model has "
                 "none; take anchor or prior_preservation"
-            )
-        if self.reads_pooled and not trains_text:
-            raise ValueError(
-                f"objective is {self.name!r}, which acts on the text side alone, but nothing is trained there; "
-                "set text_encoder, or take another objective"
             )
 
 

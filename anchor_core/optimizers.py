@@ -19,8 +19,8 @@ _PACKAGES = {
 }
 
 
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """The optimizer that `settings` names.
+def make_optimizer(groups: Sequence[Any], settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer that `settings` names, of parameters or of groups of them.
 
     Raises:
         ValueError: if its package is not installed.
@@ -36,7 +36,7 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], settings: TrainSett
     options: dict[str, Any] = {"weight_decay": settings.weight_decay, "betas": (settings.beta1, settings.beta2)}
     if settings.optimizer == "schedule_free":
         options["warmup_steps"] = settings.warmup
-    return kind(parameters, lr=settings.learning_rate, **options)
+    return kind(groups, lr=settings.learning_rate, **options)
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.LambdaLR:

@@ -36,6 +36,7 @@ class TrainSettings:
     semantic_weight: float = option(1.0, "weight of class_diffusion's distance between the two prompts", minimum=0)
     steps: int = option(300, "steps of the optimizer")
     learning_rate: float = option(1e-3, "about 1e-4 for SD1.5, 2e-3 for the sandbox, 1 for prodigy", above=0)
+    token_learning_rate: float = option(0.0, "of token vectors, usually 5e-4 to 5e-3; 0 for learning_rate", minimum=0)
     batch_size: int = option(4, "rows of a pass")
     accumulation: int = option(1, "passes of a step")
     optimizer: str = option("adamw", "8 bit needs bitsandbytes, the last two a package each", choices=OPTIMIZERS)
@@ -71,6 +72,10 @@ class TrainSettings:
             )
         if self.optimizer == "schedule_free" and self.schedule != "constant":
             raise ValueError(f"schedule is {self.schedule!r}, but the schedule_free optimizer takes constant alone")
+        if self.optimizer == "prodigy" and self.token_learning_rate:
+            raise ValueError(
+                f"token_learning_rate is {self.token_learning_rate:g}, but prodigy finds one rate for all; take 0"
+            )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but it takes less than the {self.steps} steps of the training")
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .adapter import Adapter
-from .adapter_file import base_fingerprint
+from .adapter_metadata import base_fingerprint
 from .cache import Cache
 from .checkpoint import Checkpoints
 from .data import Concept
@@ -25,6 +25,7 @@ from .drift import DriftProbe
 from .gradient_checkpointing import checkpointed
 from .history import History, StepReport
 from .keeping import Candidates
+from .methods import check_combination
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .parallel import ALONE, Workers
@@ -75,15 +76,17 @@ def train(
 
     Raises:
         TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
-        ValueError: for latents of a wrong shape, an objective whose class pictures are missing or that has no
-            meaning for this model or adapter, a probe that the settings need and that is missing, or a checkpoint of
-            another training.
+        ValueError: for latents of a wrong shape, an objective whose class pictures are missing, a probe that the
+            settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
+            prompts that do not go together.
     """
     objective = settings.make_objective()
-    objective.check(denoiser.prediction_type, adapter.config.trains_text)
+    objective.check(denoiser.prediction_type)
     if not isinstance(references, Dataset):
         _check_latents("references", references)
         references = Dataset.of_latents(references, concept)
+    pairs = {pair for each in references.examples for pair in zip(each.subject_prompts, each.class_prompts)}
+    check_combination(settings, adapter.config, sorted(pairs), references.caption_dropout)
     classes = None
     if objective.reads_class_pictures:
         if class_latents is None:
@@ -131,7 +134,7 @@ class _Run:
         self.datasets, self.concept = datasets, concept
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = adapter.parameters()
-        self.optimizer = make_optimizer(self.parameters, settings)
+        self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")

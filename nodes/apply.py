@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.settings import TrainSettings
-from .types import CATEGORY, AdapterTensors, ConceptType, LoraModel, lora_file, new_lora_file
+from .types import CATEGORY, AdapterTensors, ConceptType, LoraModel, lora_file, new_embedding_file, new_lora_file
 
 CONNECTED = "[connected lora]"
 
@@ -67,7 +67,10 @@ class AnchorSaveAdapter(io.ComfyNode):
             node_id="AnchorSaveAdapter",
             display_name="Save Adapter",
             category=CATEGORY,
-            description="Write a LoRA under output/loras, where LoraLoader finds it, with its prompts and settings.",
+            description=(
+                "Write a LoRA under output/loras, where LoraLoader finds it, with its prompts and settings; or an "
+                "embedding into the embeddings folder, where prompts find it."
+            ),
             is_output_node=True,
             inputs=[
                 LoraModel.Input("lora", tooltip="The LoRA to write."),
@@ -80,11 +83,12 @@ class AnchorSaveAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, lora, name: str, concept=None) -> io.NodeOutput:
         from ..anchor_core.adapter_file import save_adapter
+        from ..anchor_core.tokens import is_embedding
 
         metadata = dict(getattr(lora, "metadata", {}))
         if concept is not None:
             metadata |= {"anchor.subject_prompt": concept.subject_prompt, "anchor.class_prompt": concept.class_prompt}
-        path = new_lora_file(name)
+        path = (new_embedding_file if is_embedding(lora) else new_lora_file)(name)
         save_adapter(path, lora, metadata)
         return io.NodeOutput(str(path), ui={"text": [str(path)]})
 

@@ -56,7 +56,7 @@ class AnchorDriftReport(io.ComfyNode):
             latents = denoiser.encode_images(pictures)
             probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
             before = probe.measure()
-            attach_tensors(denoiser, lora, getattr(lora, "metadata", None))
+            attach_tensors(denoiser, lora, getattr(lora, "metadata", None), getattr(lora, "embedding", None))
             after = probe.measure()
         numbers = _numbers(before, after)
         return io.NodeOutput(drift_plot(before, after, history), numbers, ui={"text": [numbers]})

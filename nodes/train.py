@@ -9,6 +9,7 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..anchor_core.adapter import LAYERS, AdapterConfig
+from ..anchor_core.adapter_kinds import NO_LAYERS
 from ..anchor_core.data import from_images, of_one_size
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.settings import DataSettings, TrainSettings
@@ -22,7 +23,9 @@ from .types import (
     LossMap,
     OptionsType,
     ReferencesType,
+    embedding_word,
     inputs_of,
+    new_embedding_file,
     new_lora_file,
 )
 
@@ -32,8 +35,9 @@ LOG_EVERY = 50
 TRAIN_OPTIONS = (
     "anchor optimizer weight_decay beta1 beta2 grad_clip accumulation schedule warmup ema min_snr timestep_sampling "
     "timestep_mean timestep_std timestep_shift timestep_min timestep_max precision gradient_checkpointing "
-    "stop_on_drift keep guidance checkpoint_every"
+    "stop_on_drift keep guidance checkpoint_every token_learning_rate"
 ).split()
+ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
 PREVIEW_STEPS, PREVIEW_SIDE = 12, 512
 
 
@@ -46,7 +50,7 @@ class AnchorTrainOptions(io.ComfyNode):
             category=CATEGORY,
             description="What else a training can be told: optimizer, noise levels, precision, when to stop.",
             inputs=[
-                *inputs_of(AdapterConfig, ("kind", "dropout", "text_encoder")),
+                *inputs_of(AdapterConfig, ADAPTER_OPTIONS),
                 io.Float.Input(
                     "alpha", default=0.0, min=0.0, max=1024.0, tooltip="The update counts alpha / rank; 0 for the rank."
                 ),
@@ -163,6 +167,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                 HistoryType.Output(display_name="history", tooltip="Losses, terms and drift, for Drift Report."),
                 io.String.Output(display_name="file", tooltip="The LoRA's file."),
                 io.Clip.Output(display_name="clip", tooltip="The CLIP, with the LoRA's part for it if it was trained."),
+                io.String.Output(
+                    display_name="embedding",
+                    tooltip="What to write in prompts in the place of the subject's token: embedding:name. Without "
+                    "vectors, the token itself.",
+                ),
             ],
         )
 
@@ -171,10 +180,14 @@ class AnchorTrainLoRA(io.ComfyNode):
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
         class_images=None, references=None, masks=None, options=None, **basic,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..anchor_core.adapter_file import adapter_metadata, save_adapter, to_file_keys
+        from ..anchor_core.adapter_file import save_adapter, to_file_keys
+        from ..anchor_core.adapter_metadata import adapter_metadata, embedding_metadata
         from ..anchor_core.backends.comfyui import ComfyDenoiser
         from ..anchor_core.backends.comfyui_apply import apply_adapter
+        from ..anchor_core.backends.comfyui_families import check_size
         from ..anchor_core.data import build_dataset
+        from ..anchor_core.methods import check_combination
+        from ..anchor_core.tokens import to_embedding
         from ..anchor_core.trainer import TrainingDiverged, train
 
         options = dict(options or {})
@@ -182,11 +195,14 @@ class AnchorTrainLoRA(io.ComfyNode):
         if lam:
             basic["w"] = w_from_lambda(lam)
         data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
-        adapted = {key: options.pop(key) for key in ("kind", "dropout", "text_encoder") if key in options}
+        adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
         settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
         config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
+        prompts = [(concept.subject_prompt, concept.class_prompt)]
+        check_combination(settings, config, prompts, data.get("caption_dropout", 0.0))
         pictures = _pictures(images, masks, references)
-        path = new_lora_file(name)
+        embedding = new_embedding_file(name) if config.vectors else None
+        path = embedding if config.kind == NO_LAYERS else new_lora_file(name)
         checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
         diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
@@ -194,6 +210,7 @@ class AnchorTrainLoRA(io.ComfyNode):
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)
             class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
+            check_size(config, denoiser.network)
             adapter = denoiser.attach(config, seed)
             probe = _probe(denoiser, latents, concept) if probe_every else None
             watch = _Watch(denoiser, concept, settings, preview_every, latents)
@@ -210,8 +227,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                 interrupted, diverged = False, error
             tensors = to_file_keys(adapter, denoiser.file_keys())
             metadata = adapter_metadata(denoiser, concept, settings, watch.made)
+            vectors = to_embedding(adapter.tokens) if config.vectors else None
         if watch.made:
             save_adapter(path, tensors, metadata)
+            if embedding not in (None, path):
+                save_adapter(embedding, vectors, embedding_metadata(metadata))
             logger.info("the LoRA of %d steps is in %s", watch.made, path)
         if diverged is not None:
             kept = f"; the LoRA of the {watch.made} steps before is in {path}" if watch.made else ""
@@ -219,9 +239,11 @@ class AnchorTrainLoRA(io.ComfyNode):
         if interrupted:
             comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
-        lora = AdapterTensors(tensors, metadata)
-        model, clip = apply_adapter(model, lora, 1.0, clip)
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), str(path), clip)
+        lora = AdapterTensors(tensors, metadata, vectors)
+        if config.kind != NO_LAYERS:
+            model, clip = apply_adapter(model, lora, 1.0, clip)
+        word = config.token if embedding is None else embedding_word(embedding)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), str(path), clip, word)
 
 
 def _pictures(images, masks, references):
@@ -275,7 +297,7 @@ class _Watch:
     def _picture(self):
         from PIL import Image
 
-        if self.denoiser.adapter.config.text_encoder:
+        if self.denoiser.adapter.config.trains_text:
             self.subject = self.denoiser.encode_prompt(self.prompt, adapted=True)
         latents = self.denoiser.sample(
             [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=self.guidance

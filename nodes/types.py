@@ -20,11 +20,14 @@ OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, Adapt
 
 
 class AdapterTensors(dict[str, Tensor]):
-    """A LORA_MODEL that remembers the metadata of its file."""
+    """A LORA_MODEL that remembers the metadata of its file, and the token vectors that were trained with it."""
 
-    def __init__(self, tensors: dict[str, Tensor], metadata: dict[str, str]):
+    def __init__(
+        self, tensors: dict[str, Tensor], metadata: dict[str, str], embedding: dict[str, Tensor] | None = None
+    ):
         super().__init__(tensors)
         self.metadata = metadata
+        self.embedding = embedding
 
 
 def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:
@@ -42,8 +45,10 @@ def _input(field: Field, text: str | None, optional: bool) -> io.Input:
         return io.Boolean.Input(field.name, **options)
     if isinstance(field.default, int):
         return io.Int.Input(field.name, min=field.metadata.get("minimum", 1), max=100_000, **options)
+    if isinstance(field.default, str):
+        return io.String.Input(field.name, **options)
     lowest = field.metadata.get("minimum", 0.0 if "above" in field.metadata else -100.0)
-    step = 1e-6 if field.name == "learning_rate" else 0.05
+    step = 1e-6 if field.name.endswith("learning_rate") else 0.05
     return io.Float.Input(
         field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
     )

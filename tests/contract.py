@@ -183,13 +183,13 @@ def _owners(adapter: Adapter) -> list[str]:
     return [name for name in adapter.module_names for p in adapter.layer(name).parameters() if p.requires_grad]
 
 
-def check_text_encoder_adapter(denoiser: Denoiser, shape: Shape, layers: str = LAYERS) -> None:
+def check_text_encoder_adapter(denoiser: Denoiser, shape: Shape, layers: str = LAYERS, **options) -> None:
     """`adapted=True` goes through the text encoder's adapter with a graph; a plain prompt is the pretrained one's."""
     pooled = denoiser.encode_pooled([CONCEPT.class_prompt, ""])
     noisy, timesteps = draw(denoiser, shape, 1), times(denoiser, (0.5,))
     with torch.no_grad():
         before = denoiser.predict(noisy, timesteps, [denoiser.encode_prompt(CONCEPT.class_prompt)])
-    with attached(denoiser, layers, text_encoder=True) as adapter:
+    with attached(denoiser, layers, text_encoder=True, **options) as adapter:
         keys = denoiser.file_keys()
         text = [name for name in adapter.module_names if ":" in name]
         prefixes = {name.partition(":")[0] for name in text}
@@ -245,6 +245,36 @@ def check_objectives(denoiser: Denoiser, shape: Shape) -> None:
         else:
             assert not refused and len(history.losses) == 2 and moved, f"{name} does not train: {refused}"
             assert not needs_text or any(":" in key for key in moved), f"{name} does not reach the text encoder"
+
+
+def check_token_vectors(denoiser: Denoiser, shape: Shape, vectors: int = 2) -> None:
+    """Trained vectors count where a prompt has the token and is adapted; every other prompt is the pretrained one's."""
+    noisy, timesteps = draw(denoiser, shape, 1), times(denoiser, (0.5,))
+
+    def predict(prompt: str, adapted: bool = False) -> Tensor:
+        return denoiser.predict(noisy, timesteps, [denoiser.encode_prompt(prompt, adapted)])
+
+    with torch.no_grad():
+        before = [predict(prompt) for prompt in (CONCEPT.subject_prompt, CONCEPT.class_prompt)]
+    adapter = denoiser.attach(AdapterConfig(kind="none", vectors=vectors), seed=1)
+    try:
+        starts = list(adapter.tokens.vectors.values())
+        assert set(adapter.tokens.vectors) == set(denoiser.text_encoders)
+        assert all(len(part) == vectors and torch.equal(part[0], part[-1]) for part in starts)
+        if vectors == 1 and denoiser.prediction_type != "flow":  # T5 reads the prompt without the token
+            with torch.no_grad():
+                torch.testing.assert_close(predict(CONCEPT.subject_prompt, adapted=True), before[0], atol=1e-5, rtol=0)
+        stir(adapter)
+        with torch.no_grad():
+            plain = [predict(prompt) for prompt in (CONCEPT.subject_prompt, CONCEPT.class_prompt)]
+            assert all(map(torch.equal, plain, before)), "a plain prompt is not the pretrained encoder's"
+            assert torch.equal(predict(CONCEPT.class_prompt, adapted=True), before[1]), "prompts without it change"
+        adapted = predict(CONCEPT.subject_prompt, adapted=True)
+        assert not torch.allclose(adapted, before[0], atol=1e-5), "the vectors have no effect"
+        gradients = torch.autograd.grad(adapted.square().mean(), adapter.parameters())
+        assert all(row.any() for gradient in gradients for row in gradient), "a vector gets no gradient"
+    finally:
+        denoiser.detach()
 
 
 def check_memorises(denoiser: Denoiser, shape: Shape, layers: str = LAYERS) -> None:

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from anchor_core.adapter import KINDS, Adapter, AdapterConfig
-from anchor_core.adapter_file import adapter_metadata, attach_tensors, load_adapter, save_adapter, to_file_keys
+from anchor_core.adapter_file import attach_tensors, load_adapter, save_adapter, to_file_keys
 from anchor_core.adapter_formats import FORMATS, convert, convert_file
+from anchor_core.adapter_layers import is_leaf
+from anchor_core.adapter_metadata import adapter_metadata
 from anchor_core.adapter_names import dotted, to_diffusers, to_original
 from anchor_core.trainer import TrainSettings
 from tests import comfyui_server
@@ -38,13 +40,14 @@ class Blocks(nn.Module):
 class Bare:
     """What `attach_tensors` needs of a denoiser."""
 
-    def __init__(self, network: nn.Module, prefix: str = "", architecture: str = ""):
+    def __init__(self, network: nn.Module, prefix: str = "", architecture: str = "", everything: bool = False):
         self.network, self.architecture, self.adapter = network, architecture, None
-        kinds = (nn.Linear, nn.Conv2d)
-        self.shapes = {name: part.weight.shape for name, part in network.named_modules() if isinstance(part, kinds)}
+        kinds = nn.Module if everything else (nn.Linear, nn.Conv2d)
+        parts = {name: part for name, part in network.named_modules() if isinstance(part, kinds) and is_leaf(part)}
+        self.shapes = {name: part.weight.shape for name, part in parts.items()}
         self.keys = {name: f"{prefix}{name}" for name in self.shapes}
 
-    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors=None) -> Adapter:
         self.adapter = Adapter.attach({"": self.network}, config, seed, self.file_keys())
         return self.adapter
 
@@ -74,12 +77,15 @@ def inputs(module: nn.Module) -> torch.Tensor:
 
 
 def check_weights(adapter: Adapter, weights: dict[str, torch.Tensor], strength: float = 1.0) -> None:
-    """That each layer computes what its base module would with these weights."""
+    """That each layer computes what its base module would with these weights, and biases by `<name>.bias`."""
     for name in adapter.module_names:
         base = adapter.base_module(name)
         x = inputs(base)
         with torch.no_grad(), adapter.scaled(strength):
-            expected = torch.func.functional_call(base, {"weight": weights[name]}, x)
+            own = {"weight": weights[name]}
+            if f"{name}.bias" in weights:
+                own["bias"] = weights[f"{name}.bias"]
+            expected = torch.func.functional_call(base, own, x)
             assert (base(x) - expected).abs().max() > 1e-2
             torch.testing.assert_close(adapter.layer(name)(x), expected, atol=1e-4, rtol=1e-4)
 
@@ -109,11 +115,11 @@ def loha(weight, get):
     return get("alpha") / 4 * one * two
 
 
-def oft(weight, get):
+def diff(weight, get):
     return get("diff")
 
 
-FORMULAS = {"lora": lora, "dora": dora, "lokr": lokr, "loha": loha, "oft": oft}
+FORMULAS = {"lora": lora, "dora": dora, "lokr": lokr, "loha": loha, "oft": diff, "full": diff, "svdiff": diff}
 
 
 @pytest.mark.parametrize(("kind", "rank"), [*((kind, 4) for kind in KINDS), ("lokr", 2), ("oft", 2)])
@@ -125,6 +131,8 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
         weight = bare.adapter.base_module(name).weight.detach()
         change = FORMULAS[kind](weight, lambda part, name=name: tensors.get(f"diffusion_model.{name}.{part}"))
         weights[name] = weight + change.view(weight.shape)
+        if (bias := tensors.get(f"diffusion_model.{name}.diff_b")) is not None:
+            weights[f"{name}.bias"] = bare.adapter.base_module(name).bias.detach() + bias
     check_weights(bare.adapter, weights)
     again = Bare(blocks(), "diffusion_model.")
     attach_tensors(again, tensors)
@@ -134,6 +142,19 @@ def test_a_file_holds_the_weight_and_attaches_again(kind, rank, stir):
     attach_tensors(again, {key: tensor.bfloat16() for key, tensor in tensors.items()})
     assert all(parameter.dtype == torch.float32 for parameter in again.adapter.parameters())
     assert to_file_keys(again.adapter, again.file_keys()).keys() == tensors.keys() or kind == "lokr"
+
+
+def test_a_file_of_some_changes_leaves_the_other_parameters_as_they_are():
+    bare = Bare(blocks(), "diffusion_model.")
+    linear, change = bare.network.linear, torch.randn(16, 24)
+    attach_tensors(bare, {"diffusion_model.linear.diff": change})
+    x = inputs(linear)
+    with torch.no_grad():
+        torch.testing.assert_close(bare.network.linear(x), linear(x) + x @ change.T)
+    bare.detach()
+    with pytest.raises(ValueError, match="made for another model: these weights do not fit .* linear.weight is"):
+        attach_tensors(bare, {"diffusion_model.linear.diff": change[:, 1:]})
+    assert bare.network.linear is linear
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -196,7 +217,8 @@ def test_mixed_kinds_and_unknown_parts_are_one_line(stir):
         ({"lora_up.weight": (16, 4)}, "not a whole LoRA: diffusion_model.linear lacks lora_down.weight"),
         ({"lokr_w1": (4, 4), "lokr_w2_a": (4, 2)}, "not a whole LoRA: diffusion_model.linear lacks lokr_w2"),
         ({"hada_w1_a": (16, 4), "hada_w1_b": (4, 24)}, "not a whole LoRA: diffusion_model.linear lacks hada_w2"),
-        ({"diff": (16, 24)}, "no LoRA that can be read: diffusion_model.linear has diff alone"),
+        ({"alpha": ()}, "no LoRA that can be read: diffusion_model.linear has alpha alone"),
+        ({"diff": (16, 23)}, "made for another model: these weights do not fit .* linear.weight is"),
     ):
         with pytest.raises(ValueError, match=message):
             attach_tensors(bare, {f"diffusion_model.linear.{part}": torch.zeros(size) for part, size in parts.items()})
@@ -287,8 +309,12 @@ def test_comfyuis_stock_loader_makes_the_trained_weights_of_every_kind_and_forma
     for kind in KINDS:
         for rank in (4, 2) if kind in ("lokr", "oft") else (4,):
             bare = bares[f"{kind}{rank}"] = attached(kind, stir, rank=rank)
-            prefixes = {f"diffusion_model.{name}": name for name in bare.adapter.module_names}
-            base = {name: bare.adapter.base_module(name).weight.detach() for name in bare.adapter.module_names}
+            prefixes = {f"diffusion_model.{name}": f"{name}.weight" for name in bare.adapter.module_names}
+            base = {
+                f"{name}.{part}": tensor.detach()
+                for name in bare.adapter.module_names
+                for part, tensor in bare.adapter.base_module(name).named_parameters()
+            }
             (tmp_path / f"{kind}{rank}.json").write_text(json.dumps({"keys": prefixes}))
             save_file(base, tmp_path / f"{kind}{rank}.base.safetensors")
             save_adapter(tmp_path / f"{kind}{rank}.file.safetensors", to_file_keys(bare.adapter, bare.file_keys()), {})
@@ -307,7 +333,8 @@ def test_comfyuis_stock_loader_makes_the_trained_weights_of_every_kind_and_forma
     for stem, bare in bares.items():
         made = load_file(tmp_path / f"{stem}.out.safetensors")
         for strength in (1.0, 0.5):
-            weights = {name: made[f"{strength}/{name}"] for name in bare.adapter.module_names}
+            own = {name.partition("/")[2]: tensor for name, tensor in made.items() if name.startswith(f"{strength}/")}
+            weights = {name.removesuffix(".weight"): tensor for name, tensor in own.items()}
             check_weights(bare.adapter, weights, strength)
     for family in ("sd3", "flux"):
         base = load_file(tmp_path / f"{family}-diffusers.base.safetensors")
@@ -366,6 +393,42 @@ def test_a_fused_lora_splits_with_one_down_and_fuses_again(stir):
     again = convert(split, to="comfyui")
     assert again["diffusion_model.single_blocks.3.linear1.lora_down.weight"].shape == (4, 32)
     assert torch.equal(again["diffusion_model.single_blocks.3.linear1.lora_up.weight"], update)
+
+
+def test_changes_of_all_weights_of_sd3_are_those_of_its_checkpoint(stir):
+    from tests.single_files import _mmdit
+
+    network = transformer("sd3")
+    before = _mmdit(network)
+    bare = Bare(network, "transformer.", everything=True)
+    stir(bare.attach(AdapterConfig(kind="full", layers="everything")))
+    tensors = to_file_keys(bare.adapter, bare.file_keys())
+    changes = convert(tensors, {"modelspec.architecture": METADATA["sd3"]}, to="comfyui")
+    trained = {f"{n}.{p}": v for n in bare.adapter.module_names for p, v in bare.adapter.layer(n).trained.items()}
+    bare.detach()
+    network.load_state_dict(trained, strict=False)
+    after, names = _mmdit(network), {"weight": "diff", "bias": "diff_b"}
+    for key, tensor in after.items():
+        module, _, leaf = key.removeprefix("model.").rpartition(".")
+        if leaf != "pos_embed":  # which does not train
+            torch.testing.assert_close(changes.pop(f"{module}.{names[leaf]}"), tensor - before[key])
+    assert not changes
+
+
+def test_changes_of_a_fused_layer_of_flux_are_its_parts_one_below_the_other():
+    draw = torch.Generator().manual_seed(0)
+    block, parts = "transformer.single_transformer_blocks.3", ("attn.to_q", "attn.to_k", "proj_mlp")
+    diffs = {name: torch.randn(128 if name == "proj_mlp" else 32, 32, generator=draw) for name in parts}
+    tensors = {f"{block}.{name}.diff": tensor for name, tensor in diffs.items()}
+    tensors |= {f"{block}.{name}.diff_b": tensor[:, 0] for name, tensor in diffs.items()}
+    tensors |= {f"{block}.attn.norm_q.diff": torch.ones(8)}
+    made, original = convert(tensors, to="comfyui"), "diffusion_model.single_blocks.3"
+    rows = [diffs["attn.to_q"], diffs["attn.to_k"], torch.zeros(32, 32), diffs["proj_mlp"]]
+    assert torch.equal(made[f"{original}.linear1.diff"], torch.cat(rows))
+    assert torch.equal(made[f"{original}.linear1.diff_b"], torch.cat(rows)[:, 0])
+    assert torch.equal(made[f"{original}.norm.query_norm.diff"], torch.ones(8)) and len(made) == 3
+    with pytest.raises(ValueError, match="^to is 'diffusers', but this is a full file, and diffusers reads LoRA only"):
+        convert(tensors, to="diffusers")
 
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -405,6 +405,33 @@ def test_options_reach_the_training_and_the_file(server):
         assert metadata[f"anchor.{name}"] == str(given[name])
 
 
+def test_token_vectors_are_written_where_prompts_find_them(server):
+    tokens = {"vectors": 2, "initial": "star", "token_learning_rate": 0.1}
+    for name, options in (
+        ("word", {"kind": "none"}),
+        ("custom", {"kind": "full", "layer_pattern": "attn2", "detach_start": False}),
+    ):
+        prompt = with_options(server, {"name": name, "probe_every": 2}, **tokens | options)
+        prompt |= {"8": node("PreviewAny", source=["4", 6]), "9": node("PreviewAny", source=["4", 4])}
+        outputs = server.run(prompt)
+        (said,) = outputs["8"]["text"]
+        assert said == f"embedding:{name}_00001_"
+        file = server.base / "models/embeddings" / f"{name}_00001_.safetensors"
+        assert {key: len(tensor) for key, tensor in load_file(file).items()} == {"emb_params": 2}
+        assert outputs["9"]["text"] == [str(file)] or name == "custom"
+        drawn = []
+        for text in (f"a photo of a {said} star", "a photo of a sks star"):
+            picture = {"1": node("AnchorSandboxModel"), **sampling(["1", 0])}
+            picture["20"]["inputs"]["text"] = text
+            drawn.append(pixels(server.picture(server.run(picture)["24"])))
+        assert numpy.abs(drawn[0] - drawn[1]).max() > 1
+    assert newest_lora(server)[2].name == "custom_00001_.safetensors"
+    with pytest.raises(RuntimeError, match="semantic-anchor train --kind full"):
+        server.run(with_options(server, {}, kind="full", layer_pattern="."))
+    with pytest.raises(RuntimeError, match="token is 'zwx', but the subject prompt"):
+        server.run(with_options(server, {}, kind="none", vectors=1, token="zwx"))
+
+
 def test_a_training_is_resumed_from_its_checkpoints(server):
     server.run(with_options(server, {"name": "whole", "steps": 5}))
     whole = newest_lora(server)[0]

@@ -178,9 +178,9 @@ def test_class_diffusion_alone_brings_the_texts_together(eps_denoiser, latents, 
 
 def test_what_has_no_meaning_is_refused_before_the_first_step(eps_denoiser, latents, concept, tmp_path, capsys):
     with pytest.raises(ValueError, match="^objective is 'sude'.*flow model has none; take anchor"):
-        make_objective("sude").check("flow", trains_text=True)
-    make_objective("sude", sude_weight=0).check("flow", trains_text=False)
-    make_objective("class_diffusion", semantic_weight=0).check("flow", trains_text=False)
+        make_objective("sude").check("flow")
+    make_objective("sude", sude_weight=0).check("flow")
+    make_objective("class_diffusion", semantic_weight=0).check("flow")
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     before = adapter.state_dict()
     with pytest.raises(ValueError, match="^objective is 'class_diffusion'.*set text_encoder"):

@@ -6,7 +6,7 @@ holds the very parameters, modules and flags that it held before, also when the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,10 +21,12 @@ import comfy.utils
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, AdapterConfig
+from ..adapter import KINDS, Adapter, AdapterConfig
 from ..checks import check_count, check_number
+from ..tokens import start_vectors
 from . import comfyui_families as families
 from .comfyui_apply import apply_adapter
+from .comfyui_tokens import tokenize, word_ids
 from .comfyui_weights import TrainableWeights, check_trainable
 
 __all__ = ["ComfyCondition", "ComfyDenoiser", "apply_adapter"]
@@ -123,8 +125,11 @@ class ComfyDenoiser:
 
     # --- the adapter ------------------------------------------------------------------------------------------
 
-    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors: Mapping[str, Tensor] | None = None) -> Adapter:
         """Inject a new adapter into the network; call inside the `with` block.
+
+        Args:
+            vectors: what the token vectors start from instead of `config.initial`, (count, width) by text encoder.
 
         Raises:
             ValueError: there is one already, or `config` asks for what this model cannot have.
@@ -134,26 +139,34 @@ class ComfyDenoiser:
         if self.adapter is not None:
             raise ValueError("the denoiser already has an adapter; detach it first")
         networks = {"": self.network}
-        if config.text_encoder:
-            networks |= self._text_encoders_to_train()
+        if config.trains_text:
+            encoders = self._text_encoders_to_train()
+            networks |= encoders if config.text_encoder else {}
+        if config.vectors and vectors is None:
+            word, tokenizers = config.initial or config.token, families.text_tokenizers(self.clip, self.network)
+            read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
+            vectors = start_vectors(word, config.vectors, read)
         layers = (m for net in networks.values() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-        if config.kind in ("dora", "oft") and not all(families.holds_its_weight(m, self.device) for m in layers):
+        reads_weights = config.kind in KINDS and KINDS[config.kind].reads_weights
+        if reads_weights and not all(families.holds_its_weight(m, self.device) for m in layers):
             raise ValueError(
                 f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
                 "the device; take lora, lokr or loha"
             )
-        self.adapter = Adapter.attach(networks, config, seed, self.file_keys())
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         for name in self.adapter.module_names:  # peft puts parameters where the weight is, which may be offloaded
             device = self.clip.patcher.load_device if ":" in name else self.device
             for parameter in self.adapter.layer(name).parameters():
                 if parameter.requires_grad:
                     parameter.data = parameter.data.to(device)
+        for parameter in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
+            parameter.data = parameter.data.to(self.clip.patcher.load_device)
         return self.adapter
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
         """The text encoders, loaded beside the network from now on."""
         if not self.text_encoders:
-            raise ValueError("text_encoder is True, but this model's text encoder is no CLIP; leave it off")
+            raise ValueError("text_encoder or vectors is set, but this model's text encoder is no CLIP; leave both off")
         check_trainable(self.clip.patcher)
         self._weights.restore()
         self._weights = TrainableWeights(self.model, self.clip.patcher)
@@ -205,7 +218,9 @@ class ComfyDenoiser:
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
         """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
-        tokens = [self.clip.tokenize(prompt) for prompt in prompts]
+        vectors = self.adapter.tokens if adapted and self.adapter is not None else None
+        tokenizers = families.text_tokenizers(self.clip, self.network)
+        tokens = [tokenize(self.clip, prompt, vectors, tokenizers) for prompt in prompts]
         held = adapted and self.adapter is not None and self.adapter.config.trains_text
         with nullcontext() if held else self._weights.released():
             schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]

@@ -9,6 +9,8 @@ import comfy.lora_convert
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
+from ..tokens import is_embedding
+
 TEXT_PREFIXES = ("lora_te", "text_encoder")
 
 
@@ -21,6 +23,8 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float, clip=No
         ValueError: the LoRA was made for another model, which the stock loader only logs; or it adapts the text encoder
             as well, and there is no CLIP.
     """
+    if is_embedding(tensors):
+        raise ValueError("this is an embedding; put its file among the embeddings and write embedding:name in a prompt")
     if clip is None and any(key.startswith(TEXT_PREFIXES) for key in tensors):
         raise ValueError("clip is not connected, but this LoRA adapts the text encoder too; connect the model's CLIP")
     keys = comfy.lora.model_lora_keys_unet(model.model, {})

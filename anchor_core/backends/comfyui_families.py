@@ -17,7 +17,11 @@ from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.ldm.wan.model import WanModel
+from comfy.sd1_clip import SDTokenizer
 from torch import Tensor, nn
+
+from ..adapter import AdapterConfig
+from ..adapter_layers import selected_modules
 
 ARCHITECTURES = {
     comfy.model_base.SDXL: "stable-diffusion-xl-v1-base",
@@ -92,13 +96,24 @@ def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
 
 def text_encoders(clip, network: nn.Module) -> dict[str, nn.Module]:
     """A CLIP's CLIP models by their prefix in files: `te` for SD1 and SD2; `te1`, `te2` for others; never a T5."""
+    return {
+        prefix: getattr(clip.cond_stage_model, name).transformer for prefix, name in _clip_names(clip, network).items()
+    }
+
+
+def text_tokenizers(clip, network: nn.Module) -> dict[str, tuple[str, SDTokenizer]]:
+    """As `text_encoders`: what each one's tokens are called among those of a prompt, and its tokenizer."""
+    names = _clip_names(clip, network)
+    return {prefix: (name.removeprefix("clip_"), getattr(clip.tokenizer, name)) for prefix, name in names.items()}
+
+
+def _clip_names(clip, network: nn.Module) -> dict[str, str]:
     held = getattr(clip, "cond_stage_model", None)
-    found = {name: getattr(held, name, None) for name in ("clip_l", "clip_h", "clip_g")}
-    found = {name: encoder.transformer for name, encoder in found.items() if encoder is not None}
+    found = [name for name in ("clip_l", "clip_h", "clip_g") if getattr(held, name, None) is not None]
     # The stock LoraLoader calls a single one `te`, but takes Flux's for `te1` as well, as it is called elsewhere.
     if len(found) == 1 and (isinstance(network, UNetModel) or "clip_g" in found):
-        return {"te": next(iter(found.values()))}
-    return {f"te{number}": encoder for number, encoder in enumerate(found.values(), 1)}
+        return {"te": found[0]}
+    return {f"te{number}": name for number, name in enumerate(found, 1)}
 
 
 @contextmanager
@@ -147,3 +162,21 @@ def holds_its_weight(layer: nn.Module, device: torch.device) -> bool:
     """Whether the tensor that a layer holds is its weight: no fp8, on the device, with every LoRA patched in."""
     patched = getattr(layer, "weight_function", ())
     return not patched and layer.weight.dtype.itemsize > 1 and layer.weight.device.type == device.type
+
+
+def check_size(config: AdapterConfig, network: nn.Module) -> None:
+    """ValueError if `config` fine-tunes most of the network, which does not fit beside what ComfyUI keeps in memory."""
+    if config.kind != "full":
+        return
+    modules = [network.get_submodule(name) for name in selected_modules(network, config.layers, norms=True)]
+    share = sum(map(_size, modules)) / _size(network)
+    if share > 0.5:
+        raise ValueError(
+            f"kind is 'full', which with layers {config.layers!r} trains {share:.0%} of the network: a float32 copy, "
+            "its gradient and two averages do not fit beside what ComfyUI holds; take layers cross_attention_kv, or "
+            "run `semantic-anchor train --kind full`"
+        )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

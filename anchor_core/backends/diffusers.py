@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
+from ..adapter_layers import is_leaf
 from ..checks import check_count, check_number
 from ..denoiser import Condition
+from ..tokens import start_vectors
 from .diffusers_families import TextEncoder, family_of
 from .diffusers_load import open_pipeline
 
@@ -170,17 +173,34 @@ class DiffusersDenoiser:
         Raises:
             ValueError: if they are being trained.
         """
-        if self.adapter is not None and any(":" in name for name in self.adapter.module_names):
+        if self.adapter is not None and self.adapter.config.trains_text:
             raise ValueError("the text encoders have an adapter; detach it before they are released")
         self.text_encoder = None
         self._family.encoders = ()
 
     def encode_prompt(self, prompt: str, adapted: bool = False) -> Condition:
-        """One prompt to one condition, by the pretrained text encoders; with their adapter and a graph if `adapted`."""
+        """One prompt to one condition, by the pretrained text encoders; with their adapter and a graph if `adapted`.
+
+        The adapter's token vectors then stand where the prompt has its token.
+        """
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r}, but it takes a text")
         with self._encoding(adapted):
             return self._family.encode(prompt)
+
+    @contextmanager
+    def _encoding(self, adapted: bool) -> Iterator[None]:
+        """The text encoders as pretrained and without a graph; or with their adapter and its token vectors."""
+        if not self._family.encoders:
+            raise ValueError("the text encoders were released; encode every prompt before")
+        tokens = self.adapter.tokens if adapted and self.adapter is not None else None
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(adapted and torch.is_grad_enabled()))
+            stack.enter_context(self._switched(adapted))
+            for encoder, prefix in zip_longest(self._family.encoders, self._family.text_prefixes):
+                if encoder is not None:
+                    stack.enter_context(encoder.reading(tokens, prefix))
+            yield
 
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         return [self.encode_prompt(prompt, adapted) for prompt in prompts]
@@ -191,14 +211,6 @@ class DiffusersDenoiser:
             clips = self._family.encoders[: len(self._family.text_prefixes)]
             rows = [[nn.functional.normalize(clip.pooled(prompt), dim=-1) for clip in clips] for prompt in prompts]
         return torch.stack([torch.cat(row) for row in rows])
-
-    @contextmanager
-    def _encoding(self, adapted: bool) -> Iterator[None]:
-        """The text encoders as a prompt is encoded: pretrained, or with their adapter and a graph."""
-        if not self._family.encoders:
-            raise ValueError("the text encoders were released; encode every prompt before")
-        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()), self._switched(adapted):
-            yield
 
     @property
     def token_limit(self) -> int:
@@ -305,10 +317,24 @@ class DiffusersDenoiser:
 
     # The adapter
 
-    def attach(self, config: AdapterConfig, seed: int = 0) -> Adapter:
-        """Attach an adapter of zero effect; ValueError if there is one already."""
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors: Mapping[str, Tensor] | None = None) -> Adapter:
+        """Attach an adapter of zero effect, but for token vectors whose start is another word.
+
+        Args:
+            vectors: what the token vectors start from instead of `config.initial`, (count, width) by text encoder.
+
+        Raises:
+            ValueError: if there is one already, or `config` asks for what this model cannot have.
+        """
+        if config.trains_text and not self._family.encoders:
+            raise ValueError("text_encoder or vectors is set, but the text encoders were released; attach before that")
         networks = {"": self.network, **(self.text_encoders if config.text_encoder else {})}
-        self.adapter = Adapter.attach(networks, config, seed, self.file_keys())
+        if config.vectors and vectors is None:
+            word = config.initial or config.token
+            pairs = zip(self._family.text_prefixes, self._family.encoders)
+            read = {key: (e.tokenizer(word, add_special_tokens=False).input_ids, e.model) for key, e in pairs}
+            vectors = start_vectors(word, config.vectors, read)
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         return self.adapter
 
     def detach(self) -> None:
@@ -321,7 +347,7 @@ class DiffusersDenoiser:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
     def file_keys(self) -> dict[str, str]:
-        """Module name to its prefix in adapter files, for every linear and convolution module.
+        """Module name to its prefix in adapter files, for every linear, convolution and norm module.
 
         Modules of a text encoder that can be adapted are there too, under `te1:<name>`.
         """
@@ -332,7 +358,7 @@ class DiffusersDenoiser:
         return keys
 
     def _layers(self, prefix: str, network: nn.Module) -> list[str]:
-        """Names of a network's own linear and convolution modules, in its order, whether adapted or not."""
+        """Names of a network's own modules that hold parameters alone, in its order, whether adapted or not."""
         adapted = self.adapter.module_names if self.adapter is not None else ()
         own = {name.removeprefix(prefix) for name in adapted if name.startswith(prefix)}
         names, wrapper = [], None
@@ -341,6 +367,6 @@ class DiffusersDenoiser:
                 names.append(name)
                 wrapper = f"{name}."
             # The parts of an adapted module are not the network's own.
-            elif isinstance(module, (nn.Linear, nn.Conv2d)) and not (wrapper and name.startswith(wrapper)):
+            elif is_leaf(module) and not (wrapper and name.startswith(wrapper)):
                 names.append(name)
         return names

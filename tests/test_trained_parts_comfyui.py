@@ -1,0 +1,35 @@
+"""What ComfyUI's backend trains besides LoRAs, in a real ComfyUI (`comfyui_parts.py`); skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from anchor_core.sandbox.model import WEIGHTS
+from tests import comfyui_server
+
+found = comfyui_server.find()
+pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
+
+CHECKS = ("tokens", "embedding_file", "stock_loader", "untouched", "refusals", "tokenizers")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("parts")
+    comfyui, python = found
+    script = Path(__file__).with_name("comfyui_parts.py")
+    command = [str(part) for part in (python, script, comfyui, comfyui_server.ROOT, WEIGHTS, folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "results.json").read_text())
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_parts(results, check):
+    assert not results[f"check_{check}"], results[f"check_{check}"]
