@@ -40,6 +40,7 @@ from .adapter_formats import (
     with_stated_alphas,
 )
 from .adapter_kinds import NAME
+from .checkpoint import read_adapter
 
 if TYPE_CHECKING:
     from .data import Concept
@@ -285,6 +286,24 @@ def attach_file(denoiser: Any, path: str | Path) -> tuple[Adapter, dict[str, str
         return attach_tensors(denoiser, tensors, metadata), metadata
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_early(denoiser: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights of an early checkpoint, for `Adapter.hold_early`: of an adapter file, or a checkpoint of a training.
+
+    Args:
+        denoiser: without an adapter; it is as before afterwards.
+
+    Raises:
+        ValueError: if the file cannot be read, or was made for another model.
+    """
+    if Path(path).suffix == ".ckpt":
+        return read_adapter(path)
+    adapter, _ = attach_file(denoiser, path)
+    try:
+        return adapter.state_dict()
+    finally:
+        denoiser.detach()
 
 
 def save_trained(

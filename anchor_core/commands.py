@@ -7,7 +7,7 @@ import tempfile
 import threading
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -168,39 +168,88 @@ def sample(options: Namespace) -> None:
     import torch
 
     from . import report
-    from .adapter_file import attach_file
+    from .adapter_file import attach_file, read_early
+    from .guidance import CLASS, NULL, SUBJECT
 
     check_count("steps", options.steps)
     check_count("count", options.count)
     if options.guidance is not None:
         check_number("guidance", options.guidance, minimum=0)
     check_number("strength", options.strength)
+    rule = _rule(options)
+    if options.early and not options.adapter:
+        raise ValueError("--early: it is an early checkpoint of the adapter; give --adapter too")
     out = _check_writable(options.out)
     denoiser = _open_model(options)
+    early = read_early(denoiser, options.early) if options.early else None
     adapter, metadata = attach_file(denoiser, options.adapter) if options.adapter else (None, {})
+    if early is not None:
+        adapter.hold_early(early)
     if options.guidance is None:
         options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
+    reads_class = rule is not None and CLASS in rule.branches
+    class_prompts = _class_prompts(options, metadata) if reads_class else [None] * len(options.prompt)
+    denoiser.rule_steps(rule, reads_class)  # refuses a rule that does not go with the model
     side = _resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)
-    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
-    noise = torch.randn((len(prompts), *shape), generator=generator)
-    negative = denoiser.encode_prompt("")
+    wanted = [pair for pair in zip(options.prompt, class_prompts) for _ in range(options.count)]
+    noise = torch.randn((len(wanted), *shape), generator=generator)
+    trains_text = adapter is not None and adapter.config.trains_text
+
+    def encode(branch, texts):
+        with adapter.scaled(branch.strength, branch.early) if trains_text else nullcontext():
+            return [denoiser.encode_prompt(texts[branch.prompt], trains_text)]
+
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for i, prompt in enumerate(prompts):
-        sampling = {"steps": options.steps, "guidance": options.guidance}
-        condition = [denoiser.encode_prompt(prompt)]
-        if adapter is None:
-            latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
-        else:
-            with adapter.scaled(options.strength):
-                latents = denoiser.sample(condition, negative, noise[i : i + 1], **sampling)
-        files.append({"file": f"{i:03}.png", "prompt": prompt})
+    for i, (prompt, class_prompt) in enumerate(wanted):
+        texts = {"subject": prompt, "class": class_prompt, "null": ""}
+        sampling = {"steps": options.steps, "guidance": options.guidance, "rule": rule}
+        with nullcontext() if adapter is None else adapter.scaled(options.strength):
+            if reads_class:
+                sampling["class_"] = encode(CLASS, texts)
+            if rule is not None and trains_text:
+                sampling["encoded"] = {branch: encode(branch, texts) for branch in rule.branches}
+            negative = encode(NULL, texts)[0]
+            latents = denoiser.sample(encode(SUBJECT, texts), negative, noise[i : i + 1], **sampling)
+        files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if reads_class else {}))
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
-    settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "seed")}
+    settings = {k: getattr(options, k) for k in ("model", "adapter", "strength", "steps", "guidance", "early", "seed")}
+    settings["rule"] = None if rule is None else {"name": rule.name, **asdict(rule)}
     report.write_json(out / "report.json", {"pictures": files, **settings})
     print(f"{len(files)} pictures in {out}")
+
+
+def _rule(options: Namespace):
+    """The guidance rule of the options; None where none is given."""
+    from .guidance import CLASS, RULE_OPTIONS, make_rule
+
+    given = {name: getattr(options, name) for name in RULE_OPTIONS if getattr(options, name) is not None}
+    if "early" in given:
+        given["early"] = True  # the option is the file
+    rule = make_rule(options.rule or "cfg", **given) if options.rule or given else None
+    if options.class_prompt and (rule is None or CLASS not in rule.branches):
+        raise ValueError(f"--class: rule {rule.name if rule else 'cfg'!r} reads no class prompt; leave it out")
+    return rule
+
+
+def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
+    """The class prompt of each prompt: as given, or by the two prompts that the adapter was trained on."""
+    from .captions import Concept
+
+    if options.class_prompt:
+        if len(options.class_prompt) != len(options.prompt):
+            raise ValueError(
+                f"--class: given {len(options.class_prompt)} times for {len(options.prompt)} prompts; give one for each"
+            )
+        return options.class_prompt
+    trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
+    if None in trained:
+        raise ValueError(
+            f"--class: rule {options.rule!r} reads class prompts, and no adapter says its own; give one a prompt"
+        )
+    return [Concept(*trained).class_of(prompt, "prompt") for prompt in options.prompt]
 
 
 def inspect(options: Namespace) -> None:
