@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_kinds import KINDS, NAME
 from .adapter_layers import LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
-from .adapter_strength import Blend
+from .adapter_strength import Blend, EarlyWeights
 from .checks import check_count, check_number, check_options, option
 
 __all__ = ["KINDS", "LAYERS", "Adapter", "AdapterConfig", "exact_layers", "matching_modules"]
@@ -86,7 +86,7 @@ class Adapter:
         self._layers = layers
         self._were_trainable = frozen
         self._enabled = True
-        self._early: dict[str, dict[str, Any]] | None = None
+        self._early: EarlyWeights | None = None
         self._strength: float | Tensor = 1.0
         self._early_rows: bool | Tensor = False
         self._blends: list[Blend] = []
@@ -233,47 +233,21 @@ class Adapter:
             self._blends.pop().remove()
         rows = early.nonzero().flatten() if isinstance(early, Tensor) else early
         if isinstance(strength, Tensor) or strength != 1 or early is not False:
-            self._blends = [Blend(name, layer, strength, rows, self._exchanged) for name, layer in self._layers.items()]
+            layers = self._layers.items()
+            self._blends = [Blend(name, layer, strength, rows, self._early) for name, layer in layers]
 
-    def hold_early(self, state: Mapping[str, Tensor] | None) -> None:
-        """Hold the weights of an early checkpoint of this adapter, a `state_dict()`, for `scaled`; None lets them go.
+    def hold_early(self, state: Mapping[str, Tensor]) -> None:
+        """Hold the weights of an early checkpoint of this adapter, a `state_dict()`, for `scaled`.
 
         Raises:
             ValueError: if names or shapes differ from the adapter's own.
         """
-        self._early = None
-        if state is None:
-            return
         self._check_fits(state, "the early checkpoint does not fit the attached adapter")
-        held: dict[str, dict[str, Any]] = {}
-        with torch.inference_mode(False):
-            for name, layer in self._layers.items():
-                factors = self._kind.factors(layer)
-                held[name] = {part: state[f"{name}.{part}"].to(factor, copy=True) for part, factor in factors}
-                if self._kind.alpha:
-                    held[name]["scaling"] = float(state[f"{name}.alpha"]) / layer.r[NAME]
-        self._early = held
+        self._early = EarlyWeights(self._kind, self._layers, state)
 
     @property
     def holds_early(self) -> bool:
-        """Whether an early checkpoint is held."""
         return self._early is not None
-
-    @contextmanager
-    def _exchanged(self, name: str) -> Iterator[None]:
-        """One layer with the early checkpoint's weights while it is open."""
-        self._exchange(name)
-        try:
-            yield
-        finally:
-            self._exchange(name)
-
-    def _exchange(self, name: str) -> None:
-        layer, held = self._layers[name], self._early[name]
-        for part, factor in self._kind.factors(layer):
-            factor.data, held[part] = held[part], factor.data
-        if self._kind.alpha:
-            layer.scaling[NAME], held["scaling"] = held["scaling"], layer.scaling[NAME]
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
