@@ -48,7 +48,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     aliases = {"subject_prompt": "subject", "class_prompt": "class", "picture": "references", "checkpoint": "out"}
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
-    known |= {"rule", *RULE_OPTIONS}
+    known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 

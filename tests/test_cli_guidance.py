@@ -7,13 +7,15 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from anchor_core import cli
 from anchor_core.adapter import AdapterConfig
-from anchor_core.adapter_file import save_adapter, to_file_keys
+from anchor_core.adapter_file import attach_file, save_adapter, to_file_keys
 from anchor_core.backends.diffusers import DiffusersDenoiser
-from anchor_core.guidance import RULES, Personalization
+from anchor_core.guidance import RULES, SUBJECT, Branch, Personalization, make_rule
+from anchor_core.report import as_picture
 from anchor_core.sandbox.model import WEIGHTS
 from tests.contract import stir
 
@@ -22,11 +24,16 @@ PROMPTS = {"anchor.subject_prompt": "a photo of a sks star", "anchor.class_promp
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Adapters of the embedded model: `late`, with its prompts, `early`, and `other`, of other layers."""
+    """Adapters of the embedded model: `late`, with its prompts, `early`, `other`, of other layers, and `text`."""
     denoiser, folder = DiffusersDenoiser.from_pretrained(WEIGHTS), tmp_path_factory.mktemp("adapters")
-    cases = {"late": ("attention", 0.1, PROMPTS), "early": ("attention", 0.05, {}), "other": ("attn2", 0.1, {})}
-    for name, (layers, size, metadata) in cases.items():
-        adapter = denoiser.attach(AdapterConfig(rank=4, layers=layers))
+    cases = {
+        "late": ("attention", 0.1, PROMPTS, False),
+        "early": ("attention", 0.05, {}, False),
+        "other": ("attn2", 0.1, {}, False),
+        "text": ("attention", 0.1, {}, True),
+    }
+    for name, (layers, size, metadata, text_encoder) in cases.items():
+        adapter = denoiser.attach(AdapterConfig(rank=4, layers=layers, text_encoder=text_encoder))
         stir(adapter, size)
         save_adapter(folder / f"{name}.safetensors", to_file_keys(adapter, denoiser.file_keys()), metadata)
         denoiser.detach()
@@ -79,6 +86,23 @@ def test_the_weak_model_is_an_early_checkpoint(sample, files):
     assert report["rule"]["early"] is True and report["early"] == files["early"]
 
 
+def test_a_trained_text_encoder_reads_the_prompts(files, sample):
+    drawn, _ = sample("--adapter", files["text"], "--rule", "personalization", "--weak", "0.3", "--strength", "0.8")
+    denoiser = DiffusersDenoiser.from_pretrained(WEIGHTS)
+    adapter, _ = attach_file(denoiser, files["text"])
+    conditions = {}
+    for strength, branch, prompt in ((0.8, SUBJECT, "a photo of a sks star"), (0.24, Branch("null", 0.3), "")):
+        with adapter.scaled(strength):
+            conditions[branch] = [denoiser.encode_prompt(prompt, adapted=True)]
+    noise = torch.randn((1, *denoiser.latent_shape(64, 64)), generator=torch.Generator().manual_seed(0))
+    rule = make_rule("personalization", weak=0.3)
+    with adapter.scaled(0.8):
+        latents = denoiser.sample(
+            conditions[SUBJECT], None, noise, steps=3, guidance=5.0, rule=rule, encoded=conditions
+        )  # fmt: skip
+    assert same(drawn, as_picture(denoiser.decode_latents(latents)[0]).astype(int))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -88,7 +112,7 @@ def test_the_weak_model_is_an_early_checkpoint(sample, files):
         (["--rule", "personalization", "--class", "a star"], "--class: rule 'personalization' reads no class prompt"),
         (["--rule", "mixed", "--class", "a star", "--class", "a dog"], "--class: given 2 times for 1 prompts"),
         (["--rule", "mixed", "--adapter", "early"], "--class: rule 'mixed' reads class prompts"),
-        (["--rule", "mixed", "--prompt", "a star"], "prompt is 'a star', which does not name the subject"),
+        (["--rule", "mixed", "--prompt", "a star"], "--prompt: prompt is 'a star', which does not name the subject"),
         (["--rule", "autoguidance", "--early", "other"], "the early checkpoint does not fit the attached adapter"),
         (["--rule", "autoguidance", "--early", "nowhere"], "nowhere is not a readable safetensors file"),
         (["--rule", "autoguidance", "--early", "early", "--adapter", ""], "--early: it is an early checkpoint of"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..adapter import Adapter, AdapterConfig
 from ..checks import check_count, check_number
 from ..denoiser import Condition
-from ..guidance import Branch, ClassifierFree, Rule, guide
+from ..guidance import Branch, ClassifierFree, Rule
 from .diffusers_families import TextEncoder, family_of
 from .diffusers_guidance import RuleSteps
 from .diffusers_load import open_pipeline
@@ -325,16 +324,13 @@ class DiffusersDenoiser:
         prompts = {"subject": conditions, "class": class_, "null": [negative] * len(noise)}
         sampler = self._noise.sampler(steps, latents[0, 0].numel() // self._family.patch**2)
 
-        def run(latents: Tensor, timestep: Tensor, branches: list[Branch]) -> Tensor:
-            wanted = [each for branch in branches for each in encoded.get(branch, prompts[branch.prompt])]
-            times = timestep.to(self.device).expand(len(wanted))
-            return self._predict(latents.repeat(len(branches), 1, 1, 1), times, wanted, SAMPLING_GUIDANCE)
-
         for i, timestep in enumerate(sampler.timesteps):
-            table, scale, predictions, mask = rule_steps.predict(
-                i, len(sampler.timesteps), guidance, latents, partial(run, latents, timestep)
-            )
-            latents = sampler.step(guide(table, predictions, scale, mask), timestep, latents).prev_sample
+            with rule_steps.step(i, len(sampler.timesteps), guidance, latents) as step:
+                wanted = [each for branch in step.branches for each in encoded.get(branch, prompts[branch.prompt])]
+                times = timestep.to(self.device).expand(len(wanted))
+                rows = latents.repeat(len(step.branches), 1, 1, 1)
+                output = self._predict(rows, times, wanted, SAMPLING_GUIDANCE)
+            latents = sampler.step(step.guided(output), timestep, latents).prev_sample
         return latents
 
     @property

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
-from ..guidance import CLASS, SUBJECT, Branch, Rule, Table
+from ..guidance import CLASS, SUBJECT, Branch, Rule, Table, guide
 from .diffusers_families import family_of
 from .diffusers_masks import ClassWordMaps, cross_attentions
 
@@ -46,39 +46,60 @@ class RuleSteps:
                 "joins picture and text; take another rule"
             )
 
-    def predict(
-        self, step: int, steps: int, scale: float, latents: Tensor, run: Callable[[list[Branch]], Tensor]
-    ) -> tuple[Table, float, dict[Branch, Tensor], Tensor | None]:
-        """One step's table, its scale, the predictions (B, C, h, w) of its branches, and its mask.
+    @contextmanager
+    def step(self, index: int, steps: int, scale: float, latents: Tensor) -> Iterator[RuleStep]:
+        """One step; while it is open, the network runs its branches, one after the other in one batch.
 
         Args:
-            step: from 0, the noisiest, of `steps`.
-            latents: (B, C, h, w).
-            run: gives the predictions of these branches, one after the other in one batch, (branches B, C, h, w).
+            index: from 0, the noisiest, of `steps`.
+            latents: (B, C, h, w) of one branch.
         """
-        table, scale = self.rule.table(step, steps), self.rule.scale_at(step, steps, scale)
-        branches, rows = table.branches(scale), len(latents)
-        maps = None
+        step = RuleStep(self.rule.table(index, steps), self.rule.scale_at(index, steps, scale), latents.shape)
+        rows, branches = len(latents), step.branches
         with ExitStack() as stack:
             if any(branch.strength != 1 or branch.early for branch in branches):
                 strengths, early = (
-                    torch.tensor([getattr(branch, name) for branch in branches], device=latents.device)
+                    torch.tensor([getattr(branch, name) for branch in branches for _ in range(rows)]).to(latents.device)
                     for name in ("strength", "early")
                 )
-                early = early.repeat_interleave(rows) if any(branch.early for branch in branches) else False
-                stack.enter_context(self.adapter.scaled(strengths.repeat_interleave(rows), early))
+                only_late = not any(branch.early for branch in branches)
+                stack.enter_context(self.adapter.scaled(strengths, False if only_late else early))
             # After the strengths, so that the maps are those of the blended layers.
-            if table.outside is not None and {SUBJECT, CLASS} <= set(branches):
-                maps = ClassWordMaps(*(_rows(branches.index(branch), rows) for branch in (SUBJECT, CLASS)))
-                stack.enter_context(maps.reading(self.network))
-            output = run(branches)
-        predictions = dict(zip(branches, output.chunk(len(branches))))
-        mask = None if maps is None else maps.mask(*latents.shape[-2:], table.quantile)
-        return table, scale, predictions, mask
+            if step.maps is not None:
+                stack.enter_context(step.maps.reading(self.network))
+            yield step
 
 
-def _rows(index: int, rows: int) -> slice:
-    return slice(index * rows, (index + 1) * rows)
+class RuleStep:
+    """One step by a rule.
+
+    Args:
+        table, scale: of the rule at this step.
+        shape: (B, C, h, w) of the latents of one branch.
+    """
+
+    def __init__(self, table: Table, scale: float, shape: Sequence[int]):
+        self.table, self.scale, self.shape = table, scale, shape
+        self.branches = table.branches(scale)
+        self.maps: ClassWordMaps | None = None
+        if table.outside is not None and {SUBJECT, CLASS} <= set(self.branches):
+            starts = (self.branches.index(branch) * shape[0] for branch in (SUBJECT, CLASS))
+            self.maps = ClassWordMaps(*(slice(start, start + shape[0]) for start in starts))
+
+    def _predictions(self, output: Tensor) -> tuple[dict[Branch, Tensor], Tensor | None]:
+        mask = None if self.maps is None else self.maps.mask(*self.shape[-2:], self.table.quantile)
+        return dict(zip(self.branches, output.chunk(len(self.branches)))), mask
+
+    def guided(self, output: Tensor) -> Tensor:
+        """The guided prediction (B, C, h, w) of the network's output, (branches B, C, h, w)."""
+        predictions, mask = self._predictions(output)
+        return guide(self.table, predictions, self.scale, mask)
+
+    def pair(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The predictions (B, C, h, w) to lead away from and towards; both the latter at a scale of 1."""
+        predictions, mask = self._predictions(output)
+        towards = self.table.conditional(predictions, mask)
+        return towards if self.scale == 1 else predictions[self.table.away], towards
 
 
 @contextmanager
@@ -93,11 +114,13 @@ def guided(
 
     Everything else is the pipeline's: its options, its schedulers, its prompts, which are the subject's. A pipeline
     that guides runs two predictions, away and towards, and combines them itself; the rule makes these two of its
-    branches. At a scale of at most 1 a pipeline does not guide, and gets the rule's conditional prediction.
+    branches. At a scale of at most 1 a pipeline does not guide, and gets the rule's conditional prediction. The steps
+    that a rule counts are the noise levels of the scheduler, also where a pipeline starts or ends in between.
 
     Args:
         pipeline: a text-to-image pipeline of SD1.x, SD2.x, SDXL or SD3, or a variant that calls its network alike.
-        adapter: attached to the pipeline's own network; by default the LoRA that the pipeline itself has loaded.
+        adapter: attached to the pipeline's own network (`DiffusersDenoiser.from_pipeline`); by default whatever LoRA
+            the network has, such as the pipeline's `load_lora_weights` gave it. Early checkpoints are held by it.
         class_prompt: for rules that take the class prompt: one for all prompts, one for each, or a function that makes
             it of the prompt (`Concept.class_of`).
 
@@ -118,37 +141,26 @@ def guided(
     if adapter is not None and adapter.networks.get("") is not network:
         raise ValueError("adapter is attached to another network than the pipeline's; attach it to the pipeline's own")
     engine = _Pipeline(pipeline, network, RuleSteps(rule, network, adapter, class_prompt is not None), class_prompt)
-    with _replaced(network, "forward", engine.forward), _replaced(pipeline, "encode_prompt", engine.encode_prompt):
+    with engine.open_step, ExitStack() as stack:
+        # Not the network's `forward`, which offloading replaces.
+        stack.callback(network.register_forward_pre_hook(engine.before, with_kwargs=True).remove)
+        stack.callback(network.register_forward_hook(engine.after).remove)
+        stack.callback(delattr, pipeline, "encode_prompt")
+        pipeline.encode_prompt = engine.encode_prompt
         yield pipeline
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of one object, in place of its class's or its own, while it is open."""
-    own = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, own)
 
 
 def _loaded(pipeline: Any, network: nn.Module) -> Adapter | None:
     """The LoRA that the pipeline has loaded itself, as an adapter that can be scaled; None if there is none."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     encoders = {name: part for name, part in pipeline.components.items() if name.startswith("text_encoder")}
     networks = {"": network, **{name: part for name, part in encoders.items() if part is not None}}
     layers = {
         f"{prefix}:{name}" if prefix else name: module
         for prefix, part in networks.items()
         for name, module in part.named_modules()
-        if isinstance(module, BaseTunerLayer)
+        if hasattr(module, "get_base_layer")
     }
-    if any(layer.merged for layer in layers.values()):
+    if any(getattr(layer, "merged", False) for layer in layers.values()):
         raise ValueError(
             "the pipeline's LoRA is fused into its weights, which has no strength; unfuse it (unfuse_lora)"
         )
@@ -157,23 +169,30 @@ def _loaded(pipeline: Any, network: nn.Module) -> Adapter | None:
 
 
 class _Pipeline:
-    """A pipeline's `encode_prompt` and its network's `forward`, for a rule."""
+    """What `guided` puts into a pipeline: an `encode_prompt`, and two hooks on the network."""
 
     def __init__(self, pipeline: Any, network: nn.Module, steps: RuleSteps, class_prompt: Any):
         self.pipeline, self.steps, self.class_prompt = pipeline, steps, class_prompt
-        self._forward, self._encode = network.forward, pipeline.encode_prompt
-        self._forward_signature, self._encode_signature = map(inspect.signature, (self._forward, self._encode))
+        self._encode = pipeline.encode_prompt
+        self._signature, self._signature_of_network = map(inspect.signature, (self._encode, network.forward))
         self._rows = 0
         self._encoded: dict[Branch, Sequence[Tensor]] = {}
+        self._step: RuleStep | None = None
+        self.open_step = ExitStack()
 
     def encode_prompt(self, *arguments: Any, **options: Any) -> Any:
         """The pipeline's own; what branches read that differs from it is encoded besides, with the same options."""
-        given = self._encode_signature.bind(*arguments, **options).arguments
+        given = self._signature.bind(*arguments, **options).arguments
         own = self._encode(**given)
         self._rows, self._encoded = len(own[0]), {}
         adapter = self.steps.adapter
         for branch in self.steps.rule.branches:
             weak = adapter is not None and adapter.config.trains_text and (branch.strength != 1 or branch.early)
+            if weak and given.get("negative_prompt_embeds" if branch.prompt == "null" else "prompt_embeds") is not None:
+                raise ValueError(
+                    f"the {branch.prompt} prompt is given as embeddings, but the rule encodes it with a weakened text "
+                    "encoder; give it as a text"
+                )
             with adapter.scaled(branch.strength, branch.early) if weak else nullcontext():
                 # (prompt, negative), and with pooled text (prompt, negative, pooled, negative pooled)
                 if branch.prompt == "class":
@@ -212,28 +231,31 @@ class _Pipeline:
             )
         return changed | dict.fromkeys(texts) | {"prompt": classes}
 
-    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor]:
-        """The network's own, run on the branches; gives the two predictions that the pipeline combines."""
-        given = self._forward_signature.bind(*arguments, **options).arguments
+    def before(self, network: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """What the network gets, with the branches in place of what the pipeline gives it."""
+        given = self._signature_of_network.bind(*arguments, **options).arguments
+        self.open_step.close()  # of a pass that failed
+        self._step = None
         if given.get("skip_layers") is not None:  # SD3's skip layer guidance, a pass of its own
-            return self._forward(**given)
+            return arguments, options
         guides, latents = self.pipeline.do_classifier_free_guidance, next(iter(given.values()))
         if len(latents) != self._rows * (2 if guides else 1):
             raise ValueError(
                 f"the pipeline runs {len(latents)} rows for {self._rows} pictures, but a rule takes one that runs two "
                 "for each; switch its other guidance off"
             )
-
-        def run(branches: list[Branch]) -> Tensor:
-            return self._forward(**{**self._batch(given, branches, len(latents)), "return_dict": False})[0]
-
-        step, steps = self._progress(given["timestep"])
         scale = self.pipeline.guidance_scale if guides else 1.0
-        table, scale, predictions, mask = self.steps.predict(step, steps, scale, latents[: self._rows], run)
-        towards = table.conditional(predictions, mask)
-        if not guides:
-            return (towards,)
-        return (torch.cat([towards if scale == 1 else predictions[table.away], towards]),)
+        step = self.steps.step(*self._progress(given["timestep"]), scale, latents[: self._rows])
+        self._step = self.open_step.enter_context(step)
+        return (), self._batch(given, self._step.branches, len(latents)) | {"return_dict": False}
+
+    def after(self, network: nn.Module, arguments: tuple, output: Any) -> Any:
+        """The pipeline's predictions, made of the branches'."""
+        if self._step is None:
+            return output
+        self.open_step.close()
+        away, towards = self._step.pair(output[0])
+        return (torch.cat([away, towards]) if self.pipeline.do_classifier_free_guidance else towards,)
 
     def _progress(self, timestep: Tensor) -> tuple[int, int]:
         """The step, and how many there are: by noise level, as some schedulers run the network twice at one."""

@@ -44,6 +44,7 @@ class ClassWordMaps:
     def __init__(self, subject: slice, class_: slice):
         self.rows = subject, class_
         self.maps: list[Tensor] = []
+        self.words: Tensor | None = None
 
     @contextmanager
     def reading(self, network: nn.Module) -> Iterator[None]:
@@ -67,8 +68,8 @@ class ClassWordMaps:
 
         def hook(layer: nn.Module, inputs: tuple, output: Tensor) -> None:
             read[name] = output[class_]
-            if name == "key":
-                read["word"] = word_positions(inputs[0][subject], inputs[0][class_])
+            if name == "key" and self.words is None:  # every layer reads the same prompts
+                self.words = word_positions(inputs[0][subject], inputs[0][class_])
 
         return hook
 
@@ -80,7 +81,7 @@ class ClassWordMaps:
             )
             weights = (query @ key.transpose(-1, -2) * attention.scale).softmax(-1)  # (B, heads, S, T)
             rows = torch.arange(len(weights), device=weights.device)
-            self.maps.append(weights.mean(1)[rows, :, read["word"]])
+            self.maps.append(weights.mean(1)[rows, :, self.words])
             read.clear()
 
         return hook
