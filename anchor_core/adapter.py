@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .adapter_kinds import KINDS, NAME, NO_LAYERS
 from .adapter_layers import EVERYTHING, LAYERS, exact_layers, layer_choices, matching_in_all, matching_modules
+from .adapter_strength import Blend, EarlyWeights
 from .checks import check_count, check_number, check_options, option
 from .tokens import TokenVectors
 
@@ -119,8 +120,10 @@ class Adapter:
         self._layers = layers
         self._were_trainable = frozen
         self._enabled = True
-        self._strength = 1.0
-        self._hooks: list[Any] = []
+        self._early: EarlyWeights | None = None
+        self._strength: float | Tensor = 1.0
+        self._early_rows: bool | Tensor = False
+        self._blends: list[Blend] = []
         self._lasting: list[Any] = []
 
     @classmethod
@@ -241,29 +244,53 @@ class Adapter:
             self.enabled = before
 
     @contextmanager
-    def scaled(self, strength: float) -> Iterator[None]:
-        """The weights W + strength (W_adapted - W), for every kind, while it is open: 1 as trained, 0 the base model.
+    def scaled(self, strength: float | Tensor, early: bool | Tensor = False) -> Iterator[None]:
+        """The weights W + strength (W_adapted - W), for every kind, while it is open.
 
-        A layer's output is linear in its weight, so its two outputs are blended, at the cost of a second base pass.
+        Args:
+            strength: 1 as trained, 0 the base model; of the whole batch, or of each row, (B,). Inside another `scaled`
+                it multiplies that one's.
+            early: whether the weights of `hold_early` stand in for the adapter's; for each row, (B,), if a tensor.
+
+        Raises:
+            ValueError: here, if `early` asks for weights that are not held; by a layer, if it runs another number of
+                rows than the strengths are for.
         """
-        before = self._strength
-        self._set_strength(check_number("strength", strength))
+        if not isinstance(strength, Tensor):
+            strength = check_number("strength", strength)
+        elif strength.ndim != 1:
+            raise ValueError(f"strength is {tuple(strength.shape)}, but it takes a number, or one for each row, (B,)")
+        early = early | self._early_rows
+        if self._early is None and torch.as_tensor(early).any():
+            raise ValueError("early is true, but the adapter holds no early checkpoint; give it one by hold_early")
+        before = self._strength, self._early_rows
+        self._set_strength(strength * self._strength, early)
         try:
             yield
         finally:
-            self._set_strength(before)
+            self._set_strength(*before)
 
-    def _set_strength(self, strength: float) -> None:
-        self._strength = strength
-        while self._hooks:
-            self._hooks.pop().remove()
-        if strength != 1:
-            layers = self._layers.values()
-            self._hooks = [layer.register_forward_hook(self._blend, with_kwargs=True) for layer in layers]
+    def _set_strength(self, strength: float | Tensor, early: bool | Tensor) -> None:
+        self._strength, self._early_rows = strength, early
+        while self._blends:
+            self._blends.pop().remove()
+        rows = early.nonzero().flatten() if isinstance(early, Tensor) else early
+        if isinstance(strength, Tensor) or strength != 1 or early is not False:
+            layers = self._layers.items()
+            self._blends = [Blend(name, layer, strength, rows, self._early) for name, layer in layers]
 
-    def _blend(self, layer: Any, inputs: tuple, options: dict[str, Any], adapted: Tensor) -> Tensor:
-        base = layer.get_base_layer()(*inputs, **options)
-        return base + self._strength * (adapted - base)
+    def hold_early(self, state: Mapping[str, Tensor]) -> None:
+        """Hold the weights of an early checkpoint of this adapter, a `state_dict()`, for `scaled`.
+
+        Raises:
+            ValueError: if names or shapes differ from the adapter's own.
+        """
+        self._check_fits(state, "the early checkpoint does not fit the attached adapter")
+        self._early = EarlyWeights(self._kind, self._layers, state)
+
+    @property
+    def holds_early(self) -> bool:
+        return self._early is not None
 
     @contextmanager
     def dropout(self) -> Iterator[None]:
@@ -297,17 +324,7 @@ class Adapter:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take weights and alphas from a `state_dict()`; ValueError, and nothing changed, if names or shapes differ."""
-        own = self.state_dict()
-        wrong = [f"{name} is missing" for name in own if name not in state]
-        wrong += [f"{name} is unknown" for name in state if name not in own]
-        wrong += [
-            f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-            for name in own
-            if name in state and state[name].shape != own[name].shape
-        ]
-        if wrong:
-            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-            raise ValueError(f"these weights do not fit the attached adapter: {'; '.join(wrong[:3])}{more}")
+        self._check_fits(state, "these weights do not fit the attached adapter")
         with torch.inference_mode(False), torch.no_grad():
             if self.tokens is not None:
                 self.tokens.load_state_dict(state)
@@ -318,6 +335,20 @@ class Adapter:
                     alpha = float(state[f"{name}.alpha"])
                     getattr(layer, self._kind.alpha)[NAME] = alpha
                     layer.scaling[NAME] = alpha / layer.r[NAME]
+
+    def _check_fits(self, state: Mapping[str, Tensor], message: str) -> None:
+        """ValueError that begins with `message` if the names or shapes of `state` are not those of `state_dict()`."""
+        own = self.state_dict()
+        wrong = [f"{name} is missing" for name in own if name not in state]
+        wrong += [f"{name} is unknown" for name in state if name not in own]
+        wrong += [
+            f"{name} is {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own
+            if name in state and state[name].shape != own[name].shape
+        ]
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise ValueError(f"{message}: {'; '.join(wrong[:3])}{more}")
 
     def adopt_factors(self, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take LoKr's two full factors of each module, of whatever shapes, at scale 1.
@@ -338,7 +369,7 @@ class Adapter:
 
     def detach(self) -> None:
         """Give the networks back their own modules, with the `requires_grad` they had. A second call does nothing."""
-        self._set_strength(1.0)
+        self._set_strength(1.0, False)
         for hook in self._lasting:
             hook.remove()
         for full_name, layer in self._layers.items():

@@ -44,6 +44,7 @@ from .adapter_formats import (
 )
 from .adapter_kinds import NAME, NO_LAYERS
 from .adapter_metadata import adapter_metadata, embedding_metadata
+from .checkpoint import read_adapter
 from .tokens import from_embedding, is_embedding, to_embedding
 
 if TYPE_CHECKING:
@@ -386,6 +387,24 @@ def attach_file(denoiser: Any, path: str | Path, embedding: str | Path | None = 
         return attach_tensors(denoiser, tensors, metadata, vectors, token), metadata
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def read_early(denoiser: Any, path: str | Path) -> dict[str, Tensor]:
+    """The weights of an early checkpoint, for `Adapter.hold_early`: of an adapter file, or a checkpoint of a training.
+
+    Args:
+        denoiser: without an adapter; it is as before afterwards.
+
+    Raises:
+        ValueError: if the file cannot be read, or was made for another model.
+    """
+    if Path(path).suffix == ".ckpt":
+        return read_adapter(path)
+    adapter, _ = attach_file(denoiser, path)
+    try:
+        return adapter.state_dict()
+    finally:
+        denoiser.detach()
 
 
 def save_trained(

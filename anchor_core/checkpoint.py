@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
 
+_UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError)
 _NAME = re.compile(r"step-(\d+)\.ckpt")
 
 
@@ -74,7 +76,7 @@ class Checkpoints:
         for path in reversed(files):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            except _UNREADABLE as error:
                 logger.warning("checkpoint %s cannot be read (%s)", path, " ".join(str(error).split())[:200])
         if files:
             raise ValueError(f"checkpoint: none of the {len(files)} in {self.folder} can be read; remove them")
@@ -83,6 +85,15 @@ class Checkpoints:
     def _unwritable(self, error: Exception) -> ValueError:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
         return ValueError(f"checkpoint folder {self.folder} cannot be written ({reason}); choose another place")
+
+
+def read_adapter(path: str | Path) -> dict[str, Tensor]:
+    """The weights of the adapter in a checkpoint, a `state_dict()`; ValueError if it cannot be read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)["adapter"]
+    except (*_UNREADABLE, KeyError, TypeError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        raise ValueError(f"{path} is not a readable checkpoint ({reason}); give one of a training") from error
 
 
 def _step(path: Path) -> int:

@@ -17,6 +17,7 @@ from .adapter import AdapterConfig
 from .adapter_formats import FORMATS
 from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
+from .guidance import RULE_OPTIONS, RULES
 from .methods import METHODS, method_options
 from .settings import PRECISIONS, DataSettings, TrainSettings
 from .trainer import TrainingDiverged
@@ -53,6 +54,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     aliases = {"subject_prompt": "subject", "class_prompt": "class", "picture": "references", "checkpoint": "out"}
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
+    known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     known |= {"lambda", "class_word", "embedding", "method"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
@@ -99,13 +101,17 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     sample.add_argument("--prompt", required=True, action="append", help="once or more")
     sample.add_argument("--count", type=int, default=1, help="pictures of each prompt (default 1)")
     sample.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
-    sample.add_argument(
-        "--guidance", type=float, help="classifier-free guidance scale (default: the adapter's, else 5)"
-    )
+    sample.add_argument("--guidance", type=float, help="guidance scale (default: the adapter's, else 5)")
     sample.add_argument(
         "--class", dest="class_prompt", metavar="PROMPT", action="append",
-        help="for --adjust: one for each --prompt (default: by the adapter's own prompts)",
+        help="for rules and adjustments that read it: one for each --prompt (default: by the adapter's own prompts)",
     )  # fmt: skip
+    rules = sample.add_argument_group("guidance rule", "Without --rule, classifier-free guidance.")
+    rules.add_argument("--rule", choices=RULES, help="what guidance leads away from and towards")
+    rules.add_argument("--early", metavar="FILE", help="for autoguidance: an earlier adapter or checkpoint of the run")
+    for name, owners in RULE_OPTIONS.items():
+        if name != "early":
+            _add_rule_option(rules, owners)
     adjusting = sample.add_argument_group("embedding adjustment (TEA) of the prompts' encodings")
     adjusting.add_argument(
         "--adjust", choices=ALIGNMENTS, help="to the class prompt's, by position (as published) or by token"
@@ -213,15 +219,26 @@ def _add_embedding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_field(parser, field: Field) -> None:
-    """The option of a settings' field: its name, type, default and help."""
+def _add_field(parser, field: Field, **changed: Any) -> None:
+    """The option of a settings' field: its name, type, default and help, unless `changed`."""
     names = dict.fromkeys((f"--{field.name}", f"--{field.name.replace('_', '-')}"))
     help = f"{field.metadata.get('help', '')} (default {field.default})".strip().replace("%", "%%")
     if isinstance(field.default, bool):
         parser.add_argument(*names, default=field.default, action=argparse.BooleanOptionalAction, help=help)
         return
     kind = float if field.default is None else type(field.default)
-    parser.add_argument(*names, type=kind, default=field.default, choices=field.metadata.get("choices"), help=help)
+    choices = field.metadata.get("choices")
+    parser.add_argument(*names, **{"type": kind, "default": field.default, "choices": choices, "help": help} | changed)
+
+
+def _add_rule_option(parser, owners: dict[str, Field]) -> None:
+    """The option of some rules: unset by default, as each rule has its own default."""
+    field = next(iter(owners.values()))
+    defaults = {rule: each.default for rule, each in owners.items()}
+    if len(defaults) == len(RULES):
+        defaults = {"default": field.default}
+    told = ", ".join(f"{name} {round(x, 3) if isinstance(x, float) else x}" for name, x in defaults.items())
+    _add_field(parser, field, default=None, help=f"{field.metadata['help']} ({told})")
 
 
 if __name__ == "__main__":

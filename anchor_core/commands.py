@@ -182,8 +182,9 @@ def sample(options: Namespace) -> None:
     import torch
 
     from . import report
-    from .adapter_file import attach_file
+    from .adapter_file import attach_file, read_early
     from .backends.diffusers_adjust import encode_adjusted
+    from .guidance import CLASS, NULL, SUBJECT
 
     _check_embedding(options)
     check_count("steps", options.steps)
@@ -191,42 +192,67 @@ def sample(options: Namespace) -> None:
     if options.guidance is not None:
         check_number("guidance", options.guidance, minimum=0)
     check_number("strength", options.strength)
-    adjustment, how = _prompt_adjustment(options)
+    rule, (adjustment, how) = _rule(options), _prompt_adjustment(options)
+    reads_class = adjustment is not None or (rule is not None and CLASS in rule.branches)
+    if options.class_prompt and not reads_class:
+        raise ValueError(f"--class: rule {rule.name if rule else 'cfg'!r} reads no class prompt; leave it out")
+    if options.early and not options.adapter:
+        raise ValueError("--early: it is an early checkpoint of the adapter; give --adapter too")
     out = _check_writable(options.out)
     denoiser = _open_model(options)
+    early = read_early(denoiser, options.early) if options.early else None
     adapter, metadata = None, {}
     if options.adapter:
         adapter, metadata = attach_file(denoiser, options.adapter, options.embedding)
+    if early is not None:
+        adapter.hold_early(early)
     if options.guidance is None:
         options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
+    class_prompts = _class_prompts(options, metadata) if reads_class else [None] * len(options.prompt)
+    denoiser.rule_steps(rule, reads_class)  # refuses a rule that does not go with the model
     side = _resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)
-    class_prompts = _class_prompts(options, metadata) if adjustment else [None] * len(options.prompt)
     wanted = [pair for pair in zip(options.prompt, class_prompts) for _ in range(options.count)]
     noise = torch.randn((len(wanted), *shape), generator=generator)
+    trains_text = adapter is not None and adapter.config.trains_text
 
-    def encode(prompt: str, class_prompt: str | None):
-        if adjustment is None:
-            return denoiser.encode_prompt(prompt, adapted=True)
-        return encode_adjusted(denoiser, prompt, class_prompt, adjustment, **how)
+    def encode(branch, texts):
+        with adapter.scaled(branch.strength, branch.early) if trains_text else nullcontext():
+            if adjustment is not None and branch.prompt == "subject":
+                return [encode_adjusted(denoiser, texts["subject"], texts["class"], adjustment, **how)]
+            return [denoiser.encode_prompt(texts[branch.prompt], trains_text)]
 
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, (prompt, class_prompt) in enumerate(wanted):
-        sampling = {"steps": options.steps, "guidance": options.guidance}
+        texts = {"subject": prompt, "class": class_prompt, "null": ""}
+        sampling = {"steps": options.steps, "guidance": options.guidance, "rule": rule}
         with torch.no_grad(), nullcontext() if adapter is None else adapter.scaled(options.strength):
-            condition, negative = encode(prompt, class_prompt), denoiser.encode_prompt("", adapted=True)
-            latents = denoiser.sample([condition], negative, noise[i : i + 1], **sampling)
-        files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if class_prompt else {}))
+            if reads_class:
+                sampling["class_"] = encode(CLASS, texts)
+            if rule is not None and trains_text:
+                sampling["encoded"] = {branch: encode(branch, texts) for branch in rule.branches}
+            negative = encode(NULL, texts)[0]
+            latents = denoiser.sample(encode(SUBJECT, texts), negative, noise[i : i + 1], **sampling)
+        files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if reads_class else {}))
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
-    settings = {
-        k: getattr(options, k) for k in ("model", "adapter", "embedding", "strength", "steps", "guidance", "seed")
-    }
-    if adjustment is not None:
-        settings["adjust"] = asdict(adjustment) | how
+    names = ("model", "adapter", "embedding", "strength", "steps", "guidance", "early", "seed")
+    settings = {name: getattr(options, name) for name in names}
+    settings["rule"] = None if rule is None else {"name": rule.name, **asdict(rule)}
+    settings["adjust"] = None if adjustment is None else asdict(adjustment) | how
     report.write_json(out / "report.json", {"pictures": files, **settings})
     print(f"{len(files)} pictures in {out}")
+
+
+def _rule(options: Namespace):
+    """The guidance rule of the options; None where none is given."""
+    from .guidance import RULE_OPTIONS, make_rule
+
+    given = {name: getattr(options, name) for name in RULE_OPTIONS if getattr(options, name) is not None}
+    if "early" in given:
+        given["early"] = True  # the option is the file
+    return make_rule(options.rule or "cfg", **given) if options.rule or given else None
 
 
 def _adjustment(options: Namespace, prefix: str = "", norm_mix: float | None = None):
@@ -246,9 +272,8 @@ def _prompt_adjustment(options: Namespace):
     """That of the prompts, and how it is made; None and nothing where none is asked for."""
     from .embeddings import NORM_MIX
 
-    needing = {"class": options.class_prompt} | {k: v for k, v in vars(options).items() if k.startswith("adjust_")}
-    for name, value in needing.items():
-        if options.adjust is None and value is not None:
+    for name, value in vars(options).items():
+        if options.adjust is None and name.startswith("adjust_") and value is not None:
             raise ValueError(f"--{name}: it is read with --adjust alone; give both or neither")
     if options.adjust is None:
         return None, {}

@@ -10,7 +10,7 @@ A new rule is one class here, in `RULES`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -318,6 +318,11 @@ RULES: dict[str, type[Rule]] = {
         MaskedMix,
     )
 }
+
+RULE_OPTIONS: dict[str, dict[str, Field]] = {}
+"""Name of each option -> name of each rule that takes it -> its field there."""
+for _name, _field in [(rule.name, each) for rule in RULES.values() for each in fields(rule)]:
+    RULE_OPTIONS.setdefault(_field.name, {})[_name] = _field
 
 
 def make_rule(name: str, **options: Any) -> Rule:

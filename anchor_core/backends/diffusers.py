@@ -15,8 +15,10 @@ from ..adapter import Adapter, AdapterConfig
 from ..adapter_layers import is_leaf
 from ..checks import check_count, check_number
 from ..denoiser import Condition
+from ..guidance import Branch, ClassifierFree, Rule
 from ..tokens import start_vectors
 from .diffusers_families import TextEncoder, family_of
+from .diffusers_guidance import RuleSteps
 from .diffusers_load import open_pipeline
 
 TRAINING_GUIDANCE = 1.0
@@ -88,8 +90,8 @@ class DiffusersDenoiser:
         Raises:
             ValueError: if `path` is no model of SD1.x, SD2.x, SDXL, SD3 or Flux, or one that is not supported.
         """
-        parts = open_pipeline(path, dtype, config).components
-        for name, module in parts.items():
+        pipeline = open_pipeline(path, dtype, config)
+        for name, module in pipeline.components.items():
             if isinstance(module, nn.Module):
                 # SDXL's autoencoder overflows in half precision, and says so.
                 upcast = name == "vae" and dtype == torch.float16 and module.config.get("force_upcast")
@@ -97,13 +99,23 @@ class DiffusersDenoiser:
                 module.to(device)
                 if module.dtype != wanted:
                     module.to(wanted)
+        try:
+            return cls.from_pipeline(pipeline)
+        except ValueError as error:
+            raise ValueError(f"model {path}: {error}") from error
+
+    @classmethod
+    def from_pipeline(cls, pipeline: Any) -> DiffusersDenoiser:
+        """Over the parts of a pipeline, which are shared, and frozen: what is attached here is in the pipeline too.
+
+        Raises:
+            ValueError: if it is no pipeline of SD1.x, SD2.x, SDXL, SD3 or Flux, or one that is not supported.
+        """
+        parts = pipeline.components
         network = parts.get("unet") or parts.get("transformer")
         names = ("text_encoder", "tokenizer", "vae", "scheduler")
         more = ("text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
-        try:
-            return cls(network, *(parts[name] for name in names), **{name: parts.get(name) for name in more})
-        except ValueError as error:
-            raise ValueError(f"model {path}: {error}") from error
+        return cls(network, *(parts.get(name) for name in names), **{name: parts.get(name) for name in more})
 
     @property
     def device(self) -> torch.device:
@@ -284,31 +296,66 @@ class DiffusersDenoiser:
             )
         return self._family.predict(noisy.to(self.dtype), timesteps, conditions, guidance).float()
 
+    def rule_steps(self, rule: Rule | None, has_class: bool) -> RuleSteps:
+        """What `sample` follows, with `rule` or, for None, classifier-free guidance.
+
+        Args:
+            has_class: whether there will be class prompts.
+
+        Raises:
+            ValueError: for a rule that this model cannot follow as it is: without an adapter, say.
+        """
+        if self._family.distilled and rule is not None:
+            raise ValueError(
+                f"rule is {rule.name!r}, but this network takes its guidance scale as an input and was made to run one "
+                "prediction a step; leave the rule out"
+            )
+        return RuleSteps(rule or ClassifierFree(), self.network, self.adapter, has_class)
+
     @torch.no_grad()
     def sample(
-        self, conditions: Sequence[Condition], negative: Condition, noise: Tensor, *, steps: int, guidance: float
+        self,
+        conditions: Sequence[Condition],
+        negative: Condition,
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+        rule: Rule | None = None,
+        class_: Sequence[Condition] | None = None,
+        encoded: Mapping[Branch, Sequence[Condition]] | None = None,
     ) -> Tensor:
         """From unit noise (B, C, h, w) to latents: deterministic DDIM, or Euler steps of a flow; one batch a step.
 
         At a guidance of 1 the negative pass is left out, as it would not count. A guidance-distilled network (Flux-dev)
-        is told a guidance of 3.5 instead, whatever `guidance` is: it makes no negative pass.
+        is told a guidance of 3.5 instead, whatever `guidance` is: it makes no negative pass, and takes no rule.
+
+        Args:
+            conditions: of the subject prompts, one a row.
+            rule: of guidance, in place of classifier-free guidance.
+            class_: for rules that read them, the conditions of the class prompts, one a row.
+            encoded: conditions of single branches, one a row, where they differ from those of their prompts: with a
+                text encoder whose adapter the branch weakens.
+
+        Raises:
+            ValueError: for a rule that this model cannot follow.
         """
         check_count("steps", steps)
         check_number("guidance", guidance)
-        alone = guidance == 1 or self._family.distilled
-        rows = len(noise)
+        rule_steps, encoded = self.rule_steps(rule, class_ is not None), encoded or {}
+        # A guidance-distilled network's one prediction is the conditional one.
+        guidance = 1.0 if self._family.distilled else guidance
         latents = noise.to(self.device, torch.float32)
-        wanted = list(conditions) if alone else [*conditions, *([negative] * rows)]
+        prompts = {"subject": conditions, "class": class_, "null": [negative] * len(noise)}
         sampler = self._noise.sampler(steps, latents[0, 0].numel() // self._family.patch**2)
-        for timestep in sampler.timesteps:
-            times = timestep.to(self.device).expand(len(wanted))
-            prediction = self._predict(
-                latents if alone else torch.cat([latents, latents]), times, wanted, SAMPLING_GUIDANCE
-            )
-            if not alone:
-                conditional, unconditional = prediction.chunk(2)
-                prediction = unconditional + guidance * (conditional - unconditional)
-            latents = sampler.step(prediction, timestep, latents).prev_sample
+
+        for i, timestep in enumerate(sampler.timesteps):
+            with rule_steps.step(i, len(sampler.timesteps), guidance, latents) as step:
+                wanted = [each for branch in step.branches for each in encoded.get(branch, prompts[branch.prompt])]
+                times = timestep.to(self.device).expand(len(wanted))
+                rows = latents.repeat(len(step.branches), 1, 1, 1)
+                output = self._predict(rows, times, wanted, SAMPLING_GUIDANCE)
+            latents = sampler.step(step.guided(output), timestep, latents).prev_sample
         return latents
 
     @property
