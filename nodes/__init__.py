@@ -1,8 +1,9 @@
-"""The nodes, by topic: references, model, train, inspect, apply."""
+"""The nodes, by topic: references, model, train, inspect, apply, guide."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorLoadReferences
@@ -18,6 +19,8 @@ NODES = [
     AnchorApplyAdapter,
     AnchorSaveAdapter,
     AnchorLoadAdapter,
+    AnchorGuidance,
+    AnchorGuider,
 ]
 
 
