@@ -40,7 +40,8 @@ def guide_model(
     """A clone of a MODEL with a LoRA at `strength`, sampled by `rule`; the sampler's cfg is the scale.
 
     A branch at strength s has the LoRA at s * strength; LoRAs that the MODEL carries already count as pretrained. The
-    parts of a LoRA for the text encoder are left out: whoever encodes the prompts applies them.
+    parts of a LoRA for the text encoder are left out: whoever encodes the prompts applies them. Steps are those of the
+    sampling itself; a sampler that asks between two steps gets what the first of them says.
 
     Args:
         class_conditioning: CONDITIONING of the class prompt. What it lacks, such as a ControlNet, an area or an inpaint
@@ -57,7 +58,9 @@ def guide_model(
             "before that node"
         )
     branches = rule.branches
-    if class_conditioning is None and any(branch.prompt == "class" for branch in branches):
+    if not any(branch.prompt == "class" for branch in branches):
+        class_conditioning = None
+    elif class_conditioning is None:
         raise ValueError(f"class_conditioning is not connected, but the rule {rule.name!r} leads to the class prompt")
     if early_lora is None and any(branch.early for branch in branches):
         raise ValueError(f"early_lora is not connected, but the rule {rule.name!r} has an early checkpoint")
@@ -101,7 +104,7 @@ def _patches(model: comfy.model_patcher.ModelPatcher, name: str, lora: Mapping[s
 class _Run:
     """One sampling."""
 
-    conds: dict[str, list[dict[str, Any]]]
+    guider: comfy.samplers.CFGGuider
     strengths: RowStrengths
     word: WordAttention | None
     sigmas: list[float] = field(default_factory=list)
@@ -132,7 +135,7 @@ class _Guidance:
             conds["class"] = _class_conds(self._class, conds["positive"])
         word = WordAttention(word_position(conds["positive"], conds["class"])) if self._masked else None
         outer = self._run
-        run = self._run = _Run(conds, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
+        run = self._run = _Run(guider, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
         try:
             samples = executor(*arguments, **options)
         finally:
@@ -157,7 +160,7 @@ class _Guidance:
         table = self._rule.table(step, steps)
         guided = negative is not None and self._rule.scale_at(step, steps, 2.0) != 1
         branches = table.branches(2.0 if guided else 1.0)
-        prompts = {"subject": positive, "class": run.conds.get("class"), "null": negative}
+        prompts = {"subject": positive, "class": run.guider.conds.get("class"), "null": negative}
         run.branches, run.away, run.watches = branches, table.away if guided else None, table.outside is not None
         try:
             conds = [prompts[branch.prompt] for branch in branches]
