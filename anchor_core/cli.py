@@ -162,8 +162,9 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
     bench.add_argument("--keep", action="store_true", help="instead: keep best against keep last, in long trainings")
     bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
+    bench.add_argument("--guidance", metavar="DIR", help="instead: time of a guided step in this ComfyUI against CFG's")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
-    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock")
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock, --guidance")
 
     sandbox = verbs.add_parser("sandbox", help="the embedded model: pretrain it, list and draw its subjects")
     actions = sandbox.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)

@@ -378,7 +378,7 @@ def demo(options: Namespace) -> None:
 
 
 def bench(options: Namespace) -> None:
-    from .bench import ablation, keep, stock
+    from .bench import ablation, guidance, keep, stock
     from .sandbox import subjects
 
     names = options.subjects or list(ablation.TABLE_SUBJECTS)
@@ -389,12 +389,14 @@ def bench(options: Namespace) -> None:
     for seed in options.seeds:
         check_count("seeds", seed, minimum=0)
     out = _check_writable(options.out)
-    if options.stock:
-        python = Path(options.stock_python or Path(options.stock) / ".venv/bin/python")
-        for option, file in (("stock", Path(options.stock) / "main.py"), ("stock_python", python)):
+    if options.stock or options.guidance:
+        name, measure = ("stock", stock.run) if options.stock else ("guidance", guidance.run)
+        comfyui = Path(options.stock or options.guidance)
+        python = Path(options.stock_python or comfyui / ".venv/bin/python")
+        for option, file in ((name, comfyui / "main.py"), ("stock_python", python)):
             if not file.is_file():
                 raise ValueError(f"--{option}: there is no file {file}; give ComfyUI's folder and its interpreter")
-        print(stock.table(stock.run(out, Path(options.stock), python, device=options.device)))
+        print(stock.table(measure(out, comfyui, python, device=options.device)))
     elif options.keep:
         keep.run(out, names, options.seeds)
     else:

@@ -1,9 +1,10 @@
-"""The nodes, by topic: references, model, train, inspect, apply, adjust."""
+"""The nodes, by topic: references, model, train, inspect, apply, adjust, guide."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorLoadReferences
@@ -21,6 +22,8 @@ NODES = [
     AnchorLoadAdapter,
     AnchorAdjustConditioning,
     AnchorAdjustEmbedding,
+    AnchorGuidance,
+    AnchorGuider,
 ]
 
 

@@ -6,9 +6,18 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.settings import TrainSettings
-from .types import CATEGORY, AdapterTensors, ConceptType, LoraModel, lora_file, new_embedding_file, new_lora_file
-
-CONNECTED = "[connected lora]"
+from .types import (
+    CATEGORY,
+    AdapterTensors,
+    ConceptType,
+    LoraModel,
+    chosen_lora,
+    lora_file,
+    lora_inputs,
+    lora_state,
+    new_embedding_file,
+    new_lora_file,
+)
 
 
 class AnchorApplyAdapter(io.ComfyNode):
@@ -21,21 +30,7 @@ class AnchorApplyAdapter(io.ComfyNode):
             description="The model with a LoRA, connected or from a file. A LoRA for another model is refused.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    tooltip="1 as trained, 0 the model without it, between them a part of it.",
-                ),
-                io.Combo.Input(
-                    "file",
-                    options=[CONNECTED, *folder_paths.get_filename_list("loras")],
-                    default=CONNECTED,
-                    tooltip="A file of the loras folders, or the LoRA that is connected.",
-                ),
-                LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
+                *lora_inputs(),
                 io.Clip.Input("clip", optional=True, tooltip="Needed for a LoRA that adapts the text encoder too."),
             ],
             outputs=[
@@ -46,18 +41,13 @@ class AnchorApplyAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_):
-        return None if file == CONNECTED else lora_file(file).stat().st_mtime_ns
+        return lora_state(file)
 
     @classmethod
     def execute(cls, model, strength: float, file: str, lora=None, clip=None) -> io.NodeOutput:
-        from ..anchor_core.adapter_file import load_adapter
         from ..anchor_core.backends.comfyui_apply import apply_adapter
 
-        if file != CONNECTED:
-            lora, _ = load_adapter(lora_file(file))
-        elif lora is None:
-            raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
-        return io.NodeOutput(*apply_adapter(model, lora, strength, clip))
+        return io.NodeOutput(*apply_adapter(model, chosen_lora(file, lora), strength, clip))
 
 
 class AnchorSaveAdapter(io.ComfyNode):

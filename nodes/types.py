@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 CATEGORY = "anchor"
+CONNECTED = "[connected lora]"
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
 ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.data.Concept
@@ -106,3 +107,40 @@ def _listed_file(folder: str, name: str) -> Path:
     if path is None:
         raise ValueError(f"file is {name!r}, which is in no {folder} folder; choose one of the list")
     return Path(path)
+
+
+def lora_inputs() -> list[io.Input]:
+    """`strength`, and a LoRA as `file` or as `lora`."""
+    return [
+        io.Float.Input(
+            "strength",
+            default=1.0,
+            min=-10.0,
+            max=10.0,
+            step=0.05,
+            tooltip="1 as trained, 0 the model without it, between them a part of it.",
+        ),
+        io.Combo.Input(
+            "file",
+            options=[CONNECTED, *folder_paths.get_filename_list("loras")],
+            default=CONNECTED,
+            tooltip="A file of the loras folders, or the LoRA that is connected.",
+        ),
+        LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
+    ]
+
+
+def lora_state(file: str) -> int | None:
+    """What changes when the chosen file does."""
+    return None if file == CONNECTED else lora_file(file).stat().st_mtime_ns
+
+
+def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """The tensors of the chosen file, or the connected ones; ValueError if there are neither."""
+    from ..anchor_core.adapter_file import load_adapter
+
+    if file != CONNECTED:
+        return load_adapter(lora_file(file))[0]
+    if lora is None:
+        raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
+    return lora

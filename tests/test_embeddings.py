@@ -463,7 +463,7 @@ def test_sample_adjusts_prompts_to_those_of_the_adapters_class(
         (["--adjust", "index", "--prompt", "a cat"], "does not name the subject"),
         (["--adjust", "index", "--adjust_alpha", "-1"], "--adjust_alpha is -1.0"),
         (["--adjust", "index", "--class", CLASS, "--class", CLASS], "--class: given 2 times for 1 prompts"),
-        (["--class", CLASS], "--class: rule .cfg. reads no class prompt"),
+        (["--class", CLASS], "--class: rule 'cfg' reads no class prompt"),
         (["--adjust_beta", "1.5"], "--adjust_beta: it is read with --adjust alone"),
     ):
         assert cli.main([*call, *options, "--out", str(tmp_path / "refused")]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import comfy.lora
 import comfy.lora_convert
@@ -27,6 +28,16 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float, clip=No
         raise ValueError("this is an embedding; put its file among the embeddings and write embedding:name in a prompt")
     if clip is None and any(key.startswith(TEXT_PREFIXES) for key in tensors):
         raise ValueError("clip is not connected, but this LoRA adapts the text encoder too; connect the model's CLIP")
+    patches = adapter_patches(model, tensors, clip)
+    patched = [each if each is None else each.clone() for each in (model, clip)]
+    for each in patched:
+        if each is not None:
+            each.add_patches(patches, strength)
+    return tuple(patched)
+
+
+def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str | tuple, Any]:
+    """What `add_patches` of a MODEL, and of its CLIP, takes for a LoRA's tensors; ValueError as `apply_adapter`."""
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
     weights = dict(model.model.state_dict())
     if clip is not None:
@@ -39,11 +50,7 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float, clip=No
         made = _update_size(patch) if isinstance(key, str) else None
         if made is not None and made != (own := (len(weights[key]), weights[key][0].numel())):
             raise ValueError(f"this LoRA was made for another model: {key} is {own} here and {made} there")
-    patched = [each if each is None else each.clone() for each in (model, clip)]
-    for each in patched:
-        if each is not None:
-            each.add_patches(patches, strength)
-    return tuple(patched)
+    return patches
 
 
 def _update_size(patch) -> tuple[int, int] | None:

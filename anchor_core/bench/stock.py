@@ -27,9 +27,7 @@ def run(
     from ..report import write_json
 
     out.mkdir(parents=True, exist_ok=True)
-    weights = out / "sd15-random.safetensors"
-    if not weights.exists():
-        _write_weights(weights)
+    weights = write_weights(out / "sd15-random.safetensors")
     runs: dict[str, list[dict]] = {method: [] for method in METHODS}
     for number in range(rounds):
         for method in METHODS:
@@ -71,13 +69,16 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _write_weights(path: Path) -> None:
+def write_weights(path: Path) -> Path:
+    """SD1.5's network at random weights in 16 bit, unless the file is there."""
     import torch
     from diffusers import UNet2DConditionModel
     from safetensors.torch import save_file
 
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(cross_attention_dim=768)  # every other default is SD1.5's
-    part = path.with_suffix(".part")
-    save_file({name: tensor.bfloat16() for name, tensor in unet.state_dict().items()}, part)
-    os.replace(part, path)
+    if not path.exists():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # every other default is SD1.5's
+        part = path.with_suffix(".part")
+        save_file({name: tensor.bfloat16() for name, tensor in unet.state_dict().items()}, part)
+        os.replace(part, path)
+    return path
