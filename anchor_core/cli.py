@@ -47,7 +47,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"pictures", "prompts", "clip", "dino", "adapters"}
+    known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -123,6 +123,8 @@ def _build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--at", nargs="+", type=int, default=[75, 150], help="step counts to score at")
     bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
     bench.add_argument("--keep", action="store_true", help="instead: keep best against keep last, in long trainings")
+    bench.add_argument("--methods", nargs="*", metavar="ROW", help="instead: every method in one table, or these rows")
+    bench.add_argument("--jobs", type=int, help="for --methods: processes (default: one a core)")
     bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock")

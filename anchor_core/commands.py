@@ -342,7 +342,7 @@ def demo(options: Namespace) -> None:
 
 
 def bench(options: Namespace) -> None:
-    from .bench import ablation, keep, stock
+    from .bench import ablation, keep, methods, stock
     from .sandbox import subjects
 
     names = options.subjects or list(ablation.TABLE_SUBJECTS)
@@ -359,6 +359,12 @@ def bench(options: Namespace) -> None:
             if not file.is_file():
                 raise ValueError(f"--{option}: there is no file {file}; give ComfyUI's folder and its interpreter")
         print(stock.table(stock.run(out, Path(options.stock), python, device=options.device)))
+    elif options.methods is not None:
+        if options.jobs is not None:
+            check_count("jobs", options.jobs)
+        rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+        steps = max(options.at)
+        print(methods.run(out, names, options.seeds, options.methods, options.jobs, steps=steps, **rate))
     elif options.keep:
         keep.run(out, names, options.seeds)
     else:
