@@ -1,8 +1,9 @@
-"""The nodes, by topic: references, model, train, inspect, apply."""
+"""The nodes, by topic: references, model, train, inspect, compare, apply."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .compare import AnchorCompare
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorLoadReferences
@@ -15,6 +16,7 @@ NODES = [
     AnchorTrainLoRA,
     AnchorTrainOptions,
     AnchorDriftReport,
+    AnchorCompare,
     AnchorApplyAdapter,
     AnchorSaveAdapter,
     AnchorLoadAdapter,

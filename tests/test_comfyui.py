@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 NODES = (
     "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorTrainOptions AnchorDriftReport "
-    "AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter"
+    "AnchorCompare AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter"
 ).split()
 
 
