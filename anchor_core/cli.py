@@ -1,4 +1,4 @@
-"""The command line: `semantic-anchor train | sample | inspect | convert | bench | demo | sandbox`.
+"""The command line: `semantic-anchor train | sample | inspect | compare | convert | bench | demo | sandbox`.
 
 Bad input is one line on stderr and exit status 2, before anything is written.
 """
@@ -57,6 +57,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     known |= {"lambda", "class_word", "embedding", "method"}
+    known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -130,8 +131,22 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     inspect.add_argument("--adapter", required=True, metavar="FILE")
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
-    inspect.add_argument("--subject", metavar="PROMPT", help="default: the file's metadata")
-    inspect.add_argument("--class", dest="class_prompt", metavar="PROMPT", help="default: the file's metadata")
+    _add_prompts(inspect)
+
+    compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)
+    compare.add_argument("--references", required=True, metavar="DIR", help="of one subject, or a folder for each")
+    compare.add_argument("--pictures", required=True, nargs="+", metavar="NAME=DIR", help="laid out as the references")
+    compare.add_argument("--prompts", metavar="FILE", help="a prompt a line, or DreamBench's prompts_and_classes.txt")
+    compare.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
+    compare.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
+    compare.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
+    compare.add_argument("--judge", choices=("sandbox",), help="instead: the sandbox's judge, for its own pictures")
+    compare.add_argument(
+        "--adapters", nargs="+", default=[], metavar="NAME=FILE", help="for the drift; of several subjects a folder of "
+        "<subject>.safetensors or <subject>/adapter.safetensors; takes --model"
+    )  # fmt: skip
+    _add_prompts(compare)
+    _add_model(compare, required=False)
 
     adjust = _verb(verbs, "adjust", "turn a textual-inversion file towards its class word (TEA)", commands.adjust)
     adjust.add_argument("file", metavar="FILE")
@@ -161,6 +176,8 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     bench.add_argument("--at", nargs="+", type=int, default=[75, 150], help="step counts to score at")
     bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
     bench.add_argument("--keep", action="store_true", help="instead: keep best against keep last, in long trainings")
+    bench.add_argument("--methods", nargs="*", metavar="ROW", help="instead: every method in one table, or these rows")
+    bench.add_argument("--jobs", type=int, help="for --methods: processes (default: one a core)")
     bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
     bench.add_argument("--guidance", metavar="DIR", help="instead: time of a guided step in this ComfyUI against CFG's")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
@@ -189,14 +206,21 @@ def _verb(parent, name: str, text: str, run, out: str | None = "") -> argparse.A
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
-        "--model", required=True, help="a diffusers folder, a single-file checkpoint, or `sandbox` (the embedded model)"
+        "--model",
+        required=required,
+        help="a diffusers folder, a single-file checkpoint, or `sandbox` (the embedded model)",
     )
     parser.add_argument("--config", metavar="DIR", help="for a checkpoint: a diffusers folder with its tokenizers")
     parser.add_argument("--resolution", type=int, help="of the pictures (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: cuda where there is one)")
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")
+
+
+def _add_prompts(parser: argparse.ArgumentParser) -> None:
+    for name, dest in (("--subject", "subject"), ("--class", "class_prompt")):
+        parser.add_argument(name, dest=dest, metavar="PROMPT", help="of the adapter (default: its file's metadata)")
 
 
 def _add_adjustment(parser, prefix: str = "", default: str = "beta") -> None:

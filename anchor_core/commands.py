@@ -25,10 +25,15 @@ def _open_model(options: Namespace):
     from .backends.diffusers import DiffusersDenoiser
     from .sandbox.model import WEIGHTS
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = WEIGHTS if options.model == "sandbox" else options.model
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[options.dtype]
-    return DiffusersDenoiser.from_pretrained(model, device, dtype, options.config)
+    return DiffusersDenoiser.from_pretrained(model, _device(options), dtype, options.config)
+
+
+def _device(options: Namespace) -> str:
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _resolution(options: Namespace, denoiser) -> int:
@@ -321,21 +326,13 @@ def adjust(options: Namespace) -> None:
 def inspect(options: Namespace) -> None:
     from . import report
     from .adapter_file import attach_file, load_adapter
-    from .data import Concept, load_references
-    from .drift import DriftProbe
 
     _check_embedding(options)
     out = _check_writable(options.out)
     _, metadata = load_adapter(options.adapter)
-    subject = options.subject or metadata.get("anchor.subject_prompt")
-    class_prompt = options.class_prompt or metadata.get("anchor.class_prompt")
-    for option, value in (("--subject", subject), ("--class", class_prompt)):
-        if value is None:
-            raise ValueError(f"{option}: {options.adapter} does not name this prompt in its metadata; give the option")
-    concept = Concept(subject, class_prompt)
+    concept = _concept(options.adapter, metadata, options.subject, options.class_prompt)
     denoiser = _open_model(options)
-    references = load_references(options.references, _resolution(options, denoiser))
-    probe = DriftProbe(denoiser, denoiser.encode_images(references.stack()), concept, seed=options.seed)
+    probe = _probe(options, denoiser, options.references, concept)
     before = probe.measure()
     attach_file(denoiser, options.adapter, options.embedding)
     after = probe.measure()
@@ -353,6 +350,92 @@ def inspect(options: Namespace) -> None:
     }
     report.write_json(out / "report.json", written)
     print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
+
+
+def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):
+    """The prompts given, else those that an adapter's file names."""
+    from .data import Concept
+
+    subject = subject or metadata.get("anchor.subject_prompt")
+    class_prompt = class_prompt or metadata.get("anchor.class_prompt")
+    for option, value in (("--subject", subject), ("--class", class_prompt)):
+        if value is None:
+            raise ValueError(f"{option}: {file} does not name this prompt in its metadata; give the option")
+    return Concept(subject, class_prompt)
+
+
+def _probe(options: Namespace, denoiser, references: str | Path, concept):
+    from .data import load_references
+    from .drift import DriftProbe
+
+    pictures = load_references(references, _resolution(options, denoiser)).stack()
+    return DriftProbe(denoiser, denoiser.encode_images(pictures), concept, seed=options.seed)
+
+
+def compare(options: Namespace) -> None:
+    from tqdm import tqdm
+
+    from . import report
+    from .adapter_file import attach_file, load_adapter
+    from .compare import Comparison, contact_sheet, markdown
+    from .encoders import open_encoders, sandbox_encoders
+    from .picture_folders import adapter_file, gather
+    from .pictures import read_picture
+
+    out = _check_writable(options.out)
+    systems, adapters = _named("pictures", options.pictures), _named("adapters", options.adapters)
+    if not adapters.keys() <= systems.keys():
+        unknown = min(adapters.keys() - systems.keys())
+        raise ValueError(f"--adapters: {unknown!r} has no pictures; name one of {', '.join(systems)}")
+    if adapters and options.model is None:
+        raise ValueError("--adapters: the drift of an adapter takes its model too; give --model")
+    if (options.judge is None) == (options.clip is None and options.dino is None):
+        raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
+    subjects = gather(options.references, systems, options.prompts, options.token)
+    bare = [name for found in subjects.values() for name, (_, prompts) in found.made.items() if not prompts]
+    if bare and (options.clip or options.judge):
+        raise ValueError(f"--prompts: the pictures of {bare[0]} do not tell their prompts, for CLIP-T; give a file")
+    files = {
+        (name, subject): adapter_file(path, subject, len(subjects) == 1, name)
+        for name, path in adapters.items()
+        for subject in subjects
+    }
+    concepts = {
+        key: _concept(file, load_adapter(file)[1], options.subject, options.class_prompt) for key, file in files.items()
+    }
+    encoders = sandbox_encoders() if options.judge else open_encoders(options.clip, options.dino, _device(options))
+    comparison, shown = Comparison(encoders), {}
+    for subject, found in tqdm(subjects.items(), desc="subjects"):
+        references = [read_picture(file) for file in found.references]
+        comparison.add_references(subject, references)
+        for name, (made, prompts) in found.made.items():
+            pictures = [read_picture(file) for file in made]
+            comparison.add(name, subject, pictures, prompts)
+            shown.setdefault(name, pictures[:6])
+        shown.setdefault("", references)
+    denoiser = _open_model(options) if files else None
+    for (name, subject), file in files.items():
+        probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
+        attach_file(denoiser, file)
+        comparison.add_drift(name, probe.measure().drift)
+        denoiser.detach()
+    result = comparison.result()
+    out.mkdir(parents=True, exist_ok=True)
+    contact_sheet(shown.pop(""), shown).savefig(out / "report.png")
+    report.write_json(out / "report.json", result)
+    (out / "report.md").write_text(markdown(result) + "\n", encoding="utf-8")
+    print(markdown(result))
+
+
+def _named(option: str, values: list[str]) -> dict[str, str]:
+    """NAME=PATH, once or more, as name -> path."""
+    named = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not name.strip() or not path or name in named:
+            raise ValueError(f"--{option}: {value!r} is no NAME=PATH of a new name; give such as ours=out/pictures")
+        named[name] = path
+    return named
 
 
 def convert(options: Namespace) -> None:
@@ -378,7 +461,7 @@ def demo(options: Namespace) -> None:
 
 
 def bench(options: Namespace) -> None:
-    from .bench import ablation, guidance, keep, stock
+    from .bench import ablation, guidance, keep, methods, stock
     from .sandbox import subjects
 
     names = options.subjects or list(ablation.TABLE_SUBJECTS)
@@ -397,6 +480,12 @@ def bench(options: Namespace) -> None:
             if not file.is_file():
                 raise ValueError(f"--{option}: there is no file {file}; give ComfyUI's folder and its interpreter")
         print(stock.table(measure(out, comfyui, python, device=options.device)))
+    elif options.methods is not None:
+        if options.jobs is not None:
+            check_count("jobs", options.jobs)
+        rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+        steps = max(options.at)
+        print(methods.run(out, names, options.seeds, options.methods, options.jobs, steps=steps, **rate))
     elif options.keep:
         keep.run(out, names, options.seeds)
     else:

@@ -96,6 +96,23 @@ def bucket_sizes(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
     return sorted({*pairs, *((b, a) for a, b in pairs)})
 
 
+def picture_files(folder: str | Path, option: str = "references") -> list[Path]:
+    """The picture files of a folder, without masks, in natural order; ValueError, naming `option`, if there is none."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{option} is {str(folder)!r}, which is no folder, but it takes a folder of pictures")
+    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
+    files = sorted((f for f in files if not f.name.endswith(MASK_ENDING)), key=lambda file: _natural(file.name))
+    if not files:
+        raise ValueError(f"{option} folder {folder} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files there")
+    return files
+
+
+def read_picture(file: Path) -> Tensor:
+    """A picture (3, H, W) in [0, 1] at its own size, upright, over white; ValueError if it cannot be read."""
+    return _to_tensor(_over_white(_open(file)))
+
+
 def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, captions: bool = False) -> References:
     """The pictures of a folder, in natural order (2.png before 10.png).
 
@@ -112,13 +129,7 @@ def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, cap
         ValueError: if the folder does not exist or holds no picture; naming the picture if it, its mask or its caption
             cannot be read, is empty or is missing, or if it is longer than 4:1.
     """
-    sizes, folder = _sizes(size), Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"references is {str(folder)!r}, which is no folder, but it takes a folder of pictures")
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
-    files = sorted((f for f in files if not f.name.endswith(MASK_ENDING)), key=lambda file: _natural(file.name))
-    if not files:
-        raise ValueError(f"references folder {folder} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files there")
+    sizes, files = _sizes(size), picture_files(folder)
     texts = [read_caption(file) for file in files] if captions else None
     read = [_read(file, sizes, masks) for file in files]
     names = [file.name for file in files]
@@ -222,7 +233,7 @@ def _read(file: Path, sizes: list[tuple[int, int]], masks: bool) -> tuple[Tensor
     mask = None
     if picture.mode == "RGBA":
         mask = picture.getchannel("A")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+        picture = _over_white(picture)
     mask_file = file.with_name(f"{file.stem}{MASK_ENDING}")
     if masks and mask_file.is_file():
         mask = _open(mask_file).convert("L")
@@ -259,6 +270,14 @@ def _open(file: Path) -> Image:
         raise ValueError(
             f"picture {file} cannot be read ({reason}); replace it or take it out of the folder"
         ) from error
+
+
+def _over_white(picture: Image) -> Image:
+    from PIL import Image
+
+    if picture.mode != "RGBA":
+        return picture
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def _to_tensor(picture: Image) -> Tensor:

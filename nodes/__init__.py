@@ -1,9 +1,10 @@
-"""The nodes, by topic: references, model, train, inspect, apply, adjust, guide."""
+"""The nodes, by topic: references, model, train, inspect, compare, apply, adjust, guide."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .compare import AnchorCompare
 from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
@@ -17,6 +18,7 @@ NODES = [
     AnchorTrainLoRA,
     AnchorTrainOptions,
     AnchorDriftReport,
+    AnchorCompare,
     AnchorApplyAdapter,
     AnchorSaveAdapter,
     AnchorLoadAdapter,

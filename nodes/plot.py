@@ -1,4 +1,4 @@
-"""The drift report's plot."""
+"""Figures as pictures, and the drift report's."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def drift_plot(before, after, history: dict[str, Any] | None) -> torch.Tensor:
         draw_by_timestep(panel, {"without LoRA": before, "with LoRA": after}, quantity)
     if history:
         _course(panels[2], history)
+    return figure_image(figure)
+
+
+def figure_image(figure) -> torch.Tensor:
+    """A matplotlib figure as IMAGE (1, H, W, 3)."""
     figure.canvas.draw()
     pixels = torch.frombuffer(bytearray(figure.canvas.buffer_rgba()), dtype=torch.uint8)
     width, height = figure.canvas.get_width_height()

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 NODES = (
     "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorTrainOptions AnchorDriftReport "
-    "AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter AnchorAdjustConditioning AnchorAdjustEmbedding "
-    "AnchorGuidance AnchorGuider"
+    "AnchorCompare AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter AnchorAdjustConditioning "
+    "AnchorAdjustEmbedding AnchorGuidance AnchorGuider"
 ).split()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -127,34 +127,34 @@ def markdown(rows: Sequence[dict]) -> str:
             scores = [row["scores"].get(str(step), row["scores"].get("0")) for row in rows if row["method"] == method]
             scores = [score for score in scores if score is not None]
             if scores:
-                lines.append(
-                    f"| {method} | {len(scores)} | " + " | ".join(_cell(scores, key) for key in COLUMNS) + " |"
-                )
+                lines.append(f"| {method} | {len(scores)} | " + " | ".join(cell(scores, key) for key in COLUMNS) + " |")
         lines += ["", f"Difference to dreambooth after {step} steps, run by run:", "", *_paired(rows, str(step)), ""]
     return "\n".join(lines)
 
 
 def _paired(rows: Sequence[dict], step: str) -> list[str]:
-    """The same subject and seed under each method and under DreamBooth: subjects differ more than methods do."""
-    by_run = {(row["method"], row["subject"], row["seed"]): row["scores"].get(step) for row in rows}
+    scores = {(row["method"], row["subject"], row["seed"]): row["scores"].get(step) for row in rows}
+    return paired(scores, [method.name for method in METHODS[1:]], DREAMBOOTH.name)
+
+
+def paired(scores: Mapping[tuple, Mapping[str, float] | None], methods: Sequence[str], base: str) -> list[str]:
+    """The same subject and seed under each method and under `base`: subjects differ more than methods do.
+
+    `scores` is by (method, subject, seed); gives the lines of a table of the differences.
+    """
     keys = ("subject_fidelity", "text_alignment", "drift", "drift_class")
     lines = ["| method | runs | " + " | ".join(COLUMNS[key][0] for key in keys) + " |", "|" + "---|" * (len(keys) + 2)]
-    for method in METHODS[1:]:
-        pairs = [
-            (scores, by_run.get((DREAMBOOTH.name, subject, seed)))
-            for (name, subject, seed), scores in by_run.items()
-            if name == method.name
-        ]
-        pairs = [(scores, base) for scores, base in pairs if scores and base]
-        if pairs:
-            differences = [{key: scores[key] - base[key] for key in keys} for scores, base in pairs]
-            lines.append(
-                f"| {method.name} | {len(pairs)} | " + " | ".join(_cell(differences, key) for key in keys) + " |"
-            )
+    for method in methods:
+        pairs = [(found, scores.get((base, *run))) for (name, *run), found in scores.items() if name == method]
+        differences = [{key: ours[key] - theirs[key] for key in keys} for ours, theirs in pairs if ours and theirs]
+        if differences:
+            cells = " | ".join(cell(differences, key) for key in keys)
+            lines.append(f"| {method} | {len(differences)} | {cells} |")
     return lines
 
 
-def _cell(scores: Sequence[dict], key: str) -> str:
+def cell(scores: Sequence[Mapping[str, float]], key: str) -> str:
+    """Mean ± standard deviation."""
     digits = COLUMNS[key][1]
     values = np.array([score[key] for score in scores])
     spread = values.std(ddof=1) if len(values) > 1 else 0.0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,31 +114,47 @@ class Personalisation:
             if report.step in at and on_scores is not None:
                 on_scores(report.step, self.score(self.sample()))
 
-        settings = replace(method.settings(settings), seed=self.seed)
+        return self.fit(method.settings(settings), adapter, after)
+
+    def fit(
+        self, settings: TrainSettings, adapter: AdapterConfig, on_step: Callable[[StepReport], None] | None = None
+    ) -> History:
+        """Train an adapter with this seed; it stays attached."""
         attached = self.denoiser.attach(adapter, seed=self.seed)
         return train(
             self.denoiser,
             attached,
             self.latents,
             self.concept,
-            settings,
+            replace(settings, seed=self.seed),
             class_latents=self.class_latents,
             probe=self.probe,
-            on_step=after,
+            on_step=on_step,
         )
 
     @torch.no_grad()
-    def sample(self, prompts: list[str] | None = None) -> Tensor:
-        """Pictures (25, 3, 64, 64) in [0, 1], one a prompt, from noise that depends on the seed alone."""
+    def sample(self, prompts: list[str] | None = None, **options: Any) -> Tensor:
+        """Pictures (25, 3, 64, 64) in [0, 1], one a prompt, from noise that depends on the seed alone.
+
+        `options` go to the denoiser's `sample` in place of `SAMPLING`'s; a `rule` gets the class prompts too.
+        """
         prompts = self.subject.prompts(TOKEN) if prompts is None else prompts
         generator = torch.Generator().manual_seed(10_000 + self.seed)
         noise = torch.randn((len(prompts), *self.shape), generator=generator)
-        conditions = [self.denoiser.encode_prompt(prompt) for prompt in prompts]
-        negative = self.denoiser.encode_prompt("")
-        return self.denoiser.decode_latents(self.denoiser.sample(conditions, negative, noise, **SAMPLING))
+        adapter = self.denoiser.adapter
+        encode = partial(self.denoiser.encode_prompts, adapted=adapter is not None and adapter.config.trains_text)
+        if "rule" in options:
+            options["class_"] = encode(self.subject.prompts(""))
+        (negative,) = encode([""])
+        latents = self.denoiser.sample(encode(prompts), negative, noise, **{**SAMPLING, **options})
+        return self.denoiser.decode_latents(latents)
 
-    def score(self, pictures: Tensor) -> Scores:
-        """Score the pictures of `sample()` and the adapter that is attached."""
+    def drifts(self) -> dict[str, float]:
+        """`drift` and `drift_class` of the adapter that is attached."""
+        return {"drift": self.probe.measure().drift, "drift_class": self.class_probe.measure().drift}
+
+    def score(self, pictures: Tensor, drifts: Mapping[str, float] | None = None) -> Scores:
+        """Score the pictures of `sample()`, and the adapter that is attached where its drifts are not given."""
         judge, subject = self.judge, self.subject
         asked = [(scene, reading) for scene, reading in zip(subject.prompt_scenes(), judge.read(pictures)) if scene]
 
@@ -155,8 +173,7 @@ class Personalisation:
             shape=right("shape"),
             background=right("background"),
             accessory=float(np.mean(equipped)),
-            drift=self.probe.measure().drift,
-            drift_class=self.class_probe.measure().drift,
+            **(self.drifts() if drifts is None else drifts),
         )
 
 

@@ -1,0 +1,215 @@
+"""`semantic-anchor bench --methods`: every method end to end, trained or sampled, in one table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .. import report
+from ..adapter import AdapterConfig
+from ..checks import check_choice
+from ..guidance import make_rule
+from ..metrics import rank
+from ..settings import TrainSettings
+from .ablation import COLUMNS, cell, paired
+from .personalise import ADAPTER, SETTINGS, Personalisation
+
+BASE = "dreambooth lora"
+"""The row that the others are compared with, run by run."""
+PRETRAINED = "pretrained, class prompt"
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    BASE: {"objective": "reconstruction"},
+    "dreambooth lora, prior preservation": {"objective": "prior_preservation"},
+    "oft": {"objective": "reconstruction", "kind": "oft"},
+    "anchored": {"objective": "anchor"},
+    "anchored, blended target": {"objective": "blended_target"},
+    "anchored, current anchor": {"objective": "anchor", "anchor": "current"},
+}
+"""Row -> what it changes in `SETTINGS` and `ADAPTER`. Learning rates were chosen on `TUNING_SUBJECTS` alone."""
+
+SAMPLED = (BASE, "anchored")
+"""The trainings whose adapters are sampled by every rule below."""
+SAMPLINGS: dict[str, dict[str, Any]] = {}
+"""Row -> its rule and the rule's options, and `guidance` where it is not that of `SAMPLING`."""
+
+_RANKED = ("picture_similarity", "text_alignment", "subject_fidelity")  # the roles of CLIP-I, CLIP-T and DINO
+_SHOWN = ("subject_fidelity", "picture_similarity", "text_alignment", "drift", "drift_class")
+
+
+def names() -> list[str]:
+    """Every row, in the order of the table."""
+    sampled = [f"{training} + {sampling}" for training in SAMPLED for sampling in SAMPLINGS]
+    return [PRETRAINED, *TRAININGS, *sampled]
+
+
+def run(
+    out: Path, subjects: Sequence[str], seeds: Sequence[int], rows: Sequence[str] = (), jobs: int | None = None,
+    **overrides: Any,
+) -> str:  # fmt: skip
+    """Train, sample and score every row; write `report.json` and `report.md` into `out`, and give the table.
+
+    Cells and adapters that `out` holds already are not made again, unless their options have changed; so a long run
+    can be continued. The adapter of a training serves all of its samplings.
+
+    Args:
+        rows: of `names()`; none for all.
+        jobs: processes, each of one thread with a subject and a seed at a time; as many as there are cores by default.
+        overrides: options in place of every training's own, such as `steps` or `learning_rate`.
+
+    Raises:
+        ValueError: for a row that there is not.
+    """
+    rows = [check_choice("methods", row, names()) for row in rows] or names()
+    for folder in ("cells", "adapters"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    runs = [(subject, seed) for subject in subjects for seed in seeds]
+    with ProcessPoolExecutor(min(len(runs), jobs or os.cpu_count() or 1)) as pool:
+        made = pool.map(partial(_subject_and_seed, out, rows, overrides), *zip(*runs))
+        cells = [each for found in tqdm(made, total=len(runs), desc="subject x seed") for each in found]
+    report.write_json(out / "report.json", {"subjects": list(subjects), "seeds": list(seeds), "cells": cells})
+    table = markdown(cells)
+    (out / "report.md").write_text(table + "\n", encoding="utf-8")
+    return table
+
+
+def _settings(options: Mapping[str, Any]) -> tuple[TrainSettings, AdapterConfig]:
+    """`SETTINGS` and `ADAPTER` with these options of either."""
+
+    def own(kind: type) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if name in {field.name for field in fields(kind)}}
+
+    settings = replace(SETTINGS, **own(TrainSettings))
+    return replace(settings, probe_every=settings.steps), replace(ADAPTER, **own(AdapterConfig))
+
+
+def _subject_and_seed(out: Path, rows: Sequence[str], overrides: dict[str, Any], subject: str, seed: int) -> list[dict]:
+    """The cells of these rows, from files where they are there."""
+    torch.set_num_threads(1)
+    return list(_Run(out, subject, seed).cells(rows, overrides))
+
+
+class _Run:
+    """One subject and seed: its model, and its files in `out`."""
+
+    def __init__(self, out: Path, subject: str, seed: int):
+        self.out, self.subject, self.seed = out, subject, seed
+        self._opened: Personalisation | None = None
+
+    @property
+    def personalisation(self) -> Personalisation:
+        """Opened when a cell is missing."""
+        if self._opened is None:
+            from ..backends.diffusers import DiffusersDenoiser
+            from ..sandbox import model, subjects
+            from ..sandbox.judge import Judge
+
+            denoiser = DiffusersDenoiser.from_pretrained(model.WEIGHTS)
+            self._opened = Personalisation(denoiser, Judge(), subjects.get(self.subject), self.seed)
+        return self._opened
+
+    def cells(self, rows: Sequence[str], overrides: dict[str, Any]) -> Iterator[dict]:
+        if PRETRAINED in rows:
+            yield self._held(PRETRAINED, {}) or self._pretrained()
+        for training, options in TRAININGS.items():
+            samplings = [sampling for sampling in SAMPLINGS if f"{training} + {sampling}" in rows]
+            if training in rows or samplings:
+                yield from self._training(training, {**options, **overrides}, samplings, training in rows)
+
+    def _pretrained(self) -> dict:
+        """The model as it is, asked for the class: what text alignment is without a subject."""
+        run = self.personalisation
+        return self._write(PRETRAINED, {}, run.score(run.sample(run.subject.prompts(""))), 0.0)
+
+    def _training(self, name: str, options: dict[str, Any], samplings: Sequence[str], shown: bool) -> Iterator[dict]:
+        settings, config = _settings(options)
+        trained = {**asdict(settings), **asdict(config), "seed": self.seed}
+        found = self._held(name, trained)
+        try:
+            if found is None:
+                history = self.personalisation.fit(settings, config)
+                self._save(name)
+                found = self._write(name, trained, self._score(), history.seconds)
+            if shown:
+                yield found
+            drifts = {key: found["scores"][key] for key in ("drift", "drift_class")}
+            for sampling in samplings:
+                row, sampled = f"{name} + {sampling}", {**trained, "sampling": SAMPLINGS[sampling]}
+                yield self._held(row, sampled) or self._sampling(row, sampled, name, config, drifts)
+        finally:
+            if self._opened is not None:
+                self._opened.denoiser.detach()
+
+    def _sampling(self, row: str, options: dict[str, Any], name: str, config: AdapterConfig, drifts: dict) -> dict:
+        if self.personalisation.denoiser.adapter is None:
+            self._load(name, config)
+        given = dict(options["sampling"])
+        guidance = {"guidance": given.pop("guidance")} if "guidance" in given else {}
+        rule = make_rule(given.pop("rule"), **given)
+        return self._write(row, options, self._score(drifts, rule=rule, **guidance), 0.0)
+
+    def _score(self, drifts: dict | None = None, **options: Any):
+        return self.personalisation.score(self.personalisation.sample(**options), drifts)
+
+    # Files
+
+    def _file(self, folder: str, row: str, ending: str) -> Path:
+        return self.out / folder / f"{self.subject}-{self.seed}-{row.replace(', ', '-').replace(' ', '_')}{ending}"
+
+    def _held(self, row: str, options: dict[str, Any]) -> dict | None:
+        """The cell of a row, if it was made with these options."""
+        file = self._file("cells", row, ".json")
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return held if held is not None and held["options"] == options else None
+
+    def _write(self, row: str, options: dict[str, Any], scores, seconds: float) -> dict:
+        made = {
+            "row": row, "subject": self.subject, "seed": self.seed, "options": options, "seconds": round(seconds, 1),
+            "scores": asdict(scores),
+        }  # fmt: skip
+        report.write_json(self._file("cells", row, ".json"), made)
+        return made
+
+    def _save(self, name: str) -> None:
+        from safetensors.torch import save_file
+
+        file = self._file("adapters", name, ".safetensors")
+        part = file.with_suffix(".part")
+        save_file(self.personalisation.denoiser.adapter.state_dict(), part)
+        os.replace(part, file)
+
+    def _load(self, name: str, config: AdapterConfig) -> None:
+        from safetensors.torch import load_file
+
+        adapter = self.personalisation.denoiser.attach(config, seed=self.seed)
+        adapter.load_state_dict(load_file(self._file("adapters", name, ".safetensors")))
+
+
+def markdown(cells: Sequence[dict]) -> str:
+    """Mean ± standard deviation over subjects and seeds with the mean rank; and the differences to `BASE`.
+
+    The rank of a row is over picture similarity, text alignment and subject fidelity, as in the paper's tables.
+    """
+    by_row = {row: [each["scores"] for each in cells if each["row"] == row] for row in names()}
+    methods = {row: scores for row, scores in by_row.items() if scores and row != PRETRAINED}
+    table = [[sum(score[key] for score in scores) / len(scores) for key in _RANKED] for scores in methods.values()]
+    ranks = dict(zip(methods, zip(*rank(table)))) if table else {}
+    head = ["method", "runs", *(COLUMNS[key][0] for key in _SHOWN), "mean rank", "place"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row, scores in by_row.items():
+        if scores:
+            last = [f"{ranks[row][0]:.2f}", str(ranks[row][1])] if row in ranks else ["", ""]
+            shown = [row, str(len(scores)), *(cell(scores, key) for key in _SHOWN), *last]
+            lines.append("| " + " | ".join(shown) + " |")
+    scores = {(each["row"], each["subject"], each["seed"]): each["scores"] for each in cells}
+    others = [row for row in methods if row != BASE]
+    return "\n".join([*lines, "", f"Difference to {BASE}, run by run:", "", *paired(scores, others, BASE)])

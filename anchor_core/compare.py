@@ -1,0 +1,134 @@
+"""Pictures of any systems in one table: CLIP-I, CLIP-T, DINO, mean rank, real pictures against real ones, drift."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+
+from . import report
+from .metrics import METRICS, Average, Encoders, mean_pairwise_cosine, rank, real_against_real, text_alignment
+
+REAL = "real pictures, each with the others"
+
+
+class Comparison:
+    """The scores of systems on subjects, added one by one, as a table.
+
+    CLIP-I and DINO of a system on a subject are means over all pairs of its pictures with the references, CLIP-T over
+    its pictures with their prompts; the table has the mean over subjects (DreamBooth's protocol, arXiv 2208.12242).
+    """
+
+    def __init__(self, encoders: Encoders):
+        self.encoders = encoders
+        self._references: dict[str, dict[str, Tensor]] = {}
+        self._scores: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
+        self._drifts: dict[str, list[float]] = {}
+
+    def add_references(self, subject: str, pictures: Sequence[Tensor]) -> None:
+        """A subject's real pictures, (3, H, W) each in [0, 1]."""
+        self._references[subject] = self.encoders.embed(pictures)
+
+    def add(self, system: str, subject: str, pictures: Sequence[Tensor], prompts: Sequence[str] | None = None) -> None:
+        """Pictures, (3, H, W) each in [0, 1], that `system` made of `subject`.
+
+        Args:
+            prompts: one a picture, which name the class and not the subject's token; read for CLIP-T.
+
+        Raises:
+            ValueError: if there is no picture, or CLIP-T is to be measured and there is not one prompt a picture.
+        """
+        if not pictures:
+            raise ValueError(f"pictures of {system} are none, but a comparison takes one at least")
+        embedded, references = self.encoders.embed(pictures), self._references[subject]
+        scores = {}
+        for metric, encoder in (("clip_i", "clip"), ("dino", "dino")):
+            if encoder in embedded:
+                cosine = mean_pairwise_cosine(embedded[encoder], references[encoder])
+                scores[metric] = cosine, len(pictures) * len(references[encoder])
+        if self.encoders.text is not None:
+            if prompts is None or len(prompts) != len(pictures):
+                told = "none" if prompts is None else len(prompts)
+                raise ValueError(f"prompts of {system} are {told}, but CLIP-T takes one a picture ({len(pictures)})")
+            scores["clip_t"] = text_alignment(embedded["clip"], self.encoders.text(prompts)), len(pictures)
+        self._scores.setdefault(system, {})[subject] = scores
+
+    def add_drift(self, system: str, drift: float) -> None:
+        """The drift of a system's adapter for one of the subjects."""
+        self._drifts.setdefault(system, []).append(drift)
+
+    def result(self) -> dict[str, Any]:
+        """Everything in the table, and the scores by subject, for `report.json`; systems in the order of their places.
+
+        Raises:
+            ValueError: if a system lacks a subject that another has.
+        """
+        wanted = list(next(iter(self._scores.values()), ()))
+        for system, scores in self._scores.items():
+            if scores.keys() != set(wanted):
+                raise ValueError(f"pictures of {system} are of {', '.join(scores)}, but others' of {', '.join(wanted)}")
+        metrics = self.encoders.metrics
+        means = {
+            system: {metric: Average.of(*zip(*(scores[subject][metric] for subject in wanted))) for metric in metrics}
+            for system, scores in self._scores.items()
+        }
+        mean_ranks, places = rank([[row[metric].mean for metric in metrics] for row in means.values()])
+        systems = {}
+        for system, mean_rank, place in zip(means, mean_ranks, places):
+            drifts = self._drifts.get(system)
+            systems[system] = {
+                "place": place,
+                "mean_rank": mean_rank,
+                **{metric: asdict(average) for metric, average in means[system].items()},
+                "drift": asdict(Average.of(drifts, [1] * len(drifts))) if drifts else None,
+                "by_subject": {
+                    subject: {metric: score for metric, (score, _) in self._scores[system][subject].items()}
+                    for subject in wanted
+                },
+            }
+        return {
+            "encoders": {metric: self.encoders.names.get(metric) for metric in metrics},
+            "subjects": wanted,
+            "real": self._real(wanted),
+            "systems": dict(sorted(systems.items(), key=lambda item: item[1]["place"])),
+        }
+
+    def _real(self, subjects: Sequence[str]) -> dict[str, dict[str, float]]:
+        """CLIP-I and DINO of the references with one another; subjects with one picture do not count."""
+        real = {}
+        for metric, encoder in (("clip_i", "clip"), ("dino", "dino")):
+            found = [self._references[subject].get(encoder) for subject in subjects]
+            found = [references for references in found if references is not None and len(references) > 1]
+            if found:
+                pairs = [len(references) * (len(references) - 1) for references in found]
+                real[metric] = asdict(Average.of([real_against_real(references) for references in found], pairs))
+        return real
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The table of a `Comparison.result()`: mean ± standard deviation over subjects, n/a for what was not measured."""
+    lines = ["| system | " + " | ".join(METRICS.values()) + " | mean rank | place | drift |", "|" + "---|" * 7]
+    for name, row in {REAL: result["real"], **result["systems"]}.items():
+        cells = [_cell(row.get(metric), 3) for metric in METRICS]
+        if "place" in row:
+            cells += [f"{row['mean_rank']:.2f}", str(row["place"]), _cell(row["drift"], 2)]
+        lines.append(f"| {name} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def _cell(average: Mapping[str, float | None] | None, digits: int) -> str:
+    if average is None:
+        return "n/a"
+    spread = "" if average["spread"] is None else f" ± {average['spread']:.{digits}f}"
+    return f"{average['mean']:.{digits}f}{spread}"
+
+
+def contact_sheet(references: Sequence[Tensor], pictures: Mapping[str, Sequence[Tensor]], columns: int = 6):
+    """A matplotlib figure: the first references, and below them the first pictures of each system."""
+    rows = {"references": references, **pictures}
+    figure = report.new_figure(1.5 * columns, 1.7 * len(rows))
+    for axes, (name, row) in zip(figure.subplots(len(rows), columns, squeeze=False), rows.items()):
+        report.draw_pictures(axes, row[:columns], name)
+    return figure
