@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 from .adapter import AdapterConfig
@@ -189,6 +190,7 @@ def sample(options: Namespace) -> None:
     from . import report
     from .adapter_file import attach_file, read_early
     from .backends.diffusers_adjust import encode_adjusted
+    from .backends.diffusers_guidance import RuleSteps
     from .guidance import CLASS, NULL, SUBJECT
 
     _check_embedding(options)
@@ -214,32 +216,27 @@ def sample(options: Namespace) -> None:
     if options.guidance is None:
         options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
     class_prompts = _class_prompts(options, metadata) if reads_class else [None] * len(options.prompt)
-    denoiser.rule_steps(rule, reads_class)  # refuses a rule that does not go with the model
+    RuleSteps(rule, denoiser.network, adapter, reads_class)  # refuses a rule that does not go with the model
     side = _resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)
     wanted = [pair for pair in zip(options.prompt, class_prompts) for _ in range(options.count)]
     noise = torch.randn((len(wanted), *shape), generator=generator)
-    trains_text = adapter is not None and adapter.config.trains_text
 
-    def encode(branch, texts):
-        with adapter.scaled(branch.strength, branch.early) if trains_text else nullcontext():
-            if adjustment is not None and branch.prompt == "subject":
-                return [encode_adjusted(denoiser, texts["subject"], texts["class"], adjustment, **how)]
-            return [denoiser.encode_prompt(texts[branch.prompt], trains_text)]
+    def encode_subject(prompt: str, class_prompt: str):
+        return partial(encode_adjusted, denoiser, prompt, class_prompt, adjustment, **how) if adjustment else None
 
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for i, (prompt, class_prompt) in enumerate(wanted):
-        texts = {"subject": prompt, "class": class_prompt, "null": ""}
-        sampling = {"steps": options.steps, "guidance": options.guidance, "rule": rule}
-        with torch.no_grad(), nullcontext() if adapter is None else adapter.scaled(options.strength):
-            if reads_class:
-                sampling["class_"] = encode(CLASS, texts)
-            if rule is not None and trains_text:
-                sampling["encoded"] = {branch: encode(branch, texts) for branch in rule.branches}
-            negative = encode(NULL, texts)[0]
-            latents = denoiser.sample(encode(SUBJECT, texts), negative, noise[i : i + 1], **sampling)
+        with nullcontext() if adapter is None else adapter.scaled(options.strength):
+            encoded = denoiser.encode_branches(
+                rule, prompt, class_prompt, encode_subject=encode_subject(prompt, class_prompt)
+            )
+            latents = denoiser.sample(
+                encoded[SUBJECT], encoded[NULL][0], noise[i : i + 1], steps=options.steps, guidance=options.guidance,
+                rule=rule, class_=encoded.get(CLASS), encoded=encoded,
+            )  # fmt: skip
         files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if reads_class else {}))
         report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
     names = ("model", "adapter", "embedding", "strength", "steps", "guidance", "early", "seed")

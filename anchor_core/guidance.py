@@ -300,6 +300,8 @@ class MaskedMix(Rule):
     def table(self, step, steps):
         if not _reached(self.switch, step, steps):
             return Table(_mixed(self.early_share))
+        if self.class_share == 1:
+            return Table(_mixed(1.0))  # the same on both sides of any mask
         return Table(_mixed(self.class_share), outside=_mixed(1.0), quantile=self.quantile)
 
 

@@ -376,9 +376,9 @@ def test_class_prompts_are_one_text_one_for_each_or_a_function(sd1):
         sd1.guided(rule, None, class_prompt="a dog", **{key: part[:, :40] for key, part in given.items()})
 
 
-@pytest.mark.parametrize("name", ["sd1", "sd3"])
-def test_a_pipelines_own_lora_is_weakened(tmp_path, name):
-    model = Model(name, tmp_path)
+@pytest.mark.parametrize(("name", "text_encoder"), [("sd1", True), ("sd3", False)])
+def test_a_pipelines_own_lora_is_weakened(tmp_path, name, text_encoder):
+    model = Model(name, tmp_path, text_encoder=text_encoder)
     rules = [make_rule("personalization", weak=0.3), make_rule("autoguidance", weak=0.3)]
     expected = [model.guided(rule) for rule in rules]
     keys = model.denoiser.file_keys()

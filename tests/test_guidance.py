@@ -124,6 +124,11 @@ def test_limits_of_beyond_fine_tuning():
     check_same(make_rule("multi_stage", switch=0.0, class_share=0.4), make_rule("mixed", class_share=0.4))
 
 
+def test_masked_sampling_of_the_class_alone_needs_no_mask():
+    rule = make_rule("masked", early_share=1.0, class_share=1.0)
+    check_same(rule, lambda predictions, scale: cfg(predictions, scale, CLASS))
+
+
 def test_switching_changes_over_at_the_published_steps():
     for switch, steps, first in ((0.14, 50, 7), (0.2, 50, 10), (0.4, 20, 8)):
         rule = make_rule("switching", switch=switch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..adapter import Adapter, AdapterConfig
 from ..adapter_layers import is_leaf
 from ..checks import check_count, check_number
 from ..denoiser import Condition
-from ..guidance import Branch, ClassifierFree, Rule
+from ..guidance import NULL, SUBJECT, Branch, Rule
 from ..tokens import start_vectors
 from .diffusers_families import TextEncoder, family_of
 from .diffusers_guidance import RuleSteps
@@ -224,6 +224,32 @@ class DiffusersDenoiser:
             rows = [[nn.functional.normalize(clip.pooled(prompt), dim=-1) for clip in clips] for prompt in prompts]
         return torch.stack([torch.cat(row) for row in rows])
 
+    @torch.no_grad()
+    def encode_branches(
+        self,
+        rule: Rule | None,
+        subject: str,
+        class_: str | None = None,
+        negative: str = "",
+        encode_subject: Callable[[], Condition] | None = None,
+    ) -> dict[Branch, list[Condition]]:
+        """One condition in a list for each branch of a rule, by text encoders with as much of the adapter as it has.
+
+        `SUBJECT` and `NULL` are always there. They are what `sample` takes, for one row.
+
+        Args:
+            encode_subject: in place of this denoiser's own encoding of the subject prompt, such as an adjusted one.
+        """
+        texts = {"subject": subject, "class": class_, "null": negative}
+        encoded = {}
+        for branch in (SUBJECT, NULL, *(rule.branches if rule is not None else ())):
+            with nullcontext() if self.adapter is None else self.adapter.scaled(branch.strength, branch.early):
+                if branch.prompt == "subject" and encode_subject is not None:
+                    encoded[branch] = [encode_subject()]
+                else:
+                    encoded[branch] = [self.encode_prompt(texts[branch.prompt], adapted=True)]
+        return encoded
+
     @property
     def token_limit(self) -> int:
         """Tokens of a prompt that the text encoder which reads most of it takes."""
@@ -296,22 +322,6 @@ class DiffusersDenoiser:
             )
         return self._family.predict(noisy.to(self.dtype), timesteps, conditions, guidance).float()
 
-    def rule_steps(self, rule: Rule | None, has_class: bool) -> RuleSteps:
-        """What `sample` follows, with `rule` or, for None, classifier-free guidance.
-
-        Args:
-            has_class: whether there will be class prompts.
-
-        Raises:
-            ValueError: for a rule that this model cannot follow as it is: without an adapter, say.
-        """
-        if self._family.distilled and rule is not None:
-            raise ValueError(
-                f"rule is {rule.name!r}, but this network takes its guidance scale as an input and was made to run one "
-                "prediction a step; leave the rule out"
-            )
-        return RuleSteps(rule or ClassifierFree(), self.network, self.adapter, has_class)
-
     @torch.no_grad()
     def sample(
         self,
@@ -335,14 +345,14 @@ class DiffusersDenoiser:
             rule: of guidance, in place of classifier-free guidance.
             class_: for rules that read them, the conditions of the class prompts, one a row.
             encoded: conditions of single branches, one a row, where they differ from those of their prompts: with a
-                text encoder whose adapter the branch weakens.
+                text encoder whose adapter the branch weakens (`encode_branches`).
 
         Raises:
-            ValueError: for a rule that this model cannot follow.
+            ValueError: for a rule that this model cannot follow; see `RuleSteps`.
         """
         check_count("steps", steps)
         check_number("guidance", guidance)
-        rule_steps, encoded = self.rule_steps(rule, class_ is not None), encoded or {}
+        rule_steps, encoded = RuleSteps(rule, self.network, self.adapter, class_ is not None), encoded or {}
         # A guidance-distilled network's one prediction is the conditional one.
         guidance = 1.0 if self._family.distilled else guidance
         latents = noise.to(self.device, torch.float32)

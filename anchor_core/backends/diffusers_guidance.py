@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
-from ..guidance import CLASS, SUBJECT, Branch, Rule, Table, guide
+from ..guidance import CLASS, SUBJECT, Branch, ClassifierFree, Rule, Table, guide
 from .diffusers_families import family_of
 from .diffusers_masks import ClassWordMaps, cross_attentions
 
@@ -24,15 +24,24 @@ class RuleSteps:
     """The steps of a sampling by a rule, over one network.
 
     Args:
+        rule: None is classifier-free guidance.
+        adapter: of the network, if it has one.
         has_class: whether there are class prompts.
 
     Raises:
         ValueError: if the rule takes class prompts, an adapter, an early checkpoint or cross-attention, and there is
-            none.
+            none; for any rule, if the network takes its guidance scale as an input (Flux-dev).
     """
 
-    def __init__(self, rule: Rule, network: nn.Module, adapter: Adapter | None, has_class: bool):
-        self.rule, self.network, self.adapter = rule, network, adapter
+    def __init__(self, rule: Rule | None, network: nn.Module, adapter: Adapter | None, has_class: bool):
+        self.rule, self.network, self.adapter = rule or ClassifierFree(), network, adapter
+        if rule is None:
+            return
+        if network.config.get("guidance_embeds"):
+            raise ValueError(
+                f"rule is {rule.name!r}, but this network takes its guidance scale as an input and was made to run one "
+                "prediction a step; leave the rule out"
+            )
         branches, called = rule.branches, f"rule is {rule.name!r}"
         if CLASS in branches and not has_class:
             raise ValueError(f"{called}, which takes the class prompt too; give class_prompt")
@@ -59,11 +68,11 @@ class RuleSteps:
         with ExitStack() as stack:
             if any(branch.strength != 1 or branch.early for branch in branches):
                 strengths, early = (
-                    torch.tensor([getattr(branch, name) for branch in branches for _ in range(rows)]).to(latents.device)
+                    torch.tensor([getattr(branch, name) for branch in branches for _ in range(rows)])
                     for name in ("strength", "early")
                 )
-                only_late = not any(branch.early for branch in branches)
-                stack.enter_context(self.adapter.scaled(strengths, False if only_late else early))
+                strengths = strengths.to(latents.device)  # once, not in each layer
+                stack.enter_context(self.adapter.scaled(strengths, early.to(latents.device) if early.any() else False))
             # After the strengths, so that the maps are those of the blended layers.
             if step.maps is not None:
                 stack.enter_context(step.maps.reading(self.network))
