@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 
@@ -34,6 +35,27 @@ def test_cells_are_made_once_for_their_options(small, tmp_path):
     assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     (other,) = made(tmp_path, [methods.BASE], learning_rate=1e-2)
     assert other["options"]["learning_rate"] == 1e-2 and other["scores"] != first[1]["scores"]
+
+
+def test_every_row_runs_end_to_end(small, tmp_path):
+    cells = {each["row"]: each["scores"] for each in made(tmp_path, methods.names())}
+    assert list(cells) and set(cells) == set(methods.names())
+    for row, scores in cells.items():
+        assert all(math.isfinite(value) for value in scores.values()), row
+    plain = cells[methods.BASE]
+    for sampling in methods.samplings_of(methods.BASE):
+        scores = cells[f"{methods.BASE} + {sampling}"]
+        assert scores["drift"] == plain["drift"], sampling  # it is the adapter's
+        assert scores["subject_fidelity"] != plain["subject_fidelity"], sampling
+
+
+def test_samplings_go_on_from_the_files_of_a_training(small, tmp_path):
+    row = f"{methods.BASE} + switching"
+    first = made(tmp_path, [row])
+    assert [each["row"] for each in first] == [row]
+    (file,) = (tmp_path / "cells").glob("*switching*")
+    file.unlink()
+    assert made(tmp_path, [row]) == first
 
 
 def test_an_unknown_row_is_refused_before_anything_is_made(tmp_path):
