@@ -212,9 +212,10 @@ class _Run:
         kept = {option: given.pop(option) for option in ("guidance", "adjust", "align") if option in given}
         if "adjust_token" in given:
             return self._write(row, options, self._with_token(Adjustment(**given["adjust_token"])), 0.0)
+        if given.get("early"):
+            denoiser.adapter.hold_early(self._load(f"{name}, early"))
         if "rule" in given:
             kept["rule"] = make_rule(given.pop("rule"), **given)
-            denoiser.adapter.hold_early(self._load(f"{name}, early") if given.get("early") else None)
         return self._write(row, options, self._score(drifts, **kept), 0.0)
 
     def _with_token(self, adjustment: Adjustment):
