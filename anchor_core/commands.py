@@ -276,6 +276,9 @@ def compare(options: Namespace) -> None:
     if (options.judge is None) == (options.clip is None and options.dino is None):
         raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
     subjects = gather(options.references, systems, options.prompts, options.token)
+    bare = [name for found in subjects.values() for name, (_, prompts) in found.made.items() if not prompts]
+    if bare and (options.clip or options.judge):
+        raise ValueError(f"--prompts: the pictures of {bare[0]} do not tell their prompts, for CLIP-T; give a file")
     files = {
         (name, subject): adapter_file(path, subject, len(subjects) == 1, name)
         for name, path in adapters.items()

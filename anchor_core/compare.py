@@ -108,7 +108,7 @@ class Comparison:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of a `Comparison.result()`: mean ± standard deviation over subjects; n/a for what was not measured."""
+    """The table of a `Comparison.result()`: mean ± standard deviation over subjects, n/a for what was not measured."""
     lines = ["| system | " + " | ".join(METRICS.values()) + " | mean rank | place | drift |", "|" + "---|" * 7]
     for name, row in {REAL: result["real"], **result["systems"]}.items():
         cells = [_cell(row.get(metric), 3) for metric in METRICS]
@@ -118,8 +118,11 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(average: Mapping[str, float] | None, digits: int) -> str:
-    return "n/a" if average is None else f"{average['mean']:.{digits}f} ± {average['spread']:.{digits}f}"
+def _cell(average: Mapping[str, float | None] | None, digits: int) -> str:
+    if average is None:
+        return "n/a"
+    spread = "" if average["spread"] is None else f" ± {average['spread']:.{digits}f}"
+    return f"{average['mean']:.{digits}f}{spread}"
 
 
 def contact_sheet(references: Sequence[Tensor], pictures: Mapping[str, Sequence[Tensor]], columns: int = 6):

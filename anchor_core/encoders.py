@@ -133,7 +133,7 @@ def _load(option: str, path: str | Path, kinds: dict[str, Any], example: str) ->
         raise ValueError(f"{option} is {str(path)!r}, a model of type {kind}, but {takes}")
     if loaded["missing_keys"]:
         raise ValueError(f"{option} is {str(path)!r}, which lacks weights ({min(loaded['missing_keys'])}), but {takes}")
-    return network
+    return network.float()  # a file in half precision would stay so
 
 
 def open_encoders(clip: str | Path | None, dino: str | Path | None, device: str | torch.device = "cpu") -> Encoders:

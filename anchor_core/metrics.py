@@ -84,18 +84,18 @@ class Average:
 
     Attributes:
         mean: of the subjects' means, each subject counting once (the default of the table).
-        spread: standard deviation of the subjects' means; 0 for one subject.
+        spread: standard deviation of the subjects' means; None for one subject.
         pooled: over all pairs of all subjects, so that subjects with more pictures count more (OFT's evaluation).
     """
 
     mean: float
-    spread: float
+    spread: float | None
     pooled: float
 
     @classmethod
     def of(cls, values: Sequence[float], counts: Sequence[int]) -> Average:
         """Of each subject's mean and the number of pairs that it is the mean of."""
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        spread = statistics.stdev(values) if len(values) > 1 else None
         pooled = sum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
         return cls(statistics.fmean(values), spread, pooled)
 

@@ -14,12 +14,13 @@ from .plot import figure_image
 from .types import CATEGORY, ReferencesType
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def _folders() -> list[str]:
     """The folders of models/clip_vision that hold a model in transformers' layout."""
     files = (Path(file) for file in folder_paths.get_filename_list("clip_vision"))
-    return sorted({file.parent.as_posix() for file in files if file.stem == "model" and file.parent.name})
+    return sorted({file.parent.as_posix() for file in files if file.name in WEIGHTS and file.parent.name})
 
 
 class AnchorCompare(io.ComfyNode):
@@ -128,9 +129,10 @@ def _device():
 
 
 def _folder(name: str) -> Path:
-    path = folder_paths.get_full_path("clip_vision", f"{name}/model.safetensors")
+    paths = (folder_paths.get_full_path("clip_vision", f"{name}/{file}") for file in WEIGHTS)
+    path = next((path for path in paths if path is not None), None)
     if path is None:
-        raise ValueError(f"{name!r} holds no model.safetensors in models/clip_vision; choose another of the list")
+        raise ValueError(f"{name!r} holds no {' or '.join(WEIGHTS)} in models/clip_vision; choose another of the list")
     return Path(path).parent
 
 

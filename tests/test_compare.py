@@ -65,7 +65,7 @@ def test_subjects_count_once_and_pairs_once_when_pooled():
     average = metrics.Average.of([0.2, 0.8], [3, 1])
     assert (average.mean, average.pooled) == (pytest.approx(0.5), pytest.approx(0.35))
     assert average.spread == pytest.approx(0.6 / 2**0.5)
-    assert metrics.Average.of([0.2], [3]).spread == 0
+    assert metrics.Average.of([0.2], [3]).spread is None
 
 
 # --- encoders -------------------------------------------------------------------------------------------------------
@@ -143,6 +143,15 @@ def test_dino_is_the_class_token_of_every_picture(encoder_folders, name):
     assert not torch.allclose(together[0], together[1], atol=1e-4)
 
 
+def test_a_file_in_half_precision_is_computed_with_in_full(encoder_folders, tmp_path):
+    from transformers import ViTModel
+
+    ViTModel.from_pretrained(encoder_folders / "dino", add_pooling_layer=False).half().save_pretrained(tmp_path)
+    pictures = [picture(28, 28, 0)]
+    half, full = (Dino.from_pretrained(folder)(pictures) for folder in (tmp_path, encoder_folders / "dino"))
+    torch.testing.assert_close(half, full, atol=2e-2, rtol=0)
+
+
 def test_other_models_are_refused_in_one_line(encoder_folders, tmp_path):
     for opened, message in (
         (lambda: open_encoders(encoder_folders / "dino", None), "model of type vit, but it takes"),
@@ -205,8 +214,8 @@ def test_a_comparison_averages_pairs_then_subjects():
     assert (copies["mean_rank"], obeys["mean_rank"]) == (1.5, 1.5) and list(result["systems"]) == ["copies", "obeys"]
     assert result["real"]["clip_i"]["mean"] == pytest.approx(2 / 6)  # of the one subject with several pictures
     lines = markdown(result).splitlines()
-    assert lines[2].startswith(f"| {REAL} | 0.333 ± 0.000 | n/a | n/a |")
-    assert lines[3].endswith("| 1.50 | 1 | n/a |") and lines[4].endswith("| 1.50 | 2 | 2.00 ± 0.00 |")
+    assert lines[2].startswith(f"| {REAL} | 0.333 | n/a | n/a |")
+    assert lines[3].endswith("| 1.50 | 1 | n/a |") and lines[4].endswith("| 1.50 | 2 | 2.00 |")
 
 
 def test_a_comparison_refuses_what_does_not_fit():
@@ -376,6 +385,17 @@ def test_the_verb_takes_transformers_encoders(sandbox_pictures, encoder_folders)
     assert result["encoders"] == {"clip_i": str(clip), "clip_t": str(clip), "dino": str(dino)}
     assert compare(sandbox_pictures, "--dino", dino, out="dino") == 0
     assert "| n/a | n/a |" in (sandbox_pictures / "dino/report.md").read_text().splitlines()[-1]
+
+
+def test_prompts_are_needed_for_clip_t_alone(encoder_folders, capsys, tmp_path):
+    for folder in ("references", "pictures"):
+        write(tmp_path / folder, "0.png")
+    given = ["compare", "--references", str(tmp_path / "references"), "--pictures", f"own={tmp_path / 'pictures'}"]
+    given += ["--out", str(tmp_path / "out")]
+    assert cli.main([*given, "--judge", "sandbox"]) == 2
+    assert "--prompts: the pictures of own do not tell" in capsys.readouterr().err
+    assert cli.main([*given, "--dino", str(encoder_folders / "dino")]) == 0
+    assert "| own | n/a | n/a | 1.000 | 1.00 | 1 | n/a |" in capsys.readouterr().out
 
 
 def test_the_drift_is_that_of_each_systems_adapters(sandbox_pictures, model_folders):
