@@ -123,7 +123,7 @@ def _build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--at", nargs="+", type=int, default=[75, 150], help="step counts to score at")
     bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
     bench.add_argument("--keep", action="store_true", help="instead: keep best against keep last, in long trainings")
-    bench.add_argument("--methods", nargs="*", metavar="ROW", help="instead: every method in one table, or these rows")
+    bench.add_argument("--methods", nargs="*", metavar="ROW", help="instead: every method, or these, at the last --at")
     bench.add_argument("--jobs", type=int, help="for --methods: processes (default: one a core)")
     bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
