@@ -7,12 +7,13 @@ import functools
 import pytest
 
 from anchor_core.bench import methods, personalise
+from anchor_core.guidance import make_rule
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The real model and judge, with short sampling and few probe points."""
-    monkeypatch.setattr(personalise, "SAMPLING", {"steps": 1, "guidance": 4.0})
+    monkeypatch.setattr(personalise, "SAMPLING", {"steps": 3, "guidance": 4.0})
     monkeypatch.setattr(personalise, "CLASS_PICTURES", 6)
     monkeypatch.setattr(personalise, "DriftProbe", functools.partial(personalise.DriftProbe, timesteps=1))
 
@@ -29,11 +30,29 @@ def test_cells_are_made_once_for_their_options(small, tmp_path):
     assert [each["row"] for each in first] == rows
     assert {"subject_fidelity", "text_alignment", "drift"} <= set(first[1]["scores"])
     files = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
-    assert len(files) == 3  # two cells and an adapter
+    assert len(files) == 4  # two cells, an adapter, and an early checkpoint of it
     assert made(tmp_path, rows) == first
     assert files == {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*") if file.is_file()}
     (other,) = made(tmp_path, [methods.BASE], learning_rate=1e-2)
     assert other["options"]["learning_rate"] == 1e-2 and other["scores"] != first[1]["scores"]
+
+
+def test_samplings_share_the_adapter_of_a_training(small, tmp_path):
+    kinds = ("autoguidance, early checkpoint", "mixed", "prompt adjusted by token")
+    rows = [methods.BASE, *(f"{methods.BASE} + {kind}" for kind in kinds)]
+    first = made(tmp_path, rows, learning_rate=1e-2)
+    assert [each["row"] for each in first] == rows
+    assert len({each["scores"]["drift"] for each in first}) == 1  # it is the adapter's
+    assert len({each["scores"]["subject_fidelity"] for each in first}) == len(rows)
+    (file,) = (tmp_path / "cells").glob("*mixed*")
+    file.unlink()
+    assert made(tmp_path, rows, learning_rate=1e-2) == first  # by the adapter's file
+
+
+def test_an_adjusted_token_drifts_less_or_more_and_is_itself_again(small, tmp_path):
+    plain, adjusted = made(tmp_path, ["textual inversion", "textual inversion + token adjusted"])
+    assert plain["options"]["initial"] == "square"  # bolt's class
+    assert plain["scores"]["drift"] != adjusted["scores"]["drift"]
 
 
 def test_an_unknown_row_is_refused_before_anything_is_made(tmp_path):
@@ -42,7 +61,11 @@ def test_an_unknown_row_is_refused_before_anything_is_made(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_every_row_has_options_that_a_training_takes():
+def test_every_row_has_options_that_a_training_or_a_rule_takes():
+    for options in methods.SAMPLINGS.values():
+        rule = {name: value for name, value in options.items() if name not in ("guidance", "adjust", "align", "of")}
+        if "rule" in rule:
+            make_rule(rule.pop("rule"), **rule)
     for options in methods.TRAININGS.values():
         settings, config = methods._settings(options)
         for name, value in options.items():

@@ -16,31 +16,77 @@ from tqdm import tqdm
 
 from .. import report
 from ..adapter import AdapterConfig
+from ..backends.diffusers_adjust import word_rows
 from ..checks import check_choice
+from ..embedding_file import adjust_embedding
+from ..embeddings import Adjustment
 from ..guidance import make_rule
+from ..methods import method_options
 from ..metrics import rank
+from ..sandbox import subjects
 from ..settings import TrainSettings
+from ..tokens import from_embedding, to_embedding
 from .ablation import COLUMNS, cell, paired
 from .personalise import ADAPTER, SETTINGS, Personalisation
 
 BASE = "dreambooth lora"
 """The row that the others are compared with, run by run."""
 PRETRAINED = "pretrained, class prompt"
+EARLY = 3
+"""Autoguidance's early checkpoint is of this part of the steps: a third."""
+
+_SCALE = {"learning_rate", "steps", "batch_size", "accumulation", "rank", "guidance", "class_pictures", "flip"}
+"""Options of a published method that belong to the size of its model and data: here they are `SETTINGS`'s."""
+
+
+def _published(method: str) -> dict[str, Any]:
+    return {name: value for name, value in method_options(method).items() if name not in _SCALE}
+
 
 TRAININGS: dict[str, dict[str, Any]] = {
     BASE: {"objective": "reconstruction"},
-    "dreambooth lora, prior preservation": {"objective": "prior_preservation"},
-    "oft": {"objective": "reconstruction", "kind": "oft"},
-    "anchored": {"objective": "anchor"},
-    "anchored, blended target": {"objective": "blended_target"},
-    "anchored, current anchor": {"objective": "anchor", "anchor": "current"},
-}
+    "dreambooth lora, prior preservation": _published("dreambooth_lora"),
+    "dreambooth": {**_published("dreambooth"), "objective": "reconstruction", "learning_rate": 2e-4},
+    "dreambooth, prior preservation": {**_published("dreambooth"), "learning_rate": 2e-4},
+    "textual inversion": {**_published("textual_inversion"), "initial": "{class}", "learning_rate": 1e-2},
+    "textual inversion, 4 vectors": {
+        **_published("textual_inversion"), "initial": "{class}", "vectors": 4, "learning_rate": 1e-2,
+    },
+    "custom diffusion": {**_published("custom_diffusion"), "learning_rate": 5e-4},
+    "svdiff": {**_published("svdiff"), "learning_rate": 1e-2},
+    "oft": _published("oft"),
+    "sude": {**_published("sude"), "learning_rate": 2e-4},
+    "class diffusion": {**_published("class_diffusion"), "learning_rate": 5e-4},
+    "anchored": _published("semantic_anchoring"),
+    "anchored, blended target": {**_published("semantic_anchoring"), "objective": "blended_target"},
+    "anchored, current anchor": {**_published("semantic_anchoring"), "anchor": "current"},
+}  # fmt: skip
 """Row -> what it changes in `SETTINGS` and `ADAPTER`. Learning rates were chosen on `TUNING_SUBJECTS` alone."""
 
 SAMPLED = (BASE, "anchored")
-"""The trainings whose adapters are sampled by every rule below."""
-SAMPLINGS: dict[str, dict[str, Any]] = {}
-"""Row -> its rule and the rule's options, and `guidance` where it is not that of `SAMPLING`."""
+"""The trainings whose adapters are sampled in every way below, but for those that name another one, `of`."""
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "guidance interval": {"rule": "cfg", "start": 0.2, "stop": 0.8},
+    "autoguidance": {"rule": "autoguidance", "guidance": 2.0},
+    "autoguidance, early checkpoint": {"rule": "autoguidance", "early": True, "guidance": 2.0},
+    "unconditional priors": {"rule": "unconditional_priors"},
+    "personalization, 0.25": {"rule": "personalization", "weak": 0.25},
+    "personalization, 0.5": {"rule": "personalization", "weak": 0.5},
+    "personalization, 0.75": {"rule": "personalization", "weak": 0.75},
+    "rare-to-frequent": {"rule": "rare_to_frequent"},
+    "score blend": {"rule": "score_blend"},
+    "switching": {"rule": "switching"},
+    "mixed": {"rule": "mixed"},
+    "multi-stage": {"rule": "multi_stage"},
+    "masked": {"rule": "masked"},
+    "prompt adjusted": {"adjust": {}},
+    "prompt adjusted by token": {"adjust": {}, "align": "token"},
+    "token adjusted": {"of": "textual inversion", "adjust_token": {}},
+}
+"""Row -> its rule and the rule's options, or its adjustment; and `guidance` where it is not that of `SAMPLING`.
+
+Personalization guidance at weak 0 is unconditional priors, at 1 the training's own row, as is every training's cfg.
+"""
 
 _RANKED = ("picture_similarity", "text_alignment", "subject_fidelity")  # the roles of CLIP-I, CLIP-T and DINO
 _SHOWN = ("subject_fidelity", "picture_similarity", "text_alignment", "drift", "drift_class")
@@ -48,8 +94,13 @@ _SHOWN = ("subject_fidelity", "picture_similarity", "text_alignment", "drift", "
 
 def names() -> list[str]:
     """Every row, in the order of the table."""
-    sampled = [f"{training} + {sampling}" for training in SAMPLED for sampling in SAMPLINGS]
+    sampled = [f"{training} + {sampling}" for training in TRAININGS for sampling in samplings_of(training)]
     return [PRETRAINED, *TRAININGS, *sampled]
+
+
+def samplings_of(training: str) -> list[str]:
+    """The ways in which a training's adapter is sampled, besides plainly."""
+    return [name for name, options in SAMPLINGS.items() if training in (options.get("of") or SAMPLED)]
 
 
 def run(
@@ -110,7 +161,7 @@ class _Run:
         """Opened when a cell is missing."""
         if self._opened is None:
             from ..backends.diffusers import DiffusersDenoiser
-            from ..sandbox import model, subjects
+            from ..sandbox import model
             from ..sandbox.judge import Judge
 
             denoiser = DiffusersDenoiser.from_pretrained(model.WEIGHTS)
@@ -121,7 +172,7 @@ class _Run:
         if PRETRAINED in rows:
             yield self._held(PRETRAINED, {}) or self._pretrained()
         for training, options in TRAININGS.items():
-            samplings = [sampling for sampling in SAMPLINGS if f"{training} + {sampling}" in rows]
+            samplings = [sampling for sampling in samplings_of(training) if f"{training} + {sampling}" in rows]
             if training in rows or samplings:
                 yield from self._training(training, {**options, **overrides}, samplings, training in rows)
 
@@ -132,11 +183,15 @@ class _Run:
 
     def _training(self, name: str, options: dict[str, Any], samplings: Sequence[str], shown: bool) -> Iterator[dict]:
         settings, config = _settings(options)
+        config = replace(config, initial=config.initial.replace("{class}", subjects.get(self.subject).class_word))
         trained = {**asdict(settings), **asdict(config), "seed": self.seed}
         found = self._held(name, trained)
         try:
             if found is None:
-                history = self.personalisation.fit(settings, config)
+                early = max(1, settings.steps // EARLY)
+                history = self.personalisation.fit(
+                    settings, config, lambda step: self._save(f"{name}, early") if step.step == early else None
+                )
                 self._save(name)
                 found = self._write(name, trained, self._score(), history.seconds)
             if shown:
@@ -150,12 +205,30 @@ class _Run:
                 self._opened.denoiser.detach()
 
     def _sampling(self, row: str, options: dict[str, Any], name: str, config: AdapterConfig, drifts: dict) -> dict:
-        if self.personalisation.denoiser.adapter is None:
-            self._load(name, config)
-        given = dict(options["sampling"])
-        guidance = {"guidance": given.pop("guidance")} if "guidance" in given else {}
-        rule = make_rule(given.pop("rule"), **given)
-        return self._write(row, options, self._score(drifts, rule=rule, **guidance), 0.0)
+        denoiser = self.personalisation.denoiser
+        if denoiser.adapter is None:
+            denoiser.attach(config, seed=self.seed).load_state_dict(self._load(name))
+        given = {option: value for option, value in options["sampling"].items() if option != "of"}
+        kept = {option: given.pop(option) for option in ("guidance", "adjust", "align") if option in given}
+        if "adjust_token" in given:
+            return self._write(row, options, self._with_token(Adjustment(**given["adjust_token"])), 0.0)
+        if given.get("early"):
+            denoiser.adapter.hold_early(self._load(f"{name}, early"))
+        if "rule" in given:
+            kept["rule"] = make_rule(given.pop("rule"), **given)
+        return self._write(row, options, self._score(drifts, **kept), 0.0)
+
+    def _with_token(self, adjustment: Adjustment):
+        """Scores with the token's vectors adjusted, which are then as they were; the adjustment changes the drift."""
+        run = self.personalisation
+        tokens, word = run.denoiser.adapter.tokens, run.subject.class_word
+        before = tokens.state_dict()
+        adjusted = adjust_embedding(to_embedding(tokens), word, word_rows(run.denoiser, word), adjustment)
+        tokens.load_state_dict({f"{prefix}:tokens": each for prefix, each in from_embedding(adjusted, ["te"]).items()})
+        try:
+            return self._score()
+        finally:
+            tokens.load_state_dict(before)
 
     def _score(self, drifts: dict | None = None, **options: Any):
         return self.personalisation.score(self.personalisation.sample(**options), drifts)
@@ -187,11 +260,10 @@ class _Run:
         save_file(self.personalisation.denoiser.adapter.state_dict(), part)
         os.replace(part, file)
 
-    def _load(self, name: str, config: AdapterConfig) -> None:
+    def _load(self, name: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file
 
-        adapter = self.personalisation.denoiser.attach(config, seed=self.seed)
-        adapter.load_state_dict(load_file(self._file("adapters", name, ".safetensors")))
+        return load_file(self._file("adapters", name, ".safetensors"))
 
 
 def markdown(cells: Sequence[dict]) -> str:

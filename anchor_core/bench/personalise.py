@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..adapter import AdapterConfig
 from ..backends.diffusers import DiffusersDenoiser
+from ..backends.diffusers_adjust import encode_adjusted
 from ..data import Concept, sample_class_latents
 from ..drift import DriftProbe
+from ..embeddings import Adjustment
 from ..metrics import mean_pairwise_cosine, text_alignment
 from ..objectives import matched_learning_rate
 from ..sandbox.judge import Judge
@@ -133,10 +135,19 @@ class Personalisation:
         )
 
     @torch.no_grad()
-    def sample(self, prompts: list[str] | None = None, **options: Any) -> Tensor:
+    def sample(
+        self,
+        prompts: list[str] | None = None,
+        *,
+        adjust: Mapping[str, Any] | None = None,
+        align: str = "index",
+        **options: Any,
+    ) -> Tensor:
         """Pictures (25, 3, 64, 64) in [0, 1], one a prompt, from noise that depends on the seed alone.
 
-        `options` go to the denoiser's `sample` in place of `SAMPLING`'s; a `rule` gets the class prompts too.
+        Args:
+            adjust: options of the `Adjustment` of the prompts to their class prompts, positions compared by `align`.
+            options: of the denoiser's `sample`, in place of `SAMPLING`'s; a `rule` gets the class prompts too.
         """
         prompts = self.subject.prompts(TOKEN) if prompts is None else prompts
         generator = torch.Generator().manual_seed(10_000 + self.seed)
@@ -146,7 +157,12 @@ class Personalisation:
         if "rule" in options:
             options["class_"] = encode(self.subject.prompts(""))
         (negative,) = encode([""])
-        latents = self.denoiser.sample(encode(prompts), negative, noise, **{**SAMPLING, **options})
+        if adjust is None:
+            conditions = encode(prompts)
+        else:
+            pairs, how = zip(prompts, self.subject.prompts("")), Adjustment(**adjust)
+            conditions = [encode_adjusted(self.denoiser, *pair, how, align=align) for pair in pairs]
+        latents = self.denoiser.sample(conditions, negative, noise, **{**SAMPLING, **options})
         return self.denoiser.decode_latents(latents)
 
     def drifts(self) -> dict[str, float]:
