@@ -19,7 +19,7 @@ from ..adapter import AdapterConfig
 from ..backends.diffusers_adjust import word_rows
 from ..checks import check_choice
 from ..embedding_file import adjust_embedding
-from ..embeddings import Adjustment
+from ..embeddings import NORM_MIX, Adjustment
 from ..guidance import make_rule
 from ..methods import method_options
 from ..metrics import rank
@@ -79,8 +79,8 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "mixed": {"rule": "mixed"},
     "multi-stage": {"rule": "multi_stage"},
     "masked": {"rule": "masked"},
-    "prompt adjusted": {"adjust": {}},
-    "prompt adjusted by token": {"adjust": {}, "align": "token"},
+    "prompt adjusted": {"adjust": {"norm_mix": NORM_MIX}},
+    "prompt adjusted by token": {"adjust": {"norm_mix": NORM_MIX}, "align": "token"},
     "token adjusted": {"of": "textual inversion", "adjust_token": {}},
 }
 """Row -> its rule and the rule's options, or its adjustment; and `guidance` where it is not that of `SAMPLING`.
@@ -100,7 +100,7 @@ def names() -> list[str]:
 
 def samplings_of(training: str) -> list[str]:
     """The ways in which a training's adapter is sampled, besides plainly."""
-    return [name for name, options in SAMPLINGS.items() if training in (options.get("of") or SAMPLED)]
+    return [name for name, way in SAMPLINGS.items() if training in ([way["of"]] if "of" in way else SAMPLED)]
 
 
 def run(
