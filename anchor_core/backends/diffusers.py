@@ -182,6 +182,14 @@ class DiffusersDenoiser:
         with self._encoding(adapted):
             return self._family.encode(prompt)
 
+    @contextmanager
+    def _encoding(self, adapted: bool) -> Iterator[None]:
+        """The text encoders as a prompt is encoded: pretrained, or with their adapter and a graph."""
+        if not self._family.encoders:
+            raise ValueError("the text encoders were released; encode every prompt before")
+        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()), self._switched(adapted):
+            yield
+
     def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
         return [self.encode_prompt(prompt, adapted) for prompt in prompts]
 
@@ -191,14 +199,6 @@ class DiffusersDenoiser:
             clips = self._family.encoders[: len(self._family.text_prefixes)]
             rows = [[nn.functional.normalize(clip.pooled(prompt), dim=-1) for clip in clips] for prompt in prompts]
         return torch.stack([torch.cat(row) for row in rows])
-
-    @contextmanager
-    def _encoding(self, adapted: bool) -> Iterator[None]:
-        """The text encoders as a prompt is encoded: pretrained, or with their adapter and a graph."""
-        if not self._family.encoders:
-            raise ValueError("the text encoders were released; encode every prompt before")
-        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()), self._switched(adapted):
-            yield
 
     @property
     def token_limit(self) -> int:
