@@ -213,12 +213,13 @@ def align_rows(
         empty: those of the empty prompt's one section.
 
     Raises:
-        ValueError: if the class prompt is empty.
+        ValueError: if one of the prompts is empty.
     """
     ours, theirs = [key for part in subject for key in part], [key for part in class_ for key in part]
     own, other = _content(subject, empty), _content(class_, empty)
-    if not other:
-        raise ValueError("class_prompt is empty, but it takes the subject prompt with the class word")
+    for name, content in (("subject_prompt", own), ("class_prompt", other)):
+        if not content:
+            raise ValueError(f"{name} is empty, but it takes the text that was encoded")
     before = _common([ours[row] for row in own], [theirs[row] for row in other])
     after = _common([ours[row] for row in own[before:][::-1]], [theirs[row] for row in other[before:][::-1]])
     place = range(before, len(other) - after) or [min(before, len(other) - 1)]

@@ -124,8 +124,7 @@ def sude(step: Step, sude_weight: float = 0.4, prior_weight: float = 1.0) -> Ter
             rows = _squared_error(prediction, target, step.masks).mean(dim=(1, 2, 3))
             return factor.to(rows) * rows
 
-        to_null = error(step.subject, step.unconditional)
-        likelihood = error(step.subject, step.current_anchor) - to_null
+        likelihood = error(step.subject, step.current_anchor) - error(step.subject, step.unconditional)
         reference = -error(step.current_anchor, step.unconditional)
         rows = torch.where(likelihood > reference, likelihood, 0.0) / coef1.to(likelihood)
         terms["sude"] = sude_weight * (rows if step.weights is None else step.weights.to(rows) * rows).mean()

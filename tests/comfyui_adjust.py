@@ -183,6 +183,7 @@ def check_refusals() -> None:
     adjustment, broken = Adjustment(), conditioning(4, "sd1")
     broken[0][0][0, 3, 3] = float("nan")
     tokens = tokens_of(comfy.sdxl_clip.SDXLTokenizer(), SUBJECT, CLASS)
+    only_l = [{"l": each["l"]} for each in tokens]
     for told, arguments, options in (
         ("two models", (sd1, sdxl), {}),
         ("two models", (conditioning(1, "sd3"), conditioning(2, "flux")), {}),
@@ -196,11 +197,8 @@ def check_refusals() -> None:
         ("subject_conditioning has NaN", (broken, sd1), {}),
         ("has 2 encodings and the subject's 1", (sd1, other * 2), {}),
         ("pooled is on", (sd1, other), {"pooled": True}),
-        (
-            "but subject_prompt and class_prompt 77 and 77 for this clip",
-            (sdxl, conditioning(5, "sdxl")),
-            {"tokens": tokens},
-        ),
+        ("class_prompt have 77 and 77 (g), 77 and 77 (l);", (sdxl, conditioning(5, "sdxl")), {"tokens": tokens}),
+        ("class_prompt have 77 and 77 (l);", (sdxl, conditioning(5, "sdxl")), {"tokens": only_l}),
     ):
         said = refusal(*arguments, adjustment, **options)
         assert told in said and "\n" not in said, f"{told!r} is not in {said!r}"

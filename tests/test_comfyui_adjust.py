@@ -151,7 +151,8 @@ def test_the_published_objectives_train_from_nodes(server):
 
         return load_adapter(file)[1]
 
-    assert run("sude", sude_weight=0.8)["anchor.sude_weight"] == "0.8"
+    assert run("sude", sude_weight=0.8, text_encoder=True)["anchor.sude_weight"] == "0.8"
+    assert run("anchor", anchor="current", text_encoder=True)["anchor.anchor"] == "current"
     told = run("class_diffusion", text_encoder=True, semantic_weight=0.5, **{"lambda": 0.8})
     assert told["anchor.semantic_weight"] == "0.5" and float(told["anchor.w"]) == pytest.approx(0.25)
     files = sorted((server.base / "output").rglob("*"))

@@ -176,9 +176,10 @@ def test_alignment_goes_over_the_sections_of_a_long_prompt():
         assert flat[1][rows[row]] == (12 if key == SKS else key)
 
 
-def test_alignment_to_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="^class_prompt is empty"):
-        align_rows([section(SKS)], [section()], EMPTY)
+def test_an_empty_prompt_is_refused():
+    for name, prompts in (("class", ([section(SKS)], [section()])), ("subject", ([section()], [section(DOG)]))):
+        with pytest.raises(ValueError, match=f"^{name}_prompt is empty"):
+            align_rows(*prompts, EMPTY)
 
 
 # --- outputs of several encoders ------------------------------------------------------------------------------------

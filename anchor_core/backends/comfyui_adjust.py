@@ -76,25 +76,19 @@ def _parts(rows: Tensor, extras: dict[str, Any]) -> list[Part]:
 
 
 def _alignment(own: Tensor, other: Tensor, parts, class_parts, tokens) -> dict[Hashable, Tensor]:
-    found = {}
+    found, counts = {}, {key: [sum(map(len, each[key])) for each in tokens[:2]] for key in tokens[0]}
     for mine, theirs in zip(parts, class_parts):
         lengths = [len(own[mine.rows]), len(other[theirs.rows])]
-        keys = [mine.encoder] if mine.encoder is not None else list(tokens[0])
-        fitting = [key for key in keys if [_count(each[key]) for each in tokens[:2]] == lengths]
+        fitting = [key for key in counts if counts[key] == lengths and mine.encoder in (None, key)]
         if len(fitting) != 1:
-            given = " or ".join(" and ".join(str(_count(each[key])) for each in tokens[:2]) for key in keys)
+            given = ", ".join(f"{one} and {other} ({key})" for key, (one, other) in counts.items())
             raise ValueError(
-                f"the conditionings have {lengths[0]} and {lengths[1]} tokens, but subject_prompt and class_prompt "
-                f"{given} for this clip; give the prompts and the clip that they were encoded with"
+                f"the conditionings have {lengths[0]} and {lengths[1]} tokens, but for this clip subject_prompt and "
+                f"class_prompt have {given}; give the prompts and the clip that they were encoded with"
             )
         sections = [[[_key(token) for token, *_ in part] for part in each[fitting[0]]] for each in tokens]
         found[mine.encoder] = align_rows(sections[0], sections[1], sections[2][0])
     return found
-
-
-def _count(sections: list) -> int:
-    """Rows that the sections of a prompt are encoded to."""
-    return sum(map(len, sections))
 
 
 def _key(token: Any) -> Hashable:
