@@ -128,15 +128,10 @@ def check_combination(
         ValueError: with the reason.
     """
     alone = config.kind == NO_LAYERS
-    if alone and settings.objective == "prior_preservation" and settings.prior_weight:
+    if alone and settings.make_objective().reads_class_pictures:
         raise ValueError(
-            "objective is 'prior_preservation', but with kind 'none' only the token's vectors train, which the class "
-            "prompt does not have: its term trains nothing; take anchor or reconstruction"
-        )
-    if settings.objective == "class_diffusion" and not config.trains_text:
-        raise ValueError(
-            "objective is 'class_diffusion', whose semantic term trains by the text encoder alone, which is frozen; "
-            "take vectors 1 or text_encoder"
+            f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the prompt "
+            "of its class pictures does not have: they train nothing; take another, such as anchor"
         )
     if alone and caption_dropout:
         raise ValueError(

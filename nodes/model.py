@@ -1,5 +1,6 @@
 """The embedded model."""
 
+import folder_paths
 from comfy_api.latest import io
 
 from .types import CATEGORY
@@ -26,8 +27,6 @@ class AnchorSandboxModel(io.ComfyNode):
 
     @classmethod
     def execute(cls) -> io.NodeOutput:
-        import folder_paths
-
         from ..anchor_core.sandbox.comfyui import load
         from ..anchor_core.sandbox.model import WEIGHTS
 
