@@ -130,8 +130,8 @@ def check_combination(
     alone = config.kind == NO_LAYERS
     if alone and settings.make_objective().reads_class_pictures:
         raise ValueError(
-            f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the prompt "
-            "of its class pictures does not have: they train nothing; take another, such as anchor"
+            f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the "
+            "class prompt lacks, so that its class pictures train nothing; take another, such as anchor"
         )
     if alone and caption_dropout:
         raise ValueError(
