@@ -52,20 +52,8 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     aliases = {"subject_prompt": "subject", "class_prompt": "class", "picture": "references", "checkpoint": "out"}
     name = aliases.get(first, first)
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
-    known |= {
-        "model",
-        "references",
-        "subject",
-        "class",
-        "seed",
-        "steps",
-        "guidance",
-        "count",
-        "out",
-        "adapter",
-        "embedding",
-        "method",
-    }
+    known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
+    known |= {"embedding", "method"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
