@@ -130,10 +130,10 @@ def check_combination(
             "set text_encoder or vectors, or take another objective"
         )
     alone = config.kind == NO_LAYERS
-    if alone and settings.objective == "prior_preservation" and settings.prior_weight:
+    if alone and settings.make_objective().reads_class_pictures:
         raise ValueError(
-            "objective is 'prior_preservation', but with kind 'none' only the token's vectors train, which the class "
-            "prompt does not have: its term trains nothing; take anchor or reconstruction"
+            f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the "
+            "class prompt lacks, so that its class pictures train nothing; take another, such as anchor"
         )
     if alone and caption_dropout:
         raise ValueError(

@@ -75,7 +75,7 @@ def from_embedding(tensors: Mapping[str, Tensor], encoders: Mapping[str, nn.Modu
     if has != takes or len(set(map(len, vectors.values()))) != 1:
         made, wanted = (", ".join(f"{key} {width}" for key, width in sizes.items()) for sizes in (has, takes))
         raise ValueError(f"this embedding was made for another model: it is of {made}, and this one takes {wanted}")
-    return {name: vectors[EMBEDDING_KEYS[name]] for name in encoders}
+    return {name: vectors[EMBEDDING_KEYS[name]].to(_rows(encoder).device) for name, encoder in encoders.items()}
 
 
 def _rows(encoder: nn.Module) -> Tensor:

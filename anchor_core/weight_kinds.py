@@ -55,11 +55,8 @@ class FullLayer(WeightLayer):
         if isinstance(base, (nn.Linear, nn.Conv2d)):
             # Not by the module's own forward, which in ComfyUI may ask for the pretrained weight again.
             weight, bias = (_cast(self.trained.get(name), inputs[0].dtype) for name in ("weight", "bias"))
-            return (
-                functional.linear(inputs[0], weight, bias)
-                if isinstance(base, nn.Linear)
-                else (base._conv_forward(inputs[0], weight, bias))
-            )
+            run = functional.linear if isinstance(base, nn.Linear) else base._conv_forward
+            return run(inputs[0], weight, bias)
         own = {name: part.to(getattr(base, name).dtype) for name, part in self.trained.items()}
         return torch.func.functional_call(base, own, inputs, options)
 

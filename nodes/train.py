@@ -206,11 +206,11 @@ class AnchorTrainLoRA(io.ComfyNode):
         checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
         diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            settings.make_objective().check(denoiser.prediction_type, config.trains_text)
+            settings.make_objective().check(denoiser.prediction_type)
+            check_size(config, denoiser.network)
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)
             class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
-            check_size(config, denoiser.network)
             adapter = denoiser.attach(config, seed)
             probe = _probe(denoiser, latents, concept) if probe_every else None
             watch = _Watch(denoiser, concept, settings, preview_every, latents)

@@ -23,6 +23,8 @@ import comfy.sd  # noqa: E402
 import comfy.sd1_clip  # noqa: E402
 import comfy.sdxl_clip  # noqa: E402
 import comfy.text_encoders.sd3_clip  # noqa: E402
+import comfyui_models as models  # noqa: E402
+import comfyui_text_encoders  # noqa: E402
 import contract  # noqa: E402
 import torch  # noqa: E402
 from comfyui_models import fingerprint, same  # noqa: E402
@@ -43,50 +45,53 @@ EMBEDDINGS = Path(folder) / "embeddings"
 SETTINGS = TrainSettings(steps=4, batch_size=2, learning_rate=1e-2)
 
 
-def predict(denoiser, prompt: str, adapted: bool = False) -> torch.Tensor:
+def predict(denoiser, prompt: str, adapted: bool = False, shape=SHAPE) -> torch.Tensor:
     with torch.no_grad():
         condition = denoiser.encode_prompt(prompt, adapted)
-        return denoiser.predict(contract.draw(denoiser, SHAPE, 1), contract.times(denoiser, (0.5,)), [condition])
+        return denoiser.predict(contract.draw(denoiser, shape, 1), contract.times(denoiser, (0.5,)), [condition])
 
 
-def trained(denoiser, **options):
+def trained(denoiser, shape=SHAPE, **options):
     """An adapter after a few steps, whose loss was finite."""
     adapter = denoiser.attach(AdapterConfig(**options), 0)
-    history = train(denoiser, adapter, contract.draw(denoiser, SHAPE, 2, seed=5), CONCEPT, SETTINGS)
+    history = train(denoiser, adapter, contract.draw(denoiser, shape, 2, seed=5), CONCEPT, SETTINGS)
     assert len(history.losses) == SETTINGS.steps
     return adapter
 
 
-def check_tokens(model, clip, vae) -> None:
+def check_tokens(model, clip, vae, shape=SHAPE) -> None:
     with ComfyDenoiser(model, clip, vae) as denoiser:
-        contract.check_token_vectors(denoiser, SHAPE, 1)
-        contract.check_token_vectors(denoiser, SHAPE, 3)
-        contract.check_detach_restores(denoiser, SHAPE, kind="none", vectors=2)
+        contract.check_token_vectors(denoiser, shape, 1)
+        contract.check_token_vectors(denoiser, shape, 3)
+        contract.check_detach_restores(denoiser, shape, kind="none", vectors=2)
 
 
-def check_embedding_file(model, clip, vae) -> None:
+def check_embedding_file(model, clip, vae, shape=SHAPE) -> None:
     """`embedding:name` in ComfyUI's own prompt is the token in training, with weights, and in a long prompt."""
     for count in (1, 3):
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            adapter = trained(denoiser, kind="none", vectors=count, initial="star")
+            adapter = trained(denoiser, shape, kind="none", vectors=count, initial="star")
             save_adapter(EMBEDDINGS / "ours.safetensors", to_file_keys(adapter, denoiser.file_keys()), {})
             ours = {}
             for prompt in ("a photo of a {} star", "a (red {}:1.3), in the snow", "{} " + "a star in the snow, " * 20):
-                ours[prompt.format("embedding:ours")] = predict(denoiser, prompt.format("sks"), adapted=True)
+                ours[prompt.format("embedding:ours")] = predict(denoiser, prompt.format("sks"), True, shape)
         with ComfyDenoiser(model, clip, vae) as denoiser:
             for prompt, expected in ours.items():
-                torch.testing.assert_close(predict(denoiser, prompt), expected, atol=1e-4, rtol=0)
-                assert not torch.allclose(predict(denoiser, prompt.replace("embedding:ours", "")), expected, atol=1e-4)
-            check_embedding_attaches(denoiser, ours)
+                torch.testing.assert_close(predict(denoiser, prompt, False, shape), expected, atol=1e-4, rtol=0)
+                without = predict(denoiser, prompt.replace("embedding:ours", ""), False, shape)
+                assert not torch.allclose(without, expected, atol=1e-4)
+            attach_file(denoiser, EMBEDDINGS / "ours.safetensors")  # which stands for the file's name
+            for prompt, expected in ours.items():
+                said = predict(denoiser, prompt.replace("embedding:ours", "ours"), True, shape)
+                torch.testing.assert_close(said, expected, atol=1e-4, rtol=0)
 
 
-def check_embedding_attaches(denoiser, expected: dict[str, torch.Tensor]) -> None:
-    """A foreign embedding stands for its file's name."""
-    adapter, _ = attach_file(denoiser, EMBEDDINGS / "ours.safetensors")
-    for prompt, prediction in expected.items():
-        said = prompt.replace("embedding:ours", "ours")
-        torch.testing.assert_close(predict(denoiser, said, adapted=True), prediction, atol=1e-4, rtol=0)
-    assert adapter.config.kind == "none"
+def check_sdxl(model, clip, vae) -> None:
+    """The same for two text encoders and their pooled output."""
+    model, clip, vae = comfyui_text_encoders.sdxl([str(EMBEDDINGS)])
+    shape = models.latent_shape("sdxl")
+    check_tokens(model, clip, vae, shape)
+    check_embedding_file(model, clip, vae, shape)
 
 
 def check_stock_loader(model, clip, vae) -> None:
@@ -186,7 +191,15 @@ def outcome(check, *arguments) -> str:
     return ""
 
 
-CHECKS = (check_tokens, check_embedding_file, check_stock_loader, check_untouched, check_refusals, check_tokenizers)
+CHECKS = (
+    check_tokens,
+    check_embedding_file,
+    check_sdxl,
+    check_stock_loader,
+    check_untouched,
+    check_refusals,
+    check_tokenizers,
+)
 
 EMBEDDINGS.mkdir()
 with torch.inference_mode():  # as ComfyUI runs every prompt

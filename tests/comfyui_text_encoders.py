@@ -19,14 +19,14 @@ CLIP_L = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "
 CLIP_G = CLIP_L | {"hidden_size": models.WIDTH - 8, "projection_dim": models.POOLED}
 
 
-def sdxl():
-    """MODEL, CLIP and VAE of SDXL."""
+def sdxl(embeddings: list[str] | None = None):
+    """MODEL, CLIP and VAE of SDXL; `embeddings` are the folders of `embedding:name`."""
     model, _, vae = models.build("sdxl")
     target = comfy.supported_models.supported_models_base.ClipTarget(
         comfy.sdxl_clip.SDXLTokenizer, comfy.sdxl_clip.SDXLClipModel
     )
     options = {"clip_l_model_config": CLIP_L, "clip_g_model_config": CLIP_G, "dtype": torch.float32}
-    clip = comfy.sd.CLIP(target, model_options=options)
+    clip = comfy.sd.CLIP(target, embeddings, model_options=options)
     models.fill(clip.cond_stage_model)
     return model, clip, vae
 

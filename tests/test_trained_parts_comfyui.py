@@ -15,7 +15,7 @@ from tests import comfyui_server
 found = comfyui_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
-CHECKS = ("tokens", "embedding_file", "stock_loader", "untouched", "refusals", "tokenizers")
+CHECKS = ("tokens", "embedding_file", "sdxl", "stock_loader", "untouched", "refusals", "tokenizers")
 
 
 @pytest.fixture(scope="module")

@@ -43,23 +43,27 @@ class TextEncoder:
         """The model's output for one prompt, padded to `length` tokens (default: the tokenizer's own)."""
         length = length or self.tokenizer.model_max_length
         pieces = [prompt] if self._tokens is None else self._tokens.split(prompt)
-        if len(pieces) == 1 or self._vectors is None:
-            prompt = prompt if len(pieces) == 1 else " ".join(piece.strip() for piece in pieces if piece.strip())
-            read = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            if self.count(prompt) > length:
-                logger.warning("the prompt %r is longer than %d tokens; its end is not used", prompt, length)
-            return self.model(read.input_ids.to(self.model.device), **options)
-        ids, places = self._expanded(pieces, length)
+        if len(pieces) > 1 and self._vectors is not None:
+            return self._with_vectors(*self._expanded(pieces, length), **options)
+        if len(pieces) > 1:
+            prompt = " ".join(piece.strip() for piece in pieces if piece.strip())
+        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        if self.count(prompt) > length:
+            logger.warning("the prompt %r is longer than %d tokens; its end is not used", prompt, length)
+        return self.model(tokens.input_ids.to(self.model.device), **options)
+
+    def _with_vectors(self, ids: list[int], places: list[int], **options: Any) -> Any:
+        """The model's output for token ids, with the vectors, over and over, as the embeddings at `places`."""
+        device = self.model.device
+        vectors = self._vectors[torch.arange(len(places), device=device) % len(self._vectors)]
+        index = torch.zeros(len(places), dtype=torch.long, device=device), torch.tensor(places, device=device)
 
         def put(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            which = torch.arange(len(places), device=output.device) % len(self._vectors)
-            return output.index_put(
-                (torch.zeros_like(which), torch.tensor(places, device=output.device)), self._vectors[which].to(output)
-            )
+            return output.index_put(index, vectors.to(output))
 
         hook = self.model.get_input_embeddings().register_forward_hook(put)
         try:
-            return self.model(torch.tensor([ids], device=self.model.device), **options)
+            return self.model(torch.tensor([ids], device=device), **options)
         finally:
             hook.remove()
 

@@ -6,7 +6,6 @@ Every size is read from the folder's own config files, so that another model of 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +32,12 @@ BETA_SCHEDULES = {"scaled_linear": "linear", "squaredcos_cap_v2": "cosine"}
 
 
 def load(
-    folder: Path, embeddings: Sequence[str] | None = None
+    folder: Path, embeddings: list[str] | None = None
 ) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
     """MODEL, CLIP and VAE in float32 from a diffusers folder of SD1.x's classes.
 
     Args:
-        embeddings: the folders where prompts find `embedding:name`.
+        embeddings: folders in which the CLIP looks for `embedding:name`.
 
     Raises:
         FileNotFoundError: a part is missing.
@@ -245,7 +244,7 @@ class _TextModel(comfy.clip_model.CLIPTextModel):
         )
 
 
-def _load_clip(folder: Path, config: dict[str, Any], embeddings: Sequence[str] | None) -> comfy.sd.CLIP:
+def _load_clip(folder: Path, config: dict[str, Any], embeddings: list[str] | None) -> comfy.sd.CLIP:
     special = {"start": config["bos_token_id"], "end": config["eos_token_id"], "pad": config["pad_token_id"]}
     length = config["max_position_embeddings"]
     encoder = partial(
@@ -273,9 +272,7 @@ def _load_clip(folder: Path, config: dict[str, Any], embeddings: Sequence[str] |
         partial(comfy.sd1_clip.SD1Tokenizer, tokenizer=tokenizer),
         partial(comfy.sd1_clip.SD1ClipModel, clip_model=encoder),
     )
-    clip = comfy.sd.CLIP(
-        target, embedding_directory=embeddings, model_options={"dtype": torch.float32}, disable_dynamic=True
-    )
+    clip = comfy.sd.CLIP(target, embeddings, model_options={"dtype": torch.float32}, disable_dynamic=True)
     missing, unexpected = clip.cond_stage_model.clip_l.transformer.load_state_dict(weights, strict=False)
     if missing or unexpected:
         wrong = ", ".join([*missing, *unexpected][:3])
