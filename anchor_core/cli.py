@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _build_parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and on a CPU it has something to say
     try:
         check_count("seed", options.seed, minimum=0)
         return options.run(options) or 0

@@ -56,7 +56,7 @@ class TrainSettings:
     seed: int = option(0, "of every draw of the training", minimum=0)
     probe_every: int = option(50, "steps between two measurements of the drift")
     stop_on_drift: float = option(0.0, "end when the drift exceeds this and go back to the last below it", minimum=0)
-    keep: str = option("last", "best: the measured adapter with the least Eq. 5 on the probe", choices=KEEPS)
+    keep: str = option("last", "best: the earliest measured adapter near the least Eq. 5 on the probe", choices=KEEPS)
     guidance: float = option(5.0, "of previews; the file recommends it for sampling", minimum=0)
     checkpoint_every: int = option(0, "steps between two checkpoints; 0 for none", minimum=0)
 

@@ -23,6 +23,7 @@ from .denoiser import Condition, Denoiser, PriorBatch, Step
 from .drift import DriftProbe
 from .gradient_checkpointing import checkpointed
 from .history import History, StepReport
+from .keeping import Candidates
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .parallel import ALONE, Workers
@@ -130,7 +131,7 @@ class _Run:
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
         self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
         self.history, self.started = History(), time.perf_counter()
-        self.best: dict[str, Any] | None = None  # of the probes within the budget: step, score, weights
+        self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
         self.conditions = dict(zip(prompts, cache.conditions(prompts)))
         if checkpoints is not None:
@@ -252,12 +253,10 @@ class _Run:
     # --- when to stop and what to keep --------------------------------------------------------------------------
 
     def _measure(self) -> None:
-        """Measure the probe on the weights that would be kept now, and remember them if they are the best so far.
+        """Measure the probe on the weights that would be kept now, and offer them as what to keep.
 
-        Best is the least value of Eq. 5 on the probe, reconstruction + keep_w * drift, each a mean squared error in
-        epsilon. Its points are fixed, so that unlike the training's loss it can be compared between steps; past its
-        minimum a further gain on the pictures costs more drift than it is worth at this w. With `keep="last"` a
-        budget on drift goes back to the last measurement within it.
+        Their score is the value of Eq. 5 on the probe, reconstruction + keep_w * drift, each a mean squared error in
+        epsilon. Its points are fixed, so that unlike the training's loss it can be compared between steps.
         """
         settings = self.settings
         with self.average:
@@ -271,17 +270,15 @@ class _Run:
                     )
                 self.history.over_budget = True
                 return
-            score = result.objective(settings.keep_w)
-            wanted = settings.keep == "best" or settings.stop_on_drift
-            if wanted and (settings.keep == "last" or self.best is None or score < self.best["score"]):
-                self.best = {"step": self.made, "score": score, "weights": self.adapter.state_dict()}
+            if settings.keep == "best" or settings.stop_on_drift:
+                self.candidates.offer(self.made, result.objective(settings.keep_w), self.adapter.state_dict)
 
     def keep(self) -> None:
-        """Leave the adapter with the weights to keep."""
-        self.history.kept = self.made
-        if self.best is not None and (self.settings.keep == "best" or self.history.over_budget):
-            self.adapter.load_state_dict(self.best["weights"])
-            self.history.kept = self.best["step"]
+        """Leave the adapter with the weights to keep; with `keep="last"`, over the budget, the last within it."""
+        self.history.kept, chosen = self.made, self.candidates.kept
+        if chosen is not None and (self.settings.keep == "best" or self.history.over_budget):
+            self.adapter.load_state_dict(chosen["weights"])
+            self.history.kept = chosen["step"]
 
     # --- checkpoints --------------------------------------------------------------------------------------------
 
@@ -312,7 +309,7 @@ class _Run:
             "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
             "datasets": [dataset.state_dict() for dataset in self.datasets],
             "history": self.history.to_dict(),
-            "best": self.best,
+            "candidates": self.candidates.state_dict(),
         }
         self.checkpoints.save(self.made, state)
 
@@ -338,7 +335,8 @@ class _Run:
             torch.cuda.set_rng_state(random, self.denoiser.device)
         for dataset, saved in zip(self.datasets, state["datasets"], strict=True):
             dataset.load_state_dict(saved)
-        self.history, self.best = History.from_dict(state["history"]), state["best"]
+        self.candidates.load_state_dict(state["candidates"])
+        self.history = History.from_dict(state["history"])
         self.history.cancelled = False
         logger.info("going on from step %d of %d", self.made, self.settings.steps)
 

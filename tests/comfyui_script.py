@@ -9,7 +9,6 @@ results; under `untouched.` whether the model was the same afterwards, for each 
 from __future__ import annotations
 
 import sys
-import traceback
 from pathlib import Path
 
 comfyui, pack, weights, inputs, outputs = sys.argv[1:]
@@ -24,8 +23,7 @@ import comfy.model_management  # noqa: E402
 import comfy.model_sampling as kinds  # noqa: E402
 import comfy.sampler_helpers  # noqa: E402
 import comfy.samplers  # noqa: E402
-import comfy.sd  # noqa: E402
-import contract  # noqa: E402
+import comfyui_text_encoders as text_encoders  # noqa: E402
 import torch  # noqa: E402
 from comfyui_models import fingerprint, same  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
@@ -93,65 +91,6 @@ def refusal(model, clip, vae) -> str:
     return ""
 
 
-def check_stock_loader(model, clip, vae) -> None:
-    """ComfyUI's own loader gives a CLIP that encodes as `adapted=True` does."""
-    with ComfyDenoiser(model, clip, vae) as denoiser, torch.no_grad():
-        plain = denoiser.encode_prompt(CONCEPT.class_prompt).cross_attention
-        with contract.attached(denoiser, "attention", text_encoder=True, alpha=1.0) as adapter:
-            tensors = to_file_keys(adapter, denoiser.file_keys())
-            ours = denoiser.encode_prompt(CONCEPT.class_prompt, adapted=True).cross_attention
-    _, patched = comfy.sd.load_lora_for_models(model, clip, tensors, 1.0, 1.0)
-    ((theirs, _),) = patched.encode_from_tokens_scheduled(patched.tokenize(CONCEPT.class_prompt))
-    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    assert not torch.allclose(ours, plain, atol=1e-3)
-
-
-def check_slope(denoiser, shape) -> None:
-    """The gradient of the text encoder's adapter along itself is the slope of the loss, by finite differences."""
-    noisy, timesteps = contract.draw(denoiser, shape, 1), contract.times(denoiser, (0.5,))
-    with contract.attached(denoiser, "attention", text_encoder=True) as adapter:
-        factors = [
-            f for n in adapter.module_names if ":" in n for f in adapter.layer(n).parameters() if f.requires_grad
-        ]
-
-        def loss() -> torch.Tensor:
-            condition = denoiser.encode_prompt(CONCEPT.class_prompt, adapted=True)
-            return denoiser.predict(noisy, timesteps, [condition]).double().square().mean()
-
-        gradients = torch.autograd.grad(loss(), factors, materialize_grads=True)
-        norm, sides = torch.cat([part.flatten() for part in gradients]).norm(), []
-        with torch.no_grad():
-            for distance in (3e-2, -6e-2):
-                for factor, part in zip(factors, gradients, strict=True):
-                    factor += distance * part / norm
-                sides.append(loss())
-    torch.testing.assert_close(((sides[0] - sides[1]) / 6e-2).float(), norm, rtol=0.03, atol=0)
-
-
-def outcome(check, *arguments, **options) -> str:
-    try:
-        check(*arguments, **options)
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()
-    return ""
-
-
-def text_encoder(model, clip, vae) -> dict[str, str]:
-    """What is wrong with adapters of text encoders, by check."""
-    found, shape, contract.CONCEPT = {}, (4, 16, 16), CONCEPT
-    comfy.model_management.load_models_gpu([model, clip.patcher])  # a clone with a LoRA was the last one
-    before = fingerprint(model), fingerprint(clip.patcher)
-    with ComfyDenoiser(model, clip, vae) as denoiser:
-        found["adapter"] = outcome(contract.check_text_encoder_adapter, denoiser, shape)
-        found["file_keys"] = outcome(contract.check_file_keys, denoiser, shape, text_encoder=True)
-        found["detach"] = outcome(contract.check_detach_restores, denoiser, shape, text_encoder=True)
-        found["slope"] = outcome(check_slope, denoiser, shape)
-    after = fingerprint(model), fingerprint(clip.patcher)
-    found["untouched"] = "" if all(map(same, before, after)) else "MODEL or CLIP is another one"
-    found["stock_loader"] = outcome(check_stock_loader, model, clip, vae)
-    return found
-
-
 def main() -> None:
     given, results = load_file(inputs), {}
     with torch.inference_mode():  # as ComfyUI runs every prompt
@@ -194,8 +133,10 @@ def main() -> None:
             results[f"refusal.{name}"] = torch.frombuffer(
                 bytearray(refusal(refused, clip, vae).encode()), dtype=torch.uint8
             )
-        for name, text in text_encoder(model, clip, vae).items():
-            results[f"text_encoder.{name}"] = torch.frombuffer(bytearray(f"{text}\n".encode()), dtype=torch.uint8)
+        for family, parts in {"sd1": (model, clip, vae), "sdxl": text_encoders.sdxl()}.items():
+            for name, text in text_encoders.outcomes(*parts).items():
+                said = torch.frombuffer(bytearray(f"{text}\n".encode()), dtype=torch.uint8)
+                results[f"text_encoder.{family}.{name}"] = said
     save_file({name: tensor.clone().contiguous() for name, tensor in results.items()}, outputs)
 
 

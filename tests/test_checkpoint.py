@@ -49,6 +49,7 @@ def same(one: dict, other: dict) -> bool:
         {"ema": 0.9, "schedule": "cosine", "warmup": 2},
         {"optimizer": "prodigy", "learning_rate": 1.0},
         {"optimizer": "schedule_free"},
+        {"optimizer": "adamw8bit"},
         {"precision": "fp16", "accumulation": 2},
         {"keep": "best", "with_probe": True},
     ],

@@ -143,8 +143,9 @@ def test_a_model_that_cannot_be_trained_on_is_refused(both, model, message):
 
 
 @pytest.mark.parametrize("check", ["adapter", "file_keys", "detach", "slope", "untouched", "stock_loader"])
-def test_text_encoder_adapters(both, check):
-    text = bytes(both[2][f"text_encoder.{check}"].tolist()).decode().strip()
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_text_encoder_adapters(both, family, check):
+    text = bytes(both[2][f"text_encoder.{family}.{check}"].tolist()).decode().strip()
     assert not text, text
 
 
