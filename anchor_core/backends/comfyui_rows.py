@@ -7,12 +7,13 @@ update is no product of two factors (DoRA, LoKr, LoHa, OFT, differences) are cor
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
@@ -56,16 +57,13 @@ class RowStrengths:
             batch: rows of the network's input.
             shares: of a chunk's rows, how much of each adapter they have; (1, 0, ...) is what the weights say.
         """
-        chunks = [(share[0] - 1, *share[1:]) for share in shares]
-        wanted = [(i, i + 1, each) for i, each in enumerate(chunks) if any(each)]
-        if not wanted:
-            yield
-            return
-        if model not in self._networks:
-            self._networks[model] = self._hook(model)
-        state = self._networks[model]
         size = batch // len(shares)
-        state.rows, state.spans = batch, [(first * size, last * size, each) for first, last, each in wanted]
+        missing = [(i * size, (i + 1) * size, (share[0] - 1, *share[1:])) for i, share in enumerate(shares)]
+        spans = [span for span in missing if any(span[2])]
+        if spans and model not in self._networks:
+            self._networks[model] = self._hook(model)
+        state = self._networks.get(model, _Batch())
+        state.rows, state.spans = batch, spans
         try:
             yield
         finally:
@@ -74,10 +72,8 @@ class RowStrengths:
     def _hook(self, model: nn.Module) -> _Batch:
         state = _Batch()
         for name in dict.fromkeys(name for adapter in self._adapters for name in adapter):
-            layer = model.get_submodule(name)
-            makers = [adapter.get(name, {}) for adapter in self._adapters]
-            hook = _Correction(name, state, [lambda y, i=i, n=name: self._delta(i, n, y) for i in range(len(makers))])
-            self._hooks.callback(layer.register_forward_hook(hook).remove)
+            hook = _Correction(name, state, self._delta)
+            self._hooks.callback(model.get_submodule(name).register_forward_hook(hook).remove)
         return state
 
     # --- what an adapter adds to a layer --------------------------------------------------------------------------
@@ -108,8 +104,8 @@ class RowStrengths:
         entries = [(self._strength, patch, 1.0, offset, function) for patch, offset, function in added]
 
         def calculate(patches: list) -> Tensor:
-            plain = convert(weight.to(like.device, torch.float32, copy=True), inplace=True)
-            return comfy.lora.calculate_weight(patches, plain, key)
+            plain = comfy.model_management.cast_to_device(weight, like.device, torch.float32, copy=True)
+            return comfy.lora.calculate_weight(patches, convert(plain, inplace=True), key)
 
         return (calculate([*others[:place], *entries, *others[place:]]) - calculate(others)).to(like.dtype)
 
@@ -171,8 +167,8 @@ class _Batch:
 class _Correction:
     """A forward hook that corrects rows of a layer's output in place."""
 
-    def __init__(self, name: str, batch: _Batch, makers: list):
-        self.name, self.batch, self.makers = name, batch, makers
+    def __init__(self, name: str, batch: _Batch, make_delta: Callable[[int, str, Tensor], _Delta]):
+        self.name, self.batch, self.make_delta = name, batch, make_delta
         self.deltas: dict[tuple, _Delta] = {}
 
     def __call__(self, layer: nn.Module, arguments: tuple, y: Tensor) -> None:
@@ -194,7 +190,7 @@ class _Correction:
     def _delta(self, adapter: int, y: Tensor) -> _Delta:
         key = adapter, y.dtype, y.device
         if key not in self.deltas:
-            self.deltas[key] = self.makers[adapter](y)
+            self.deltas[key] = self.make_delta(adapter, self.name, y)
         return self.deltas[key]
 
 
