@@ -16,6 +16,7 @@ from .adapter_kinds import NO_LAYERS
 from .adapter_layers import EVERYTHING
 from .captions import word_pattern
 from .checks import check_choice
+from .objectives import matched_learning_rate
 from .settings import DataSettings, TrainSettings
 
 CLASS_PICTURES = "class_pictures"
@@ -37,6 +38,10 @@ METHODS = {
     "semantic_anchoring": Method(
         "arXiv 2511.22245, Eq. 5; it states no training options, these are diffusers' of DreamBooth LoRA",
         {"objective": "anchor", "w": 0.5, "batch_size": 1, **_LORA},
+    ),
+    "matched_reconstruction": Method(
+        "the control of semantic_anchoring: Eq. 1 alone at the learning rate matched to w = 0.5, (1 + w) times its own",
+        {**_LORA, "objective": "reconstruction", "batch_size": 1, "learning_rate": matched_learning_rate(1e-4, 0.5)},
     ),
     "dreambooth": Method(
         "arXiv 2208.12242; options of diffusers' train_dreambooth with prior preservation",
