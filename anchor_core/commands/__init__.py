@@ -1,0 +1,11 @@
+"""What the verbs of the command line do, each given its parsed options."""
+
+from .files import convert
+from .measuring import compare, inspect
+from .sampling import adjust, sample
+from .sandbox import bench, demo, pretrain, subject, subjects
+from .training import train
+
+__all__ = [
+    "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "subject", "subjects", "train",
+]  # fmt: skip

@@ -1,0 +1,123 @@
+"""The verbs `inspect` and `compare`."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from .shared import check_embedding, check_writable, device, open_model, resolution
+
+
+def inspect(options: Namespace) -> None:
+    from .. import report
+    from ..adapter_file import attach_file, load_adapter
+
+    check_embedding(options)
+    out = check_writable(options.out)
+    _, metadata = load_adapter(options.adapter)
+    concept = _concept(options.adapter, metadata, options.subject, options.class_prompt)
+    denoiser = open_model(options)
+    probe = _probe(options, denoiser, options.references, concept)
+    before = probe.measure()
+    attach_file(denoiser, options.adapter, options.embedding)
+    after = probe.measure()
+    out.mkdir(parents=True, exist_ok=True)
+    figure = report.new_figure(9, 3.6)
+    panels = figure.subplots(1, 2)
+    for panel, quantity in zip(panels, ("drift", "reconstruction")):
+        report.draw_by_timestep(panel, {"model alone": before, "with the adapter": after}, quantity)
+    figure.savefig(out / "report.png")
+    written = {
+        "adapter": str(options.adapter),
+        "metadata": metadata,
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+    }
+    report.write_json(out / "report.json", written)
+    print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
+
+
+def compare(options: Namespace) -> None:
+    from tqdm import tqdm
+
+    from .. import report
+    from ..adapter_file import attach_file, load_adapter
+    from ..compare import Comparison, contact_sheet, markdown
+    from ..encoders import open_encoders, sandbox_encoders
+    from ..picture_folders import adapter_file, gather
+    from ..pictures import read_picture
+
+    out = check_writable(options.out)
+    systems, adapters = _named("pictures", options.pictures), _named("adapters", options.adapters)
+    if not adapters.keys() <= systems.keys():
+        unknown = min(adapters.keys() - systems.keys())
+        raise ValueError(f"--adapters: {unknown!r} has no pictures; name one of {', '.join(systems)}")
+    if adapters and options.model is None:
+        raise ValueError("--adapters: the drift of an adapter takes its model too; give --model")
+    if (options.judge is None) == (options.clip is None and options.dino is None):
+        raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
+    subjects = gather(options.references, systems, options.prompts, options.token)
+    bare = [name for found in subjects.values() for name, (_, prompts) in found.made.items() if not prompts]
+    if bare and (options.clip or options.judge):
+        raise ValueError(f"--prompts: the pictures of {bare[0]} do not tell their prompts, for CLIP-T; give a file")
+    files = {
+        (name, subject): adapter_file(path, subject, len(subjects) == 1, name)
+        for name, path in adapters.items()
+        for subject in subjects
+    }
+    concepts = {
+        key: _concept(file, load_adapter(file)[1], options.subject, options.class_prompt) for key, file in files.items()
+    }
+    encoders = sandbox_encoders() if options.judge else open_encoders(options.clip, options.dino, device(options))
+    comparison, shown = Comparison(encoders), {}
+    for subject, found in tqdm(subjects.items(), desc="subjects"):
+        references = [read_picture(file) for file in found.references]
+        comparison.add_references(subject, references)
+        for name, (made, prompts) in found.made.items():
+            pictures = [read_picture(file) for file in made]
+            comparison.add(name, subject, pictures, prompts)
+            shown.setdefault(name, pictures[:6])
+        shown.setdefault("", references)
+    denoiser = open_model(options) if files else None
+    for (name, subject), file in files.items():
+        probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
+        attach_file(denoiser, file)
+        comparison.add_drift(name, probe.measure().drift)
+        denoiser.detach()
+    result = comparison.result()
+    out.mkdir(parents=True, exist_ok=True)
+    contact_sheet(shown.pop(""), shown).savefig(out / "report.png")
+    report.write_json(out / "report.json", result)
+    (out / "report.md").write_text(markdown(result) + "\n", encoding="utf-8")
+    print(markdown(result))
+
+
+def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):
+    """The prompts given, else those that an adapter's file names."""
+    from ..data import Concept
+
+    subject = subject or metadata.get("anchor.subject_prompt")
+    class_prompt = class_prompt or metadata.get("anchor.class_prompt")
+    for option, value in (("--subject", subject), ("--class", class_prompt)):
+        if value is None:
+            raise ValueError(f"{option}: {file} does not name this prompt in its metadata; give the option")
+    return Concept(subject, class_prompt)
+
+
+def _probe(options: Namespace, denoiser, references: str | Path, concept):
+    from ..data import load_references
+    from ..drift import DriftProbe
+
+    pictures = load_references(references, resolution(options, denoiser)).stack()
+    return DriftProbe(denoiser, denoiser.encode_images(pictures), concept, seed=options.seed)
+
+
+def _named(option: str, values: list[str]) -> dict[str, str]:
+    """NAME=PATH, once or more, as name -> path."""
+    named = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        if not name.strip() or not path or name in named:
+            raise ValueError(f"--{option}: {value!r} is no NAME=PATH of a new name; give such as ours=out/pictures")
+        named[name] = path
+    return named
