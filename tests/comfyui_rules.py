@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
     comfy.options.enable_args_parsing()
 
+    import comfy.lora
     import comfy.model_management
     import comfy.sample
     import comfy.samplers
@@ -208,6 +209,33 @@ def check_kinds() -> None:
         assert_same(case.denoised(case.guided("personalization", weak=0.3)), led(subject, away))
         away = case.branch(early=True)
         assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, away))
+
+
+def make_sliced_lora(model, seed: int = 0) -> dict[str, Tensor]:
+    """In diffusers' names, of which several are slices of one weight, or are turned around."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    weights, keys = model.model.state_dict(), comfy.lora.model_lora_keys_unet(model.model, {})
+    for key, target in keys.items():
+        sliced = isinstance(target, tuple) and target[0] in weights and key.startswith("transformer.")
+        if not sliced or "mlp" in key:  # ComfyUI cuts the latter as for Flux's own ratio
+            continue
+        weight = weights[target[0]]
+        out, inside = (weight if target[1] is None else weight.narrow(*target[1])).shape
+        for part, shape in (("lora_A", (2, inside)), ("lora_B", (out, 2))):
+            tensors[f"{key}.{part}.weight"] = 0.3 * torch.randn(shape, generator=draw)
+    return tensors
+
+
+def check_slices() -> None:
+    """LoRAs over parts of fused weights, as diffusers' names have them for SD3 and Flux."""
+    for family in ("sd3", "flux"):
+        case = Case(family)
+        case.lora, case.early = make_sliced_lora(case.model), make_sliced_lora(case.model, seed=1)
+        assert len(case.lora) > 8, family
+        subject, away = case.branch(), case.branch(NULL, 0.3)
+        assert far(subject, case.branch(strength=0.0))
+        assert_same(case.denoised(case.guided("personalization", weak=0.3)), led(subject, away))
+        assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, case.branch(early=True)))
 
 
 def check_other_loras() -> None:
@@ -434,7 +462,7 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_other_loras check_steps check_one_batch check_mask check_pictures check_untouched "
+    "check_kinds check_slices check_other_loras check_steps check_one_batch check_mask check_pictures check_untouched "
     "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
 
