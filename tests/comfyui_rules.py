@@ -27,6 +27,7 @@ if __name__ == "__main__":
 
     import comfy.lora
     import comfy.model_management
+    import comfy.patcher_extension
     import comfy.sample
     import comfy.samplers
     import comfy.sd
@@ -291,6 +292,22 @@ def check_one_batch() -> None:
         assert_same(ours, led(mixed(subject, other, 0.5), away))
 
 
+def check_what_other_patches_see() -> None:
+    """Rows that are conditional or not, and a name for every branch, as caches need it."""
+    case, seen = Case("sd1", steps=1), []
+
+    def look(executor, *arguments):
+        seen.append((arguments[-1]["cond_or_uncond"], arguments[-1]["uuids"]))
+        return executor(*arguments)
+
+    for rule in ("autoguidance", "mixed"):
+        guided = case.guided(rule)
+        guided.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, look)
+        case.denoised(guided)
+    (pair, names), (three, _) = seen
+    assert sorted(pair) == [0, 1] and sorted(three) == [0, 0, 1] and len(set(names)) == 2
+
+
 def attention_mask(case: Case, quantile: float, word: int) -> list[Tensor]:
     """At each step, from ComfyUI's own patches on a run of the class prompt alone."""
     model, maps = case.stock(), []
@@ -462,8 +479,8 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_slices check_other_loras check_steps check_one_batch check_mask check_pictures check_untouched "
-    "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
+    "check_kinds check_slices check_other_loras check_steps check_one_batch check_what_other_patches_see check_mask "
+    "check_pictures check_untouched check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
 
 
