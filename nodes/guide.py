@@ -16,11 +16,12 @@ class AnchorGuidance(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="AnchorGuidance",
-            display_name="Guidance",
+            display_name="Anchor Guidance",
             category=CATEGORY,
             description=(
                 "The model with a LoRA, guided by a rule, for KSampler and every other sampler; cfg is the rule's "
-                "scale. All of a step runs in one batch, whatever the strengths of the LoRA in it."
+                "scale. All of a step runs in one batch, whatever the strengths of the LoRA in it. Where the LoRA "
+                "adapts the text encoder too, encode the prompts with the CLIP of Apply Adapter."
             ),
             inputs=_inputs(),
             outputs=[io.Model.Output(display_name="model", tooltip="The model with the LoRA and the rule.")],

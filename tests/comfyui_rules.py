@@ -25,7 +25,9 @@ if __name__ == "__main__":
 
     comfy.options.enable_args_parsing()
 
+    import comfy.lora
     import comfy.model_management
+    import comfy.patcher_extension
     import comfy.sample
     import comfy.samplers
     import comfy.sd
@@ -210,6 +212,33 @@ def check_kinds() -> None:
         assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, away))
 
 
+def make_sliced_lora(model, seed: int = 0) -> dict[str, Tensor]:
+    """In diffusers' names, of which several are slices of one weight, or are turned around."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    weights, keys = model.model.state_dict(), comfy.lora.model_lora_keys_unet(model.model, {})
+    for key, target in keys.items():
+        sliced = isinstance(target, tuple) and target[0] in weights and key.startswith("transformer.")
+        if not sliced or "mlp" in key:  # ComfyUI cuts the latter as for Flux's own ratio
+            continue
+        weight = weights[target[0]]
+        out, inside = (weight if target[1] is None else weight.narrow(*target[1])).shape
+        for part, shape in (("lora_A", (2, inside)), ("lora_B", (out, 2))):
+            tensors[f"{key}.{part}.weight"] = 0.3 * torch.randn(shape, generator=draw)
+    return tensors
+
+
+def check_slices() -> None:
+    """LoRAs over parts of fused weights, as diffusers' names have them for SD3 and Flux."""
+    for family in ("sd3", "flux"):
+        case = Case(family)
+        case.lora, case.early = make_sliced_lora(case.model), make_sliced_lora(case.model, seed=1)
+        assert len(case.lora) > 8, family
+        subject, away = case.branch(), case.branch(NULL, 0.3)
+        assert far(subject, case.branch(strength=0.0))
+        assert_same(case.denoised(case.guided("personalization", weak=0.3)), led(subject, away))
+        assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, case.branch(early=True)))
+
+
 def check_other_loras() -> None:
     """Those before and after the guidance are part of the pretrained network, whatever the kinds."""
     for kind in ("lora", "dora"):
@@ -261,6 +290,22 @@ def check_one_batch() -> None:
         assert len(calls) == batches * case.steps and sum(calls) == 3 * 2 * case.steps, calls
         subject, other, away = case.branch(), case.branch(CLASS), case.branch(NULL)
         assert_same(ours, led(mixed(subject, other, 0.5), away))
+
+
+def check_what_other_patches_see() -> None:
+    """Rows that are conditional or not, and a name for every branch, as caches need it."""
+    case, seen = Case("sd1", steps=1), []
+
+    def look(executor, *arguments):
+        seen.append((arguments[-1]["cond_or_uncond"], arguments[-1]["uuids"]))
+        return executor(*arguments)
+
+    for rule in ("autoguidance", "mixed"):
+        guided = case.guided(rule)
+        guided.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, look)
+        case.denoised(guided)
+    (pair, names), (three, _) = seen
+    assert sorted(pair) == [0, 1] and sorted(three) == [0, 0, 1] and len(set(names)) == 2
 
 
 def attention_mask(case: Case, quantile: float, word: int) -> list[Tensor]:
@@ -358,11 +403,13 @@ def check_interrupt_inside_the_network() -> None:
         raise torch.OutOfMemoryError("in a layer")
 
     hook = case.model.model.diffusion_model.out[2].register_forward_hook(fail)
-    try:
-        case.picture(case.guided("masked", switch=0.0))
-        raise AssertionError("no error came")
-    except torch.OutOfMemoryError:
-        hook.remove()
+    for rule in ("personalization", "masked"):
+        try:
+            case.picture(case.guided(rule))
+            raise AssertionError("no error came")
+        except torch.OutOfMemoryError:
+            pass
+    hook.remove()
     assert before == anatomy(case.model) and torch.equal(case.picture(case.model), first)
 
 
@@ -432,8 +479,8 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_other_loras check_steps check_one_batch check_mask check_pictures check_untouched "
-    "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
+    "check_kinds check_slices check_other_loras check_steps check_one_batch check_what_other_patches_see check_mask "
+    "check_pictures check_untouched check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
 
 

@@ -120,6 +120,11 @@ def test_an_output_folder_that_cannot_be_written_is_named(references, tmp_path, 
     assert "--out" in refused(capsys, ["sandbox", "subject", "pip", "--out", out])
 
 
+def test_a_folder_without_comfyui_is_named(tmp_path, capsys):
+    for option in ("--stock", "--guidance"):
+        assert option in refused(capsys, ["bench", option, str(tmp_path), "--out", str(tmp_path / "out")])
+
+
 def test_a_lora_of_another_model_is_refused(tmp_path, capsys):
     import torch
 

@@ -7,6 +7,7 @@ stays the scale and patches on it keep working.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -112,6 +113,14 @@ class _Run:
     away: Branch | None = None
     watches: bool = False  # whether `word` is looked for
     asked: bool = False
+    uuids: dict[tuple, uuid.UUID] = field(default_factory=dict)
+
+    def named(self, branch: Branch, conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """A prompt under other names for each strength: caches of other nodes go by the name of a prompt."""
+        if branch.strength == 1 and not branch.early:
+            return conds
+        names = [self.uuids.setdefault((branch, cond["uuid"]), uuid.uuid4()) for cond in conds]
+        return [cond | {"uuid": name} for cond, name in zip(conds, names, strict=True)]
 
 
 class _Guidance:
@@ -163,7 +172,7 @@ class _Guidance:
         prompts = {"subject": positive, "class": run.guider.conds.get("class"), "null": negative}
         run.branches, run.away, run.watches = branches, table.away if guided else None, table.outside is not None
         try:
-            conds = [prompts[branch.prompt] for branch in branches]
+            conds = [run.named(branch, prompts[branch.prompt]) for branch in branches]
             outputs = comfy.samplers.calc_cond_batch(model, conds, x, sigma, options)
             predictions = dict(zip(branches, outputs, strict=True))
             mask = run.word.mask(table.quantile) if run.watches else None

@@ -58,8 +58,13 @@ class RowStrengths:
             shares: of a chunk's rows, how much of each adapter they have; (1, 0, ...) is what the weights say.
         """
         size = batch // len(shares)
-        missing = [(i * size, (i + 1) * size, (share[0] - 1, *share[1:])) for i, share in enumerate(shares)]
-        spans = [span for span in missing if any(span[2])]
+        missing = [(share[0] - 1, *share[1:]) for share in shares]
+        spans = [
+            (chunk * size, (chunk + 1) * size, adapter, coefficient)
+            for chunk, coefficients in enumerate(missing)
+            for adapter, coefficient in enumerate(coefficients)
+            if coefficient
+        ]
         if spans and model not in self._networks:
             self._networks[model] = self._hook(model)
         state = self._networks.get(model, _Batch())
@@ -158,40 +163,43 @@ def _is_product(entry: tuple) -> bool:
 
 @dataclass
 class _Batch:
-    """What a network is running: its rows, and (first, last, how much of each adapter is missing) of some of them."""
+    """What a network is running: its rows, and (first, last, adapter, how much of it is missing) of some of them."""
 
     rows: int = 0
-    spans: list[tuple[int, int, tuple[float, ...]]] = field(default_factory=list)
+    spans: list[tuple[int, int, int, float]] = field(default_factory=list)
 
 
 class _Correction:
-    """A forward hook that corrects rows of a layer's output in place."""
+    """A forward hook that corrects rows of a layer's output in place.
+
+    It runs at every adapted layer of every step, where on a fast GPU it is the time of Python that counts.
+    """
 
     def __init__(self, name: str, batch: _Batch, make_delta: Callable[[int, str, Tensor], _Delta]):
         self.name, self.batch, self.make_delta = name, batch, make_delta
-        self.deltas: dict[tuple, _Delta] = {}
+        self.kind: tuple | None = None
+        self.deltas: dict[int, _Delta] = {}
 
     def __call__(self, layer: nn.Module, arguments: tuple, y: Tensor) -> None:
-        if not self.batch.spans:
+        spans, rows = self.batch.spans, self.batch.rows
+        if not spans:
             return
-        x = arguments[0]
-        scale, rest = divmod(len(y), self.batch.rows)
+        scale, rest = divmod(y.shape[0], rows)
         if rest:
             raise ValueError(
-                f"{self.name} runs {len(y)} rows for a batch of {self.batch.rows}, so that strengths cannot differ by "
-                "row in this model; take a rule whose branches are all at full strength"
+                f"{self.name} runs {len(y)} rows for a batch of {rows}, so that strengths cannot differ by row in this "
+                "model; take a rule whose branches are all at full strength"
             )
-        for first, last, coefficients in self.batch.spans:
-            rows = slice(first * scale, last * scale)
-            for adapter, coefficient in enumerate(coefficients):
-                if coefficient:
-                    self._delta(adapter, y).add(layer, x[rows].to(y.dtype), y[rows], coefficient)
-
-    def _delta(self, adapter: int, y: Tensor) -> _Delta:
-        key = adapter, y.dtype, y.device
-        if key not in self.deltas:
-            self.deltas[key] = self.make_delta(adapter, self.name, y)
-        return self.deltas[key]
+        if self.kind != (y.dtype, y.device):
+            self.kind, self.deltas = (y.dtype, y.device), {}
+        x = arguments[0]
+        if x.dtype != y.dtype:
+            x = x.to(y.dtype)
+        for first, last, adapter, coefficient in spans:
+            if adapter not in self.deltas:
+                self.deltas[adapter] = self.make_delta(adapter, self.name, y)
+            first, last = first * scale, last * scale
+            self.deltas[adapter].add(layer, x[first:last], y[first:last], coefficient)
 
 
 @dataclass
@@ -228,27 +236,33 @@ class _Factors:
         up, down, alpha, *_ = patch.weights
         self.scale = strength * (1.0 if alpha is None else alpha / len(down))
         self.up = up.flatten(1).to(like)  # (out, rank)
-        self.down = down.to(like)  # (rank, in, ...)
+        self.up_t = self.up.T
+        self.down = down.flatten(1).to(like)  # (rank, in ...)
         self.outputs, self.inputs = (offset[1:] if offset and offset[0] == axis else None for axis in (0, 1))
 
     def add(self, layer: nn.Module, x: Tensor, y: Tensor, coefficient: float) -> None:
-        features = 1 if isinstance(layer, CONVOLUTIONS) else -1
-        x = x if self.inputs is None else x.narrow(features, *self.inputs)
         scale = coefficient * self.scale
-        if features == 1:
-            hidden = layer._conv_forward(x, self.down.reshape(len(self.down), x.shape[1], *layer.kernel_size), None)
-            up = self.up.expand(len(x), -1, -1)
-            if y.is_contiguous() and self.outputs is None:
-                y.view(*y.shape[:2], -1).baddbmm_(up, hidden.flatten(2), alpha=scale)
-                return
-            added = torch.bmm(up, hidden.flatten(2)).view(len(x), -1, *hidden.shape[2:])
+        if isinstance(layer, CONVOLUTIONS):
+            self._convolve(layer, x, y, scale)
+            return
+        if self.inputs is not None:
+            x = x.narrow(-1, *self.inputs)
+        if self.outputs is not None:
+            y = y.narrow(-1, *self.outputs)
+        hidden = F.linear(x, self.down)
+        if y.is_contiguous():
+            y.view(-1, y.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), self.up_t, alpha=scale)
         else:
-            hidden = F.linear(x, self.down.flatten(1))
-            if y.is_contiguous():
-                flat = y.view(-1, y.shape[-1])
-                flat = flat if self.outputs is None else flat.narrow(1, *self.outputs)
-                flat.addmm_(hidden.flatten(0, -2), self.up.T, alpha=scale)
-                return
-            added = F.linear(hidden, self.up)
-        y = y if self.outputs is None else y.narrow(features, *self.outputs)
-        y.add_(added, alpha=scale)
+            y.add_(F.linear(hidden, self.up), alpha=scale)
+
+    def _convolve(self, layer: nn.Module, x: Tensor, y: Tensor, scale: float) -> None:
+        if self.inputs is not None:
+            x = x.narrow(1, *self.inputs)
+        if self.outputs is not None:
+            y = y.narrow(1, *self.outputs)
+        hidden = layer._conv_forward(x, self.down.view(len(self.down), x.shape[1], *layer.kernel_size), None)
+        up = self.up.expand(len(x), -1, -1)
+        if y.is_contiguous():
+            y.view(*y.shape[:2], -1).baddbmm_(up, hidden.flatten(2), alpha=scale)
+        else:
+            y.add_(torch.bmm(up, hidden.flatten(2)).view(y.shape), alpha=scale)

@@ -18,7 +18,7 @@ _WORKER = Path(__file__).with_name("guidance_worker.py")
 
 
 def run(
-    out: Path, comfyui: Path, python: Path, *, rounds: int = 7, steps: int = 3, side: int = 32, device: str = "cpu"
+    out: Path, comfyui: Path, python: Path, *, rounds: int = 5, steps: int = 2, side: int = 32, device: str = "cpu"
 ) -> dict:
     """`rounds` times `steps` timed steps of each method on latents of `side`; write `out/report.json`.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -18,13 +19,17 @@ STEPS = 300
 KEYS = {"subject_fidelity": "ID", "text_alignment": "text", "drift": "drift"}
 
 
-def run(out: Path, subjects: Sequence[str], seeds: Sequence[int], steps: int = STEPS) -> None:
-    """Train each subject and seed for `steps` with and without the anchor; score the last and the best adapter."""
+def run(out: Path, subjects: Sequence[str], seeds: Sequence[int], **changes: Any) -> None:
+    """Train each subject and seed with and without the anchor; score the last and the best adapter.
+
+    `changes` are of the settings: the sandbox's own for 300 steps.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    jobs = [(name, seed, method, steps) for name in subjects for seed in seeds for method in (DREAMBOOTH, ANCHORED)]
+    settings = replace(SETTINGS, **{"steps": STEPS, "probe_every": 20, "keep": "best", **changes})
+    jobs = [(name, seed, method, settings) for name in subjects for seed in seeds for method in (DREAMBOOTH, ANCHORED)]
     with ProcessPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         rows = list(tqdm(pool.map(_one, jobs), total=len(jobs), desc="trainings"))
-    report.write_json(out / "report.json", {"steps": steps, "settings": asdict(SETTINGS), "rows": rows})
+    report.write_json(out / "report.json", {"settings": asdict(settings), "rows": rows})
     text = markdown(rows)
     (out / "report.md").write_text(text + "\n", encoding="utf-8")
     print(text)
@@ -36,21 +41,20 @@ def _one(job) -> dict:
     from ..sandbox import subjects as held_out
     from ..sandbox.judge import Judge
 
-    name, seed, method, steps = job
+    name, seed, method, settings = job
     torch.set_num_threads(1)
     personalisation = Personalisation(
         DiffusersDenoiser.from_pretrained(model.WEIGHTS), Judge(), held_out.get(name), seed
     )
-    settings = replace(SETTINGS, steps=steps, probe_every=20, keep="best")
     last: dict[int, Scores] = {}
-    history = personalisation.train(method, settings, ADAPTER, at=[steps], on_scores=last.__setitem__)
+    history = personalisation.train(method, settings, ADAPTER, at=[settings.steps], on_scores=last.__setitem__)
     best = personalisation.score(personalisation.sample())
     return {
         "subject": name,
         "seed": seed,
         "method": method.name,
         "kept": history.kept,
-        "last": asdict(last[steps]),
+        "last": asdict(last[settings.steps]),
         "best": asdict(best),
     }
 

@@ -33,6 +33,7 @@ def bench(options: Namespace) -> None:
     for seed in options.seeds:
         check_count("seeds", seed, minimum=0)
     out = check_writable(options.out)
+    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
     if options.stock or options.guidance:
         name, measure = ("stock", stock.run) if options.stock else ("guidance", guidance.run)
         comfyui = Path(options.stock or options.guidance)
@@ -44,14 +45,12 @@ def bench(options: Namespace) -> None:
     elif options.methods is not None:
         if options.jobs is not None:
             check_count("jobs", options.jobs)
-        rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
         steps = max(options.at)
         print(methods.run(out, names, options.seeds, options.methods, options.jobs, steps=steps, **rate))
     elif options.keep:
-        keep.run(out, names, options.seeds)
+        keep.run(out, names, options.seeds, **rate)
     else:
-        rate = ablation.SETTINGS.learning_rate if options.learning_rate is None else options.learning_rate
-        ablation.run(out, names, options.seeds, options.at, replace(ablation.SETTINGS, learning_rate=rate))
+        ablation.run(out, names, options.seeds, options.at, replace(ablation.SETTINGS, **rate))
 
 
 def pretrain(options: Namespace) -> None:
