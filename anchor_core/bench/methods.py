@@ -53,7 +53,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         **_published("textual_inversion"), "initial": "{class}", "vectors": 4, "learning_rate": 1e-2,
     },
     "custom diffusion": {**_published("custom_diffusion"), "learning_rate": 2e-3},
-    "svdiff": {**_published("svdiff"), "learning_rate": 1e-2},
+    "svdiff": {**_published("svdiff"), "learning_rate": 5e-2},
     "oft": _published("oft"),
     "sude": {**_published("sude"), "learning_rate": 2e-4},
     "class diffusion": {**_published("class_diffusion"), "learning_rate": 2e-3},
@@ -61,8 +61,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "anchored, blended target": {**_published("semantic_anchoring"), "objective": "blended_target"},
     "anchored, current anchor": {**_published("semantic_anchoring"), "anchor": "current"},
 }  # fmt: skip
-"""Row -> what it changes in `SETTINGS` and `ADAPTER`. Learning rates were chosen on rosie, a tuning subject, by the sum of subject
-fidelity and text alignment: of two or three a row, for a kind of layers at a time."""
+"""Row -> what it changes in `SETTINGS` and `ADAPTER`. Learning rates were chosen on rosie, a tuning subject,
+of two or three for each kind of layers, by the sum of subject fidelity and text alignment."""
 
 SAMPLED = (BASE, "anchored")
 """The trainings whose adapters are sampled in every way below, but for those that name another one, `of`."""
