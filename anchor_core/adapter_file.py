@@ -38,6 +38,7 @@ from .adapter_formats import (
     diffusers_form,
     format_of,
     kind_of,
+    renamed,
     scale_of,
     split_layers,
     with_stated_alphas,
@@ -207,7 +208,7 @@ def _read_layers(
         stranger = next(prefix for prefix in layers if prefix not in modules)
         message = f"this LoRA was made for another model: {stranger} belongs to no module of this network"
         try:
-            layers = split_layers(convert(tensors, metadata, to=format_of(list(modules))))
+            layers = split_layers(renamed(tensors, metadata, format_of(list(modules))))
         except ValueError as error:
             raise ValueError(message) from error
         if not layers.keys() <= modules.keys():
@@ -420,7 +421,11 @@ def save_trained(
     """
     adapter, files = denoiser.adapter, [Path(path)]
     metadata = adapter_metadata(denoiser, concept, settings, steps)
-    save_adapter(path, to_file_keys(adapter, denoiser.file_keys()), metadata)
+    tensors = to_file_keys(adapter, denoiser.file_keys())
+    if adapter.config.kind == "full":
+        # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
+        tensors = convert(tensors, metadata, to="comfyui")
+    save_adapter(path, tensors, metadata)
     if adapter.tokens is not None and adapter.config.kind != NO_LAYERS:
         files.append(files[0].with_name(EMBEDDING_FILE))
         save_adapter(files[1], to_embedding(adapter.tokens), embedding_metadata(metadata))

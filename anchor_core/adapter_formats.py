@@ -171,11 +171,17 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
         ValueError: if a key is not understood, or the adapter's kind has no form in that format.
     """
     check_choice("to", to, FORMATS)
-    layers = split_layers(with_stated_alphas(tensors, metadata or {}))
-    for prefix, parts in layers.items():
+    for prefix, parts in split_layers(tensors).items():
         kind = kind_of(prefix, parts)
         if to == "diffusers" and kind != "lora" or kind == "dora" and "dora_scale" not in parts:
             raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED[kind]}")
+    return renamed(tensors, metadata, to)
+
+
+def renamed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, to: str) -> dict[str, Tensor]:
+    """As `convert`, for our own reading: under the names of a format, whether its programs read the kind or not."""
+    layers = split_layers(with_stated_alphas(tensors, metadata or {}))
+    for parts in layers.values():
         parts.pop("lora_magnitude_vector", None)
     named: dict[str, Layers] = {}
     for prefix, parts in layers.items():
@@ -276,12 +282,15 @@ def _fuse_all(layers: Layers, family: str) -> Layers:
 
 
 def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | None]:
-    """One fused LoRA as `count` separate ones; None for one that is 0 while others are not."""
+    """One fused layer's as `count` separate ones; None for a LoRA that is 0 while others are not."""
+    if "diff" in parts:
+        sizes = _sizes(*parts["diff"].shape[:2], count)
+        rows = {part: tensor.split(sizes) for part, tensor in parts.items()}
+        return [{part: pieces[index] for part, pieces in rows.items()} for index in range(count)]
+    if "lora_down.weight" not in parts:
+        raise ValueError("a fused layer's adapter of this kind cannot be split")
     down, up = parts["lora_down.weight"], parts["lora_up.weight"]
-    width, rest = down.shape[1], up.shape[0]
-    # Four parts: q, k, v as wide as the input, and the MLP.
-    sizes = [width] * 3 + [rest - 3 * width] if count == 4 else [rest // count] * count
-    rows = up.split(sizes)
+    rows = up.split(_sizes(up.shape[0], down.shape[1], count))
     used = [piece.flatten(1).any(0) for piece in rows]  # (rank,) each
     block_form = torch.stack(used).sum(0).eq(1).all()  # every rank serves one part alone
     scale = scale_of(parts)
@@ -294,6 +303,11 @@ def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | 
         made = {"lora_down.weight": down[mask], "lora_up.weight": piece[:, mask], **alpha}
         pieces.append(made if rank else None)
     return pieces
+
+
+def _sizes(rows: int, width: int, count: int) -> list[int]:
+    """Rows of each part of a fused layer: of four, q, k and v are as wide as the input, the MLP has the rest."""
+    return [width] * 3 + [rows - 3 * width] if count == 4 else [rows // count] * count
 
 
 def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:

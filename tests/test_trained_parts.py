@@ -391,3 +391,20 @@ def test_the_command_line_refuses_what_trains_nothing_and_writes_nothing(tmp_pat
     assert cli.main([*train, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_file_of_all_weights_has_the_stock_loaders_names_and_is_read_again(any_denoiser, stir, tmp_path):
+    """The stock loader would leave out biases of fused layers, without a word, under diffusers' own names."""
+    adapter = any_denoiser.attach(AdapterConfig(kind="full", layers="everything"))
+    stir(adapter, size=0.1)
+    trained = predict(any_denoiser)
+    (file,) = save_trained(tmp_path / "full.safetensors", any_denoiser, CONCEPT, TrainSettings(steps=1))
+    any_denoiser.detach()
+    prefix = ("lora_unet_", "diffusion_model.")
+    assert all(key.startswith(prefix) for key in load_file(file))
+    untrained = predict(any_denoiser)
+    attach_file(any_denoiser, file)
+    again = predict(any_denoiser)
+    any_denoiser.detach()
+    torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(untrained, trained, atol=1e-2)
