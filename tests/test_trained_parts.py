@@ -17,6 +17,7 @@ from anchor_core.checkpoint import Checkpoints
 from anchor_core.data import Concept
 from anchor_core.dataset import Dataset, Example
 from anchor_core.methods import METHODS, check_combination, method_settings
+from anchor_core.objectives import OBJECTIVES
 from anchor_core.settings import TrainSettings
 from anchor_core.trainer import train
 from tests import contract, tiny_models
@@ -408,3 +409,31 @@ def test_a_file_of_all_weights_has_the_stock_loaders_names_and_is_read_again(any
     any_denoiser.detach()
     torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(untrained, trained, atol=1e-2)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_objective_trains_every_part_or_says_why_not(pipelines, part, objective):
+    denoiser = tiny_models.denoiser_of(pipelines["sd1"])
+    config = AdapterConfig(**PARTS[part])
+    refused = {
+        "prior_preservation": ("class pictures train nothing", config.kind == "none"),
+        "sude": ("class pictures train nothing", config.kind == "none"),
+        "class_diffusion": ("acts on the text side alone", not config.trains_text),
+    }
+    message, expected = refused.get(objective, ("", False))
+    adapter = denoiser.attach(config, seed=1)
+    before = adapter.state_dict()
+    latents = contract.draw(denoiser, tiny_models.LATENT, 2, seed=5)
+    settings = TrainSettings(objective=objective, steps=2, batch_size=2, learning_rate=1e-2)
+    try:
+        if expected:
+            with pytest.raises(ValueError, match=f"^objective is '{objective}'.*{message}"):
+                train(denoiser, adapter, latents, CONCEPT, settings, class_latents=latents)
+            assert all(torch.equal(before[key], value) for key, value in adapter.state_dict().items())
+        else:
+            history = train(denoiser, adapter, latents, CONCEPT, settings, class_latents=latents)
+            assert len(history.losses) == 2
+            assert any(not torch.equal(before[key], value) for key, value in adapter.state_dict().items())
+    finally:
+        denoiser.detach()
