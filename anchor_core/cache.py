@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,6 +84,18 @@ class Cache:
 
     def _latent_file(self, name: str) -> str:
         return f"latents-{_digest(self._image_fingerprint, name)}.safetensors"
+
+    def made(self, kind: str, parts: Sequence[str | Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, float32 on the CPU, by what it depends on: made once for good where there is a folder."""
+        if self.folder is None:
+            return make().detach().to("cpu", torch.float32)
+        name = f"{kind}-{_digest(*parts)}.safetensors"
+        known = self._load(name)
+        if known is not None:
+            return known[0]["made"]
+        tensor = make().detach().to("cpu", torch.float32).contiguous()
+        self._save(name, {"made": tensor})
+        return tensor
 
     def condition(self, prompt: str) -> Condition:
         """`denoiser.encode_prompt(prompt)`, always the same object for a prompt."""

@@ -102,21 +102,31 @@ def sample_class_latents(
     steps: int = 30,
     guidance: float = 5.0,
     batch_size: int = 8,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
 
     `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
-    through the network in a pass of their own. The adapter is off while they are made.
+    through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
+    their noise, the sampling, and what the network says of the first noise with either prompt, in every bit.
     """
     check_count("count", count)
     check_number("guidance", guidance, minimum=0)
     generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
     noise = torch.randn((count, *shape), generator=generator).to(denoiser.device)
-    class_, negative = denoiser.encode_prompt(concept.class_prompt), denoiser.encode_prompt("")
+    prompts = class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
+
+    def make() -> Tensor:
+        pictures = [
+            denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance)
+            for part in noise.split(batch_size)
+        ]
+        return torch.cat(pictures)
+
     with denoiser.adapter_disabled():
-        return torch.cat(
-            [
-                denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance)
-                for part in noise.split(batch_size)
-            ]
-        )
+        if cache is None:
+            return make()
+        middle = denoiser.timesteps(torch.tensor([0.5])).to(denoiser.device)
+        said = [denoiser.predict(noise[:1], middle, [prompt]) for prompt in prompts]
+        parts = [noise, *said, f"{steps} steps, guidance {guidance}, {batch_size} at once"]
+        return cache.made("class-pictures", parts, make).to(denoiser.device)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import comfy.model_management
 import comfy.utils
+import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.adapter import LAYERS, AdapterConfig
@@ -256,13 +258,17 @@ def _pictures(images, masks, references):
 
 def _class_latents(denoiser, concept, settings: TrainSettings, class_images, class_count: int, latents):
     """Latents of the class pictures if the objective reads them: of those connected, else made by the model."""
+    from ..anchor_core.cache import Cache
     from ..anchor_core.data import sample_class_latents
 
     if not settings.make_objective().reads_class_pictures:
         return None
     if class_images is not None:
         return denoiser.encode_images(from_images(class_images).stack())
-    return sample_class_latents(denoiser, concept, class_count, tuple(latents.shape[1:]), seed=settings.seed)
+    # ComfyUI empties its temporary folder when it starts.
+    cache = Cache(denoiser, Path(folder_paths.get_temp_directory()) / "anchor_class_pictures")
+    shape = tuple(latents.shape[1:])
+    return sample_class_latents(denoiser, concept, class_count, shape, seed=settings.seed, cache=cache)
 
 
 def _probe(denoiser, latents, concept):

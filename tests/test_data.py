@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from anchor_core.cache import Cache
 from anchor_core.captions import prompt_pairs
 from anchor_core.data import (
     Concept,
@@ -154,6 +155,22 @@ def test_class_latents_are_the_pretrained_networks(eps_denoiser, concept, stir):
     assert torch.equal(sample_class_latents(eps_denoiser, concept, 3, (4, 8, 8), **options), untouched)
     other = sample_class_latents(eps_denoiser, concept, 3, (4, 8, 8), **{**options, "seed": 5})
     assert not torch.equal(other, untouched)
+
+
+def test_class_latents_are_made_once_for_a_network_and_a_sampling(eps_denoiser, concept, tmp_path, monkeypatch):
+    def made(**changes) -> torch.Tensor:
+        options = {"count": 2, "shape": (4, 8, 8), "steps": 2, "guidance": 3.0, **changes}
+        return sample_class_latents(eps_denoiser, concept, cache=Cache(eps_denoiser, tmp_path), **options)
+
+    first = made()
+    sample = eps_denoiser.sample
+    asked = []
+    monkeypatch.setattr(eps_denoiser, "sample", lambda *given, **how: asked.append(how) or sample(*given, **how))
+    assert torch.equal(made(), first) and not asked
+    assert not torch.equal(made(seed=1), first) and not torch.equal(made(guidance=4.0), first) and len(asked) == 2
+    with torch.no_grad():
+        next(eps_denoiser.network.parameters()).add_(0.1)
+    assert not torch.equal(made(), first) and len(asked) == 3
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

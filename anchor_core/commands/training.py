@@ -55,7 +55,9 @@ def train(options: Namespace) -> int:
     class_latents = None
     if settings.make_objective().reads_class_pictures:
         shape = tuple(latents.shape[1:])
-        class_latents = sample_class_latents(denoiser, concept, options.class_pictures, shape, seed=settings.seed)
+        class_latents = sample_class_latents(
+            denoiser, concept, options.class_pictures, shape, seed=settings.seed, cache=cache
+        )
     probe = DriftProbe(denoiser, latents, concept, noises=2, seed=settings.seed)
     out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=settings.steps, desc="training", disable=not workers.is_first, delay=1e-3) as bar:
