@@ -175,6 +175,11 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, A
                     inputs[name] = values.pop(0)
                     if options.get("control_after_generate"):
                         values.pop(0)
+                elif kind == "COMFY_DYNAMICCOMBO_V3":
+                    chosen = inputs[name] = values.pop(0)
+                    (option,) = (each for each in options["options"] if each["key"] == chosen)
+                    parts = [part for each in option["inputs"].values() for part in each]
+                    inputs |= {f"{name}.{part}": values.pop(0) for part in parts}
         inputs |= {slot["name"]: links[slot["link"]] for slot in node.get("inputs", []) if slot.get("link") is not None}
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
     return prompt
