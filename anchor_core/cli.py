@@ -131,6 +131,7 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     inspect.add_argument("--adapter", required=True, metavar="FILE")
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
+    inspect.add_argument("--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse")
     _add_prompts(inspect)
 
     compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)

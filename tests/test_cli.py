@@ -247,9 +247,12 @@ def test_convert_rewrites_a_file(references, tmp_path, capsys):
 def test_every_kind_of_adapter_trains_and_is_read_again(references, tmp_path, kind):
     report = trained(references, tmp_path / "run", "--kind", kind, "--text_encoder")
     file = str(tmp_path / "run" / "adapter.safetensors")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a sks star in the snow\na photo of a sks star wearing a red hat\n\na sks star\n")
     arguments = ["--model", "sandbox", "--adapter", file, "--references", references, "--out", str(tmp_path / "seen")]
-    assert cli.main(["inspect", *arguments]) == 0
+    assert cli.main(["inspect", *arguments, "--prompts", str(prompts)]) == 0
     seen = json.loads((tmp_path / "seen" / "report.json").read_text())
+    assert seen["collapse"]["hausdorff"]["from_class"] > 0 and seen["collapse"]["kl"]["within"] == 0
     assert seen["metadata"]["anchor.kind"] == kind and report["history"]["kept"] == 3
     assert seen["after"]["drift"] != seen["before"]["drift"]
 

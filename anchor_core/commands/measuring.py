@@ -16,6 +16,7 @@ def inspect(options: Namespace) -> None:
     out = check_writable(options.out)
     _, metadata = load_adapter(options.adapter)
     concept = _concept(options.adapter, metadata, options.subject, options.class_prompt)
+    prompts = _prompt_pairs(options.prompts, concept) if options.prompts else None
     denoiser = open_model(options)
     probe = _probe(options, denoiser, options.references, concept)
     before = probe.measure()
@@ -32,9 +33,37 @@ def inspect(options: Namespace) -> None:
         "metadata": metadata,
         "before": before.to_dict(),
         "after": after.to_dict(),
+        "collapse": None if prompts is None else _collapse(denoiser, *prompts),
     }
     report.write_json(out / "report.json", written)
     print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
+
+
+def _prompt_pairs(file: str, concept) -> tuple[list[str], list[str]]:
+    """The prompts of a file, a line each, and those of the class."""
+    from ..picture_folders import read_prompts
+
+    prompts = read_prompts(file)("")
+    if len(prompts) < 2:
+        raise ValueError(f"--prompts: {file} has {len(prompts)} prompt, but the distances of a set take two or more")
+    return prompts, [concept.class_of(prompt, "prompt") for prompt in prompts]
+
+
+def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str]) -> dict:
+    """The distances of the subject's prompts, by the adapted text encoder, from the class's by the pretrained one.
+
+    A prompt's representation is the last position of what the text encoder gives, as in the authors' notebook.
+    """
+    import torch
+
+    from ..collapse import collapse
+
+    def states(prompts: list[str], adapted: bool):
+        encoded = denoiser.encode_prompts(prompts, adapted)
+        return torch.stack([(each if torch.is_tensor(each) else each[0])[-1] for each in encoded])
+
+    with torch.no_grad():
+        return collapse(states(subject_prompts, True), states(class_prompts, False))
 
 
 def compare(options: Namespace) -> None:
