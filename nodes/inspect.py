@@ -46,7 +46,7 @@ class AnchorDriftReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
-        from ..anchor_core.adapter_file import attach_tensors
+        from ..anchor_core.adapter_attach import attach_tensors
         from ..anchor_core.backends.comfyui import ComfyDenoiser
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot

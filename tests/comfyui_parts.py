@@ -30,7 +30,8 @@ import torch  # noqa: E402
 from comfyui_models import fingerprint, same  # noqa: E402
 
 from anchor_core.adapter import AdapterConfig  # noqa: E402
-from anchor_core.adapter_file import attach_file, attach_tensors, save_adapter, to_file_keys  # noqa: E402
+from anchor_core.adapter_attach import attach_file, attach_tensors  # noqa: E402
+from anchor_core.adapter_file import save_adapter, to_file_keys  # noqa: E402
 from anchor_core.backends.comfyui import ComfyDenoiser, apply_adapter  # noqa: E402
 from anchor_core.backends.comfyui_families import check_size  # noqa: E402
 from anchor_core.backends.comfyui_tokens import tokenize  # noqa: E402

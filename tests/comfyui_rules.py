@@ -173,7 +173,7 @@ def check_strengths(family: str) -> None:
 
 
 def check_limits(family: str) -> None:
-    """What SPECS 13 says of each rule: limits that are ComfyUI's own CFG, or another rule."""
+    """Limits of each rule that are ComfyUI's own CFG, or another rule."""
     case = Case(family)
     stock, subject = case.stock(), case.branch()
     cfg, class_cfg = case.denoised(stock), case.denoised(stock, CLASS)

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from anchor_core.adapter import KINDS, LAYERS, Adapter, AdapterConfig, exact_layers, matching_modules
+from anchor_core.adapter_attach import attach_file, from_file_keys
 from anchor_core.adapter_file import (
-    attach_file,
-    from_file_keys,
     load_adapter,
     save_adapter,
     save_trained,

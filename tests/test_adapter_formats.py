@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from anchor_core.adapter import KINDS, Adapter, AdapterConfig
-from anchor_core.adapter_file import attach_tensors, load_adapter, save_adapter, to_file_keys
+from anchor_core.adapter_attach import attach_tensors
+from anchor_core.adapter_file import load_adapter, save_adapter, to_file_keys
 from anchor_core.adapter_formats import FORMATS, convert, convert_file
 from anchor_core.adapter_layers import is_leaf
 from anchor_core.adapter_metadata import adapter_metadata

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from anchor_core.adapter import KINDS, AdapterConfig
-from anchor_core.adapter_file import read_early, save_adapter, to_file_keys
+from anchor_core.adapter_attach import read_early
+from anchor_core.adapter_file import save_adapter, to_file_keys
 from tests import contract, tiny_models
 
 STRENGTHS = (1.0, 0.0, 0.3, -1.5)

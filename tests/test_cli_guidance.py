@@ -12,7 +12,8 @@ from PIL import Image
 
 from anchor_core import cli
 from anchor_core.adapter import AdapterConfig
-from anchor_core.adapter_file import attach_file, save_adapter, to_file_keys
+from anchor_core.adapter_attach import attach_file
+from anchor_core.adapter_file import save_adapter, to_file_keys
 from anchor_core.backends.diffusers import DiffusersDenoiser
 from anchor_core.guidance import RULES, SUBJECT, Branch, Personalization, make_rule
 from anchor_core.report import as_picture

@@ -1,4 +1,4 @@
-"""The distances of semantic collapse, in closed form (SPECS.md 13.9 and 8)."""
+"""The distances of semantic collapse, in closed form."""
 
 from __future__ import annotations
 

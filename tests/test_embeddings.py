@@ -304,7 +304,7 @@ def test_the_class_prompt_is_encoded_by_the_current_or_the_pretrained_encoder(ep
 
 
 def test_the_anchor_is_the_row_of_the_word_that_the_tokenizer_emits(model):
-    """Not that of the piece which begins other words (SPECS, trap 4)."""
+    """Not that of the piece which begins other words."""
     _, denoiser = model
     rows = word_rows(denoiser, "dog")
     tokenizer, encoder = denoiser.tokenizer, denoiser.text_encoder

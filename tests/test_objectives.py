@@ -58,7 +58,7 @@ def test_minimum_of_equation_5_is_the_blended_target(w):
 @pytest.mark.parametrize("w", WS)
 @pytest.mark.parametrize("space", ["v", "flow", "x0"])
 def test_equation_5_differs_between_spaces_by_one_shared_factor(space, w):
-    """SPECS of the spaces: dv = deps / alpha, du = deps / (1 - sigma), dx0 = -sigma/alpha deps, at one z_t."""
+    """dv = deps / alpha, du = deps / (1 - sigma), dx0 = -sigma/alpha deps, at one z_t."""
     z0, eps, predicted, anchor = predictions(4)
     sigma = torch.linspace(0.1, 0.9, 5, dtype=torch.float64).view(-1, 1, 1, 1)
     alpha = 1 - sigma if space == "flow" else (1 - sigma**2).sqrt()

@@ -77,7 +77,7 @@ def test_sude_is_the_published_form(denoiser, masked):
 
 
 def test_sude_in_epsilon_is_the_compact_form(eps_denoiser):
-    """l / coef1 = k_t (mean (eps_s - eps_c)^2 - mean (eps_s - eps_0)^2) but for the 1e-6 (SPECS 9.5)."""
+    """l / coef1 = k_t (mean (eps_s - eps_c)^2 - mean (eps_s - eps_0)^2) but for the 1e-6."""
     subject, class_, null = predicted("subject", "class", "null")
     now, before, _ = (part.flatten() for part in schedule(eps_denoiser))
     k = before.sqrt() * (1 - now) / (2 * now * (1 - before))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from anchor_core import cli
 from anchor_core.adapter import Adapter, AdapterConfig
-from anchor_core.adapter_file import attach_file, attach_tensors, save_adapter, save_trained, to_file_keys
+from anchor_core.adapter_attach import attach_file, attach_tensors
+from anchor_core.adapter_file import save_adapter, save_trained, to_file_keys
 from anchor_core.adapter_formats import convert
 from anchor_core.adapter_kinds import NAME
 from anchor_core.checkpoint import Checkpoints

@@ -10,7 +10,8 @@ from .shared import check_embedding, check_writable, device, open_model, resolut
 
 def inspect(options: Namespace) -> None:
     from .. import report
-    from ..adapter_file import attach_file, load_adapter
+    from ..adapter_attach import attach_file
+    from ..adapter_file import load_adapter
 
     check_embedding(options)
     out = check_writable(options.out)
@@ -70,7 +71,8 @@ def compare(options: Namespace) -> None:
     from tqdm import tqdm
 
     from .. import report
-    from ..adapter_file import attach_file, load_adapter
+    from ..adapter_attach import attach_file
+    from ..adapter_file import load_adapter
     from ..compare import Comparison, contact_sheet, markdown
     from ..encoders import open_encoders, sandbox_encoders
     from ..picture_folders import adapter_file, gather

@@ -17,7 +17,7 @@ def sample(options: Namespace) -> None:
     import torch
 
     from .. import report
-    from ..adapter_file import attach_file, read_early
+    from ..adapter_attach import attach_file, read_early
     from ..backends.diffusers_adjust import encode_adjusted
     from ..backends.diffusers_guidance import RuleSteps
     from ..guidance import CLASS, NULL, SUBJECT
