@@ -47,6 +47,19 @@ def _recorded_workspace() -> Path | None:
     return None
 
 
+def run_script(script: str | Path, *arguments: str | Path, folder: Path) -> None:
+    """`script COMFYUI arguments ...` in `folder`, under ComfyUI's interpreter; AssertionError with its messages."""
+    comfyui, python = find()
+    done = subprocess.run(
+        [str(part) for part in (python, script, comfyui, *arguments)],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def install_pack(target: Path) -> Path:
     """A copy of the pack at `target`, with random weights where the repository holds none yet."""
     for name in ("anchor_core", "nodes", "workflows"):

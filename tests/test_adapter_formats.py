@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -280,11 +279,7 @@ def test_transformer_files_give_the_same_output_through_diffusers(family, kind, 
 
 
 def run_comfyui(folder: Path) -> None:
-    comfyui, python = found
-    command = [python, Path(__file__).with_name("comfyui_kinds.py"), comfyui, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    comfyui_server.run_script(Path(__file__).with_name("comfyui_kinds.py"), folder, folder=folder)
 
 
 def transformer_lora(family: str, layers: str, stir) -> tuple[Bare, dict[str, torch.Tensor]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import time
 from pathlib import Path
 
@@ -84,20 +82,11 @@ def both(tmp_path_factory, weights):
     settings = TrainSettings(steps=10, batch_size=2, seed=3)
     theirs["losses"] = torch.tensor(train(denoiser, adapter, given["latents"], concept, settings).losses)
 
-    folder = tmp_path_factory.mktemp("parity")
-    save_file({name: tensor.contiguous() for name, tensor in given.items()}, folder / "inputs.safetensors")
-    comfyui, python = found
-    script = Path(__file__).with_name("comfyui_script.py")
-    command = [python, script, comfyui, comfyui_server.ROOT, weights]
-    done = subprocess.run(
-        [str(part) for part in (*command, folder / "inputs.safetensors", folder / "outputs.safetensors")],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return given, theirs, load_file(folder / "outputs.safetensors")
+    script, folder = Path(__file__).with_name("comfyui_script.py"), tmp_path_factory.mktemp("parity")
+    inputs, outputs = folder / "inputs.safetensors", folder / "outputs.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in given.items()}, inputs)
+    comfyui_server.run_script(script, comfyui_server.ROOT, weights, inputs, outputs, folder=folder)
+    return given, theirs, load_file(outputs)
 
 
 @pytest.mark.parametrize("name", ["latents", "decoded", "noisy", "target", "epsilon_scale", "prediction"])

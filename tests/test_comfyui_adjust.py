@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from itertools import combinations
-from pathlib import Path
 
 import numpy
 import pytest
@@ -23,17 +20,9 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("adjust")
-    comfyui, python = found
-    command = [python, Path(comfyui_adjust.__file__), comfyui, comfyui_server.ROOT, folder / "outcomes.json"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "outcomes.json").read_text())
+    output = folder / "outcomes.json"
+    comfyui_server.run_script(comfyui_adjust.__file__, comfyui_server.ROOT, output, folder=folder)
+    return json.loads(output.read_text())
 
 
 @pytest.mark.parametrize("check", comfyui_adjust.CHECKS)

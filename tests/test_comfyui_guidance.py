@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from dataclasses import fields
-from pathlib import Path
 
 import numpy
 import pytest
@@ -26,17 +23,9 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("rules")
-    comfyui, python = found
-    command = [python, comfyui_rules.__file__, comfyui, comfyui_server.ROOT, folder / "results.json"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(Path(folder / "results.json").read_text())
+    output = folder / "results.json"
+    comfyui_server.run_script(comfyui_rules.__file__, comfyui_server.ROOT, output, folder=folder)
+    return json.loads(output.read_text())
 
 
 @pytest.mark.parametrize("family", comfyui_rules.FAMILIES)

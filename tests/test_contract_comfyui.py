@@ -6,9 +6,6 @@ All of it runs in one process under ComfyUI's interpreter (`comfyui_contract.py`
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-from pathlib import Path
 
 import pytest
 
@@ -23,18 +20,9 @@ CHECKS = [check.__name__ for check in contract.CHECKS] + [*comfyui_contract.INSI
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> dict[str, dict[str, str]]:
     folder = tmp_path_factory.mktemp("contract")
-    comfyui, python = found
-    script = Path(comfyui_contract.__file__)
-    command = [python, script, comfyui, comfyui_server.ROOT, folder / "results.json"]
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((folder / "results.json").read_text())
+    output = folder / "results.json"
+    comfyui_server.run_script(comfyui_contract.__file__, comfyui_server.ROOT, output, folder=folder)
+    return json.loads(output.read_text())
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.removeprefix("check_"))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -21,12 +19,8 @@ CHECKS = ("tokens", "embedding_file", "sdxl", "stock_loader", "untouched", "refu
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("parts")
-    comfyui, python = found
     script = Path(__file__).with_name("comfyui_parts.py")
-    command = [str(part) for part in (python, script, comfyui, comfyui_server.ROOT, WEIGHTS, folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    comfyui_server.run_script(script, comfyui_server.ROOT, WEIGHTS, folder, folder=folder)
     return json.loads((folder / "results.json").read_text())
 
 
