@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, fields
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -135,10 +136,19 @@ class Rule:
         """What the rule says at step `step` (from 0, the noisiest) of `steps`."""
         raise NotImplementedError
 
-    @property
+    @cached_property
+    def _tables(self) -> list[Table]:
+        return [self.table(i, 1000) for i in range(1000)]
+
+    @cached_property
     def branches(self) -> list[Branch]:
         """Every branch that some step may ask for."""
-        return list(dict.fromkeys(branch for i in range(1000) for branch in self.table(i, 1000).branches(2.0)))
+        return list(dict.fromkeys(branch for table in self._tables for branch in table.branches(2.0)))
+
+    @property
+    def masked(self) -> bool:
+        """Whether some step has a mask, for which cross-attention is read."""
+        return any(table.outside is not None for table in self._tables)
 
 
 def _reached(share: float, step: int, steps: int) -> bool:

@@ -65,8 +65,7 @@ def guide_model(
         raise ValueError(f"class_conditioning is not connected, but the rule {rule.name!r} leads to the class prompt")
     if early_lora is None and any(branch.early for branch in branches):
         raise ValueError(f"early_lora is not connected, but the rule {rule.name!r} has an early checkpoint")
-    masked = any(rule.table(i, 1000).outside is not None for i in range(1000))
-    if masked and not isinstance(model.model.diffusion_model, UNetModel):
+    if rule.masked and not isinstance(model.model.diffusion_model, UNetModel):
         raise ValueError(
             f"the rule {rule.name!r} reads the cross-attention of a UNet, but this model, "
             f"{type(model.model).__name__}, has none; take mixed"
@@ -77,7 +76,7 @@ def guide_model(
         check_layers(model.model, adapters)
     guided = model.clone()
     guided.add_patches(adapters[0], strength)
-    guidance = _Guidance(rule, adapters, strength, class_conditioning, masked)
+    guidance = _Guidance(rule, adapters, strength, class_conditioning)
     guided.set_model_sampler_calc_cond_batch_function(guidance.predict)
     guided.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, guidance.sample)
     guided.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, guidance.apply)
@@ -126,11 +125,9 @@ class _Run:
 class _Guidance:
     """What a guided MODEL and its clones hold: the rule, its inputs, and the sampling that is going on."""
 
-    def __init__(
-        self, rule: Rule, adapters: list[Patches], strength: float, class_conditioning: list | None, masked: bool
-    ):
+    def __init__(self, rule: Rule, adapters: list[Patches], strength: float, class_conditioning: list | None):
         self._rule, self._adapters, self._strength = rule, adapters, strength
-        self._class, self._masked = class_conditioning, masked
+        self._class = class_conditioning
         self._run: _Run | None = None
 
     def sample(self, executor, *arguments, **options):
@@ -142,7 +139,7 @@ class _Guidance:
         _check_width(guider.model_patcher.model, conds)
         if self._class is not None:
             conds["class"] = _class_conds(self._class, conds["positive"])
-        word = WordAttention(word_position(conds["positive"], conds["class"])) if self._masked else None
+        word = WordAttention(word_position(conds["positive"], conds["class"])) if self._rule.masked else None
         outer = self._run
         run = self._run = _Run(guider, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
         try:

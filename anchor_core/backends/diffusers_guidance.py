@@ -49,7 +49,7 @@ class RuleSteps:
             raise ValueError(f"{called}, which weakens the adapter, but the network has none; attach one or take cfg")
         if adapter is not None and any(branch.early for branch in branches) and not adapter.holds_early:
             raise ValueError(f"{called} with early, but the adapter holds no early checkpoint; give it by hold_early")
-        if any(rule.table(i, 100).outside is not None for i in range(100)) and not cross_attentions(network):
+        if rule.masked and not cross_attentions(network):
             raise ValueError(
                 f"{called}, which reads cross-attention, but this {type(network).__name__} has none: one attention "
                 "joins picture and text; take another rule"
