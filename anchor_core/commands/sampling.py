@@ -49,25 +49,26 @@ def sample(options: Namespace) -> None:
     side = resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
     generator = torch.Generator().manual_seed(options.seed)
-    wanted = [pair for pair in zip(options.prompt, class_prompts) for _ in range(options.count)]
-    noise = torch.randn((len(wanted), *shape), generator=generator)
+    noise = torch.randn((len(options.prompt) * options.count, *shape), generator=generator)
 
     def encode_subject(prompt: str, class_prompt: str):
         return partial(encode_adjusted, denoiser, prompt, class_prompt, adjustment, **how) if adjustment else None
 
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for i, (prompt, class_prompt) in enumerate(wanted):
+    for prompt, class_prompt in zip(options.prompt, class_prompts):
         with nullcontext() if adapter is None else adapter.scaled(options.strength):
             encoded = denoiser.encode_branches(
                 rule, prompt, class_prompt, encode_subject=encode_subject(prompt, class_prompt)
             )
-            latents = denoiser.sample(
-                encoded[SUBJECT], encoded[NULL][0], noise[i : i + 1], steps=options.steps, guidance=options.guidance,
-                rule=rule, class_=encoded.get(CLASS), encoded=encoded,
-            )  # fmt: skip
-        files.append({"file": f"{i:03}.png", "prompt": prompt} | ({"class": class_prompt} if reads_class else {}))
-        report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
+            for i in range(len(files), len(files) + options.count):
+                latents = denoiser.sample(
+                    encoded[SUBJECT], encoded[NULL][0], noise[i : i + 1], steps=options.steps,
+                    guidance=options.guidance, rule=rule, class_=encoded.get(CLASS), encoded=encoded,
+                )  # fmt: skip
+                about = {"class": class_prompt} if reads_class else {}
+                files.append({"file": f"{i:03}.png", "prompt": prompt} | about)
+                report.save_picture(out / files[-1]["file"], denoiser.decode_latents(latents)[0])
     names = ("model", "adapter", "embedding", "strength", "steps", "guidance", "early", "seed")
     settings = {name: getattr(options, name) for name in names}
     settings["rule"] = None if rule is None else {"name": rule.name, **asdict(rule)}
