@@ -63,7 +63,7 @@ def test_an_unknown_row_is_refused_before_anything_is_made(tmp_path):
 
 def test_every_row_has_options_that_a_training_or_a_rule_takes():
     for options in methods.SAMPLINGS.values():
-        rule = {name: value for name, value in options.items() if name not in ("guidance", "adjust", "align", "of")}
+        rule = {name: value for name, value in options.items() if name not in ("guidance", "adjust", "align")}
         if "rule" in rule:
             make_rule(rule.pop("rule"), **rule)
     for options in methods.TRAININGS.values():
@@ -82,8 +82,13 @@ def test_the_table_ranks_methods_and_compares_them_run_by_run():
     cells += [cell(methods.BASE, "pip", 0.5, 0.25, 0.5), cell(methods.BASE, "momo", 0.5, 0.75, 0.5)]
     cells += [cell("anchored", "pip", 0.4, 0.5, 0.25), cell("anchored", "momo", 0.4, 1.0, 0.75)]
     text = methods.markdown(cells)
+    assert text.count("Difference to") == 1
     assert f"| {methods.PRETRAINED} | 1 | 0.900 ± 0.000 |" in text and "|  |  |" in text
     # Behind in pictures, ahead in text, level in identity: 2, 1 and 1.5 against 1, 2 and 1.5; the tie by row order.
     assert f"| {methods.BASE} | 2 | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.354 | 1.00" in text
     assert text.count("| 1.50 | 1 |") == 1 and text.count("| 1.50 | 2 |") == 1
     assert "| anchored | 2 | 0.000 ± 0.354 | 0.250 ± 0.000 |" in text
+    sampled = methods.markdown([*cells, cell("anchored + mixed", "pip", 0.4, 0.5, 0.5)])
+    _, to_base, to_anchored = sampled.split("Difference to")
+    assert "| anchored + mixed | 1 | 0.000 ± 0.000 | 0.250 ± 0.000 |" in to_base  # ID .5, text .25 -> .5
+    assert "| anchored + mixed | 1 | 0.250 ± 0.000 | 0.000 ± 0.000 |" in to_anchored

@@ -64,16 +64,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 """Row -> what it changes in `SETTINGS` and `ADAPTER`. Learning rates were chosen on rosie, a tuning subject,
 of two or three for each kind of layers, by the sum of subject fidelity and text alignment."""
 
-SAMPLED = (BASE, "anchored")
-"""The trainings whose adapters are sampled in every way below, but for those that name another one, `of`."""
-SAMPLINGS: dict[str, dict[str, Any]] = {
-    "guidance interval": {"rule": "cfg", "start": 0.2, "stop": 0.8},
-    "autoguidance": {"rule": "autoguidance", "guidance": 2.0},
-    "autoguidance, early checkpoint": {"rule": "autoguidance", "early": True, "guidance": 2.0},
-    "unconditional priors": {"rule": "unconditional_priors"},
-    "personalization, 0.25": {"rule": "personalization", "weak": 0.25},
-    "personalization, 0.5": {"rule": "personalization", "weak": 0.5},
-    "personalization, 0.75": {"rule": "personalization", "weak": 0.75},
+CLASS_PROMPT_SAMPLINGS: dict[str, dict[str, Any]] = {
     "rare-to-frequent": {"rule": "rare_to_frequent"},
     "score blend": {"rule": "score_blend"},
     "switching": {"rule": "switching"},
@@ -82,11 +73,34 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "masked": {"rule": "masked"},
     "prompt adjusted": {"adjust": {"norm_mix": NORM_MIX}},
     "prompt adjusted by token": {"adjust": {"norm_mix": NORM_MIX}, "align": "token"},
-    "token adjusted": {"of": "textual inversion", "adjust_token": {}},
 }
-"""Row -> its rule and the rule's options, or its adjustment; and `guidance` where it is not that of `SAMPLING`.
+"""Row -> its rule, or its adjustment: those that set the subject's prompt against the class's."""
+
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "guidance interval": {"rule": "cfg", "start": 0.2, "stop": 0.8},
+    "autoguidance": {"rule": "autoguidance", "guidance": 2.0},
+    "autoguidance, early checkpoint": {"rule": "autoguidance", "early": True, "guidance": 2.0},
+    "unconditional priors": {"rule": "unconditional_priors"},
+    "personalization, 0.25": {"rule": "personalization", "weak": 0.25},
+    "personalization, 0.5": {"rule": "personalization", "weak": 0.5},
+    "personalization, 0.75": {"rule": "personalization", "weak": 0.75},
+    **CLASS_PROMPT_SAMPLINGS,
+}
+"""Row -> its rule and the rule's options; and `guidance` where it is not that of `SAMPLING`.
 
 Personalization guidance at weak 0 is unconditional priors, at 1 the training's own row, as is every training's cfg.
+"""
+
+SAMPLED: dict[str, dict[str, dict[str, Any]]] = {
+    BASE: SAMPLINGS,
+    "textual inversion": {"token adjusted": {"adjust_token": {}}},
+    "custom diffusion": CLASS_PROMPT_SAMPLINGS,
+    "anchored": SAMPLINGS,
+}
+"""Training -> the ways in which its adapter is sampled, besides plainly.
+
+Custom Diffusion is there because a trained word carries its subject, while class pictures hold the class in its place:
+a LoRA of the embedded model moves the class as far as the subject, so that their prompts differ in next to nothing.
 """
 
 _RANKED = ("picture_similarity", "text_alignment", "subject_fidelity")  # the roles of CLIP-I, CLIP-T and DINO
@@ -95,13 +109,8 @@ _SHOWN = ("subject_fidelity", "picture_similarity", "text_alignment", "drift", "
 
 def names() -> list[str]:
     """Every row, in the order of the table."""
-    sampled = [f"{training} + {sampling}" for training in TRAININGS for sampling in samplings_of(training)]
+    sampled = [f"{training} + {way}" for training in TRAININGS for way in SAMPLED.get(training, ())]
     return [PRETRAINED, *TRAININGS, *sampled]
-
-
-def samplings_of(training: str) -> list[str]:
-    """The ways in which a training's adapter is sampled, besides plainly."""
-    return [name for name, way in SAMPLINGS.items() if training in ([way["of"]] if "of" in way else SAMPLED)]
 
 
 def run(
@@ -173,7 +182,8 @@ class _Run:
         if PRETRAINED in rows:
             yield self._held(PRETRAINED, {}) or self._pretrained()
         for training, options in TRAININGS.items():
-            samplings = [sampling for sampling in samplings_of(training) if f"{training} + {sampling}" in rows]
+            ways = {f"{training} + {way}": given for way, given in SAMPLED.get(training, {}).items()}
+            samplings = {row: given for row, given in ways.items() if row in rows}
             if training in rows or samplings:
                 yield from self._training(training, {**options, **overrides}, samplings, training in rows)
 
@@ -182,7 +192,9 @@ class _Run:
         run = self.personalisation
         return self._write(PRETRAINED, {}, run.score(run.sample(run.subject.prompts(""))), 0.0)
 
-    def _training(self, name: str, options: dict[str, Any], samplings: Sequence[str], shown: bool) -> Iterator[dict]:
+    def _training(
+        self, name: str, options: dict[str, Any], samplings: Mapping[str, dict], shown: bool
+    ) -> Iterator[dict]:
         settings, config = _settings(options)
         config = replace(config, initial=config.initial.replace("{class}", subjects.get(self.subject).class_word))
         trained = {**asdict(settings), **asdict(config), "seed": self.seed}
@@ -198,8 +210,8 @@ class _Run:
             if shown:
                 yield found
             drifts = {key: found["scores"][key] for key in ("drift", "drift_class")}
-            for sampling in samplings:
-                row, sampled = f"{name} + {sampling}", {**trained, "sampling": SAMPLINGS[sampling]}
+            for row, sampling in samplings.items():
+                sampled = {**trained, "sampling": sampling}
                 yield self._held(row, sampled) or self._sampling(row, sampled, name, config, drifts)
         finally:
             if self._opened is not None:
@@ -209,7 +221,7 @@ class _Run:
         denoiser = self.personalisation.denoiser
         if denoiser.adapter is None:
             denoiser.attach(config, seed=self.seed).load_state_dict(self._load(name))
-        given = {option: value for option, value in options["sampling"].items() if option != "of"}
+        given = dict(options["sampling"])
         kept = {option: given.pop(option) for option in ("guidance", "adjust", "align") if option in given}
         if "adjust_token" in given:
             return self._write(row, options, self._with_token(Adjustment(**given["adjust_token"])), 0.0)
@@ -273,9 +285,10 @@ class _Run:
 
 
 def markdown(cells: Sequence[dict]) -> str:
-    """Mean ± standard deviation over subjects and seeds with the mean rank; and the differences to `BASE`.
+    """Mean ± standard deviation over subjects and seeds, with the mean rank; then differences, run by run.
 
-    The rank of a row is over picture similarity, text alignment and subject fidelity, as in the paper's tables.
+    These are of every row to `BASE`, and of each way of sampling to its training's own row. The rank
+    of a row is over picture similarity, text alignment and subject fidelity, as in the paper's tables.
     """
     by_row = {row: [each["scores"] for each in cells if each["row"] == row] for row in names()}
     methods = {row: scores for row, scores in by_row.items() if scores and row != PRETRAINED}
@@ -289,5 +302,8 @@ def markdown(cells: Sequence[dict]) -> str:
             shown = [row, str(len(scores)), *(cell(scores, key) for key in _SHOWN), *last]
             lines.append("| " + " | ".join(shown) + " |")
     scores = {(each["row"], each["subject"], each["seed"]): each["scores"] for each in cells}
-    others = [row for row in methods if row != BASE]
-    return "\n".join([*lines, "", f"Difference to {BASE}, run by run:", "", *paired(scores, others, BASE)])
+    for base in SAMPLED:
+        others = [row for row in methods if row != base and (base == BASE or row.startswith(f"{base} + "))]
+        if others and base in methods:
+            lines += ["", f"Difference to {base}, run by run:", "", *paired(scores, others, base)]
+    return "\n".join(lines)
