@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,8 +114,7 @@ _RANKS = {
     "dora": lambda parts: parts["lora_down.weight"].shape[0],
     "loha": lambda parts: parts["hada_w1_b"].shape[0],
     "lokr": _lokr_width,
-    # b (b - 1) / 2 entries above the diagonal of a block of b
-    "oft": lambda parts: (1 + math.isqrt(1 + 8 * parts["oft_R.weight"].shape[1])) // 2,
+    "oft": lambda parts: len(parts["oft_R.weight"]),  # (blocks, entries above a block's diagonal)
     "full": lambda parts: 1,
     "svdiff": lambda parts: 1,
 }

@@ -18,7 +18,8 @@ class AdapterConfig:
     Args:
         rank: of the update, at least 1 and at most the width of each layer. LoKr: of the second factor of the
             Kronecker product (the first is about 8 x 8; a second one no wider than 2 rank is a full matrix). LoHa: of
-            each of the two products. OFT: channels of a block, which divide every layer's input.
+            each of the two products. OFT: the blocks (r in the paper) into which each layer's input is divided, so that
+            a larger rank trains less.
             full, svdiff and none have no rank.
         alpha: the update is multiplied by alpha / rank; None means `rank`. OFT and those without a rank have none.
         dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output

@@ -148,10 +148,10 @@ def _check_blocks(config: AdapterConfig, name: str, module: nn.Module) -> None:
             "take other layers or another kind"
         )
     width = module.weight.shape[1]
-    if config.rank < 2 or width % config.rank:
+    if width % config.rank or config.rank == width:
         raise ValueError(
-            f"rank is {config.rank}, but for oft it takes the channels of a block: a divisor, of at least 2, of every "
-            f"layer's input, such as 4 or 8, and layer {name} takes {width} channels"
+            f"rank is {config.rank}, but for oft it is the number of blocks into which the channels of every layer's "
+            f"input are divided, such as 4 or 8, and layer {name} takes {width} channels"
         )
 
 
@@ -192,7 +192,8 @@ def _oft(config: AdapterConfig, shared: dict[str, Any]) -> Any:
     from peft import OFTConfig
 
     # The Neumann series is orthogonal in the limit only.
-    return OFTConfig(r=0, oft_block_size=config.rank, use_cayley_neumann=False, target_modules=shared["target_modules"])
+    options = {"r": config.rank, "target_modules": shared["target_modules"]}
+    return OFTConfig(oft_block_size=0, use_cayley_neumann=False, **options)
 
 
 _LORA_PARTS = {"lora_A": ("lora_down.weight", _by_rank), "lora_B": ("lora_up.weight", _zeros)}

@@ -69,8 +69,8 @@ METHODS = {
         },
     ),
     "oft": Method(
-        "arXiv 2306.07280; options of the authors' DreamBench runs, but blocks of 32 channels instead of 4 blocks",
-        {**_DREAMBOOTH, "kind": "oft", "rank": 32, "layers": "attention", "learning_rate": 6e-5, "steps": 10005,
+        "arXiv 2306.07280; options of the authors' DreamBench runs",
+        {**_DREAMBOOTH, "kind": "oft", "rank": 4, "layers": "attention", "learning_rate": 6e-5, "steps": 10005,
          "guidance": 7.5},
     ),
     "sude": Method(

@@ -131,8 +131,8 @@ def _materialised(layer, weight: torch.Tensor) -> torch.Tensor:
     [
         ({"rank": 33}, r"^rank is 33, but layer down_blocks\.1\..*attn2\.to_k is 32 wide"),
         ({"rank": 33, "kind": "dora"}, "^rank is 33, but layer .* is 32 wide"),
-        ({"rank": 5, "kind": "oft"}, "^rank is 5, but for oft it takes the channels of a block.* takes 64 channels"),
-        ({"rank": 1, "kind": "oft"}, "^rank is 1, but for oft"),
+        ({"rank": 5, "kind": "oft"}, "^rank is 5, but for oft it is the number of blocks .* takes 64 channels"),
+        ({"rank": 64, "kind": "oft"}, "^rank is 64, but for oft"),
         (
             {"rank": 4, "kind": "oft", "layers": "conv1$"},
             "^kind is 'oft', which takes linear layers .* selects .*conv1",

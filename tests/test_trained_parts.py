@@ -120,12 +120,14 @@ def test_svdiff_shifts_the_singular_values(layer):
     torch.testing.assert_close(adapter.layer("0").change() + layer.weight, weight.float(), atol=1e-5, rtol=1e-5)
 
 
-def test_oft_rotates(eps_denoiser, stir):
+def test_oft_rotates_by_blocks(eps_denoiser, stir):
     adapter = eps_denoiser.attach(AdapterConfig(kind="oft", rank=4))
     stir(adapter)
     for name in adapter.module_names[:6]:
         rotation = adapter.layer(name).get_delta_weight(NAME).detach().double()
         assert not torch.allclose(rotation, torch.eye(len(rotation), dtype=rotation.dtype), atol=1e-2)
+        blocks = torch.block_diag(*torch.ones(4, len(rotation) // 4, len(rotation) // 4))
+        assert not rotation[blocks == 0].any() and rotation[blocks == 1].all()
         torch.testing.assert_close(rotation.T @ rotation, torch.eye(len(rotation)).double(), atol=1e-5, rtol=0)
         weight = adapter.base_module(name).weight.detach().double()
         torch.testing.assert_close((weight @ rotation.T).norm(dim=1), weight.norm(dim=1), atol=1e-5, rtol=0)
