@@ -90,6 +90,15 @@ def test_parallel_and_opposite_embeddings_have_no_arc(pair):
     assert torch.isfinite(rotate_and_rescale(near.float(), anchor.float(), 0.3, 1.5)).all()
 
 
+@pytest.mark.parametrize("apart", [1e-4, 1e-3, 1e-2])
+def test_nearly_opposite_embeddings_keep_their_length_in_float32(apart):
+    generator = torch.Generator().manual_seed(0)
+    anchor, other = torch.randn(2, 200, 64, generator=generator)
+    moved = rotate_and_rescale(apart * other - 3 * anchor, anchor, 0.25, 1.0)
+    torch.testing.assert_close(moved.norm(dim=-1), anchor.norm(dim=-1), rtol=1e-2, atol=0)
+    torch.testing.assert_close(rotate_and_rescale(-3 * anchor, anchor, 0.25, 1.0), -0.5 * anchor)
+
+
 def test_rows_of_zeros_stay_in_padding_and_are_refused_elsewhere(pair):
     subject, anchor = (each.clone() for each in pair)
     subject[0, 0], anchor[0, 0] = 0, 0
