@@ -47,9 +47,7 @@ def rotate_and_rescale(subject: Tensor, anchor: Tensor, alpha: float = 0.2, beta
     given, (subject, anchor) = subject.dtype, (each.to(dtype) for each in torch.broadcast_tensors(subject, anchor))
     lengths = [vector_norm(each, dim=-1, keepdim=True) for each in (subject, anchor)]  # (..., 1)
     if ((lengths[0] == 0) != (lengths[1] == 0)).any():
-        raise ValueError(
-            "the subject's embedding is zero where the class's is not, or the reverse; it has no direction"
-        )
+        raise ValueError("subject is zero where anchor is not, or the reverse, and zero has no direction")
     subject, anchor = (each / length.where(length > 0, 1.0) for each, length in zip((subject, anchor), lengths))
     # Not acos of the cosine, which in float32 is off by up to 4e-4 near 0 and pi.
     theta = 2 * torch.atan2(*(vector_norm(each, dim=-1, keepdim=True) for each in (subject - anchor, subject + anchor)))
@@ -154,7 +152,8 @@ def adjust_prompt(
             (`align_rows`); None for the same index, as published.
 
     Raises:
-        ValueError: if the two are not of one model, of different length under the same index, or not finite.
+        ValueError: if the two are not of one model, of different length under the same index, not finite, or zero in
+            different places.
     """
     _check_finite(subject, class_)
     encoders = [part.encoder for part in subject_parts]
@@ -173,7 +172,7 @@ def adjust_prompt(
                 f"class_conditioning has {len(class_)} tokens and the subject's {len(subject)}, which have no "
                 "common index; write prompts of the same number of parts, or align them by token"
             )
-        adjusted[ours.rows, ours.columns] = adjustment(own, other.to(own))
+        adjusted[ours.rows, ours.columns] = _adjusted(own, other.to(own), adjustment)
     return adjusted
 
 
@@ -190,7 +189,17 @@ def adjust_pooled(subject: Tensor, class_: Tensor, widths: Sequence[int], adjust
             "they are of two models; encode both prompts with the same kind of text encoder"
         )
     pairs = zip(subject.split(list(widths), dim=-1), class_.to(subject).split(list(widths), dim=-1))
-    return torch.cat([adjustment(own, other) for own, other in pairs], dim=-1)
+    return torch.cat([_adjusted(own, other, adjustment) for own, other in pairs], dim=-1)
+
+
+def _adjusted(subject: Tensor, class_: Tensor, adjustment: Adjustment) -> Tensor:
+    try:
+        return adjustment(subject, class_)
+    except ValueError as error:
+        raise ValueError(
+            "subject_conditioning or class_conditioning is zero where the other is not, as after a shorter prompt's "
+            "end; align by token, or encode both prompts again"
+        ) from error
 
 
 def _check_finite(subject: Tensor, class_: Tensor) -> None:
