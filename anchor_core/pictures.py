@@ -164,7 +164,7 @@ def from_images(
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{name} holds NaN or infinite values, but it takes values in [0, 1]")
     height, width = images.shape[1:3]
-    _check_aspect(f"of {name}", width, height)
+    _check_aspect(name, width, height)
     pixels = images.detach().float().movedim(-1, 1).clone()  # (B, C, H, W)
     if masks is True:
         if pixels.shape[1] == 3:
@@ -200,7 +200,7 @@ def _check_aspect(name: str, width: int, height: int) -> None:
     short, long = sorted((width, height))
     if long > MAX_ASPECT * short:
         raise ValueError(
-            f"picture {name} is {width}x{height}, of aspect ratio {long / max(short, 1):.4g}:1, "
+            f"{name} is {width}x{height}, of aspect ratio {long / max(short, 1):.4g}:1, "
             f"but it takes at most {MAX_ASPECT}:1; cut it"
         )
 
@@ -235,7 +235,7 @@ def _read(file: Path, sizes: list[tuple[int, int]], masks: bool) -> tuple[Tensor
     from PIL import Image
 
     picture = _open(file)
-    _check_aspect(str(file), *picture.size)
+    _check_aspect(f"picture {file}", *picture.size)
     mask = None
     if picture.mode == "RGBA":
         mask = picture.getchannel("A")
