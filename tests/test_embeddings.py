@@ -229,6 +229,9 @@ def test_conditionings_that_do_not_fit_are_refused(pair):
     assert "subject_conditioning has NaN" in refusal(subject * math.inf, class_)
     assert "are of two models" in refusal(subject, class_[:, :20])
     assert "class_conditioning has 5 tokens and the subject's 7" in refusal(subject, class_[:5])
+    shorter = class_.clone()
+    shorter[5:] = 0  # as text encoders that blank what is after the end
+    assert "class_conditioning is zero where the other is not" in refusal(subject, shorter)
     with pytest.raises(ValueError, match="pooled output.*of two models"):
         adjust_pooled(subject, class_, [20], Adjustment())
 
@@ -369,9 +372,15 @@ def test_files_that_are_no_embedding_are_refused(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("no tensors")
     save_file({"lora_down": torch.ones(2, 2, 2)}, tmp_path / "other.safetensors")
     save_file({"emb_params": torch.full((1, 32), math.nan)}, tmp_path / "nan.safetensors")
+    torch.save({"<sks>": torch.full((32,), math.inf)}, tmp_path / "inf.bin")
+    save_file({"emb_params": torch.randn(1, 32).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
+    save_file({"emb_params": torch.ones(0, 32)}, tmp_path / "none.safetensors")
+    save_file({"emb_params": torch.stack([torch.ones(32), torch.zeros(32)])}, tmp_path / "zero.safetensors")
     for name, told in (
         ("harm.pt", "cannot be read"), ("text.pt", "cannot be read"), ("nowhere.pt", "No such file"),
         ("empty.pt", "holds no tensor"), ("other.safetensors", "holds 'lora_down'"), ("nan.safetensors", "NaN"),
+        ("inf.bin", "infinite values in '<sks>'"), ("fp8.safetensors", "in float8"),
+        ("none.safetensors", "shape .0, 32"), ("zero.safetensors", "zeros for a vector"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told) as caught:
             read_embedding(tmp_path / name)
