@@ -216,7 +216,7 @@ def align_rows(
     The words before and after those in which the prompts differ are compared with themselves. The subject's own token
     is compared with what stands in its place; where the class prompt has nothing there, with the word after it, which
     in "sks dog" against "dog" is the class word, or, at the end, the word before it. Several vectors of one token are
-    all compared with the same one. Start, end and padding are compared in their order.
+    all compared with the same one. Starts are compared with starts in their order, and so are ends, and padding.
 
     Args:
         subject, class_: the token ids of each, with start, end and padding, in the sections that the encoder reads.
@@ -226,7 +226,7 @@ def align_rows(
         ValueError: if one of the prompts is empty.
     """
     ours, theirs = [key for part in subject for key in part], [key for part in class_ for key in part]
-    own, other = _content(subject, empty), _content(class_, empty)
+    (own, *around), (other, *around_class) = _places(subject, empty), _places(class_, empty)
     for name, content in (("subject_prompt", own), ("class_prompt", other)):
         if not content:
             raise ValueError(f"{name} is empty, but it takes the text that was encoded")
@@ -241,21 +241,30 @@ def align_rows(
             rows[row] = other[number - len(own) + len(other)]
         else:
             rows[row] = other[place[min(number - before, len(place) - 1)]]
-    around = [sorted(set(range(len(keys))) - set(content)) for keys, content in ((ours, own), (theirs, other))]
-    for number, row in enumerate(around[0]):
-        rows[row] = around[1][min(number, len(around[1]) - 1)]
+    for kind, of_class in zip(around, around_class):
+        of_class = of_class or [len(theirs) - 1]
+        for number, row in enumerate(kind):
+            rows[row] = of_class[min(number, len(of_class) - 1)]
     return rows
 
 
-def _content(sections: Sequence[Sequence[Hashable]], empty: Sequence[Hashable]) -> list[int]:
-    """Positions between start and end of each section; T5 has no start, and its empty prompt begins with the end."""
-    rows, offset = [], 0
+def _places(sections: Sequence[Sequence[Hashable]], empty: Sequence[Hashable]) -> tuple[list[int], ...]:
+    """Positions of the content of all sections, their starts, their ends, and their padding.
+
+    T5 has no start, and its empty prompt begins with the end.
+    """
+    content, starts, ends, padding = [], [], [], []
+    offset = 0
     for section in sections:
         start = int(section[0] == empty[0] and len(empty) > 1)
         end = next((row for row in range(start, len(section)) if section[row] == empty[start]), len(section))
-        rows += range(offset + start, offset + end)
+        rows = range(offset, offset + len(section))
+        starts += rows[:start]
+        content += rows[start:end]
+        ends += rows[end : end + 1]
+        padding += rows[end + 1 :]
         offset += len(section)
-    return rows
+    return content, starts, ends, padding
 
 
 def _common(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:

@@ -185,6 +185,20 @@ def test_alignment_goes_over_the_sections_of_a_long_prompt():
         assert flat[1][rows[row]] == (12 if key == SKS else key)
 
 
+def test_starts_ends_and_padding_are_each_compared_with_their_own():
+    """A word that does not fit is moved to the next section whole, and the rest of its own is padded."""
+    ours = [section(10, 11, SKS, 12, length=6), section(13, 14, length=6)]
+    theirs = [section(10, 11, 12, length=6), section(13, 14, length=6)]
+    for class_ in (theirs, theirs[:1]):
+        rows = align_rows(ours, class_, EMPTY).tolist()
+        flat = [[key for part in prompt for key in part] for prompt in (ours, class_)]
+        for row, key in enumerate(flat[0]):
+            if key in (START, END, PAD):
+                assert flat[1][rows[row]] == key
+    assert [rows[0], rows[6]] == [0, 0]
+    assert align_rows([section(SKS)], [[START, DOG, END]], EMPTY).tolist() == [0, 1, *[2] * 10]
+
+
 def test_an_empty_prompt_is_refused():
     for name, prompts in (("class", ([section(SKS)], [section()])), ("subject", ([section()], [section(DOG)]))):
         with pytest.raises(ValueError, match=f"^{name}_prompt is empty"):
