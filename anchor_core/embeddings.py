@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from difflib import SequenceMatcher
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -213,10 +214,10 @@ def align_rows(
 ) -> Tensor:
     """Which position of the class prompt each of the subject prompt's is compared with: (positions of the subject,).
 
-    The words before and after those in which the prompts differ are compared with themselves. The subject's own token
-    is compared with what stands in its place; where the class prompt has nothing there, with the word after it, which
-    in "sks dog" against "dog" is the class word, or, at the end, the word before it. Several vectors of one token are
-    all compared with the same one. Starts are compared with starts in their order, and so are ends, and padding.
+    The words that both prompts have are compared with themselves. The subject's own token, at each of its places, is
+    compared with what stands there instead; where the class prompt has nothing there, with the word after it, which in
+    "sks dog" against "dog" is the class word, or, at the end, the word before it. Several vectors of one token are all
+    compared with the same one. Starts are compared with starts in their order, and so are ends, and padding.
 
     Args:
         subject, class_: the token ids of each, with start, end and padding, in the sections that the encoder reads.
@@ -230,17 +231,12 @@ def align_rows(
     for name, content in (("subject_prompt", own), ("class_prompt", other)):
         if not content:
             raise ValueError(f"{name} is empty, but it takes the text that was encoded")
-    before = _common([ours[row] for row in own], [theirs[row] for row in other])
-    after = _common([ours[row] for row in own[before:][::-1]], [theirs[row] for row in other[before:][::-1]])
-    place = range(before, len(other) - after) or [min(before, len(other) - 1)]
     rows = torch.zeros(len(ours), dtype=torch.long)
-    for number, row in enumerate(own):
-        if number < before:
-            rows[row] = other[number]
-        elif number >= len(own) - after:
-            rows[row] = other[number - len(own) + len(other)]
-        else:
-            rows[row] = other[place[min(number - before, len(place) - 1)]]
+    matcher = SequenceMatcher(None, [ours[row] for row in own], [theirs[row] for row in other], autojunk=False)
+    for _, first, last, start, stop in matcher.get_opcodes():  # parts that are the same, or stand for each other
+        place = other[start:stop] or other[start:][:1] or other[-1:]
+        for number, row in enumerate(own[first:last]):
+            rows[row] = place[min(number, len(place) - 1)]
     for kind, of_class in zip(around, around_class):
         of_class = of_class or [len(theirs) - 1]
         for number, row in enumerate(kind):
@@ -265,8 +261,3 @@ def _places(sections: Sequence[Sequence[Hashable]], empty: Sequence[Hashable]) -
         padding += rows[end + 1 :]
         offset += len(section)
     return content, starts, ends, padding
-
-
-def _common(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:
-    """How many of the first are the same."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs))))

@@ -157,8 +157,10 @@ def section(*ids: int, length: int = 12, start: bool = True) -> list[int]:
         ((A, DOG, SKS), (A, DOG), [0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
         ((DOG,), (DOG,), range(12)),
         ((SKS,), (A, DOG), [0, 1, *range(3, 12), 11]),
+        ((SKS, DOG, IN, A, SKS, DOG), (DOG, IN, A, DOG), [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]),
+        ((50, 51, IN, A, 50, 51), (DOG, IN, A, DOG), [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]),
     ],
-    ids=["sks dog", "sks for dog", "two vectors", "three before", "after", "same", "longer class"],
+    ids="alone replaced vectors three after same longer twice vectors_twice".split(),
 )
 def test_words_are_compared_with_themselves(subject, class_, expected):
     assert align_rows([section(*subject)], [section(*class_)], EMPTY).tolist() == list(expected)
