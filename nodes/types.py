@@ -79,7 +79,7 @@ def new_embedding_file(name: str) -> Path:
     Raises:
         ValueError: also for a name that ComfyUI would not read to its end in a prompt.
     """
-    odd = re.search(r"[\s<>\[\]()\\]", name.strip())
+    odd = re.search(r"[\s<>\[\](){}\\]", name.strip())
     if odd:
         raise ValueError(f"name is {name!r}, but prompts read embedding:name up to {odd[0]!r}; take letters, - and _")
     return _new_file(Path(folder_paths.get_folder_paths("embeddings")[0]), name)

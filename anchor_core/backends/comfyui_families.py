@@ -180,11 +180,11 @@ class TextInput:
 
     def check(self, name: str, embeddings: Tensor | None, extras: Mapping[str, Any]) -> None:
         """ValueError, naming `name`, if an encoding is not finite or not for this network."""
-        pooled, unclip = extras.get("pooled_output"), "unclip_conditioning" in extras
-        if pooled is None and self.needs_pooled and not unclip:
+        read = self.pooled is not None and "unclip_conditioning" not in extras
+        pooled = extras.get("pooled_output") if read else None
+        if pooled is None and read and self.needs_pooled:
             raise ValueError(f"{name} has no pooled output, but this model takes one; encode it with its own CLIP")
-        parts = ("embeddings", embeddings, self.width), ("a pooled output", None if unclip else pooled, self.pooled)
-        for part, tensor, takes in parts:
+        for part, tensor, takes in ("embeddings", embeddings, self.width), ("a pooled output", pooled, self.pooled):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has {part} with NaN or infinite values; encode the prompt again")
             if tensor is not None and takes is not None and tensor.shape[-1] != takes:
