@@ -425,7 +425,7 @@ def check_class_takes_what_it_lacks() -> None:
 
 
 def refusals() -> dict[str, str]:
-    case, sd3, flux, sdxl = Case("sd1"), Case("sd3"), Case("flux"), Case("sdxl")
+    case, sd3, sdxl = Case("sd1"), Case("sd3"), Case("sdxl")
     embeddings, pooled = torch.zeros(1, 12, models.WIDTH), torch.zeros(1, models.POOLED)
     wide = [[torch.zeros(1, 12, models.WIDTH + 8), {"pooled_output": pooled}]]
     wide_pooled = [[embeddings, {"pooled_output": torch.zeros(1, models.POOLED + 8)}]]
@@ -469,7 +469,7 @@ def refusals() -> dict[str, str]:
         "nan_positive": lambda: run(Case("sd1"), guide("cfg"), **{SUBJECT: nan}),
         "nan_class": lambda: run(case, guide("switching", class_conditioning=nan)),
         "sd3_width": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide}),
-        "flux_pooled": lambda: run(flux, guide("cfg", flux), **{NULL: wide_pooled}),
+        "sd3_pooled": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide_pooled}),
         "sdxl_pooled": lambda: run(sdxl, guide("cfg", sdxl), **{SUBJECT: no_pooled}),
         "hooked_class": lambda: run(case, guide("switching", class_conditioning=hooked)),
         "same_prompt": lambda: run(case, guide("masked", class_conditioning=case.conds[SUBJECT])),

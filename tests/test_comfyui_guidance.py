@@ -62,7 +62,7 @@ def test_engine(results, check):
         "nan_positive": "positive has embeddings with NaN",
         "nan_class": "class_conditioning has embeddings with NaN",
         "sd3_width": "negative has embeddings of width 32, but this model takes 24",
-        "flux_pooled": "negative has a pooled output of width 24, but this model takes 16",
+        "sd3_pooled": "negative has a pooled output of width 24, but this model takes 16",
         "sdxl_pooled": "positive has no pooled output",
         "hooked_class": "class_conditioning carries hooks",
         "same_prompt": "class_conditioning is the same prompt as positive",

@@ -159,11 +159,13 @@ def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TextInput:
-    """The widths that a network takes of a prompt's embeddings and of its pooled output; None where not known."""
+    """The widths that a network takes of a prompt's embeddings and of its pooled output.
+
+    None where it is not known, or none is needed: Flux takes what there is of a pooled output.
+    """
 
     width: int | None = None
     pooled: int | None = None
-    needs_pooled: bool = False
 
     @classmethod
     def of(cls, model: comfy.model_base.BaseModel) -> TextInput:
@@ -173,16 +175,14 @@ class TextInput:
         if type(network) in TEXT_LAYERS:
             width = getattr(network.get_submodule(TEXT_LAYERS[type(network)]), "in_features", None)
         if isinstance(model, comfy.model_base.SDXL):
-            return cls(width, config["adm_in_channels"] - 6 * 256, True)  # after sizes and crops
-        if isinstance(model, comfy.model_base.SD3):
-            return cls(width, config.get("adm_in_channels"), True)
-        return cls(width, config.get("vec_in_dim") if isinstance(model, comfy.model_base.Flux) else None)
+            return cls(width, config["adm_in_channels"] - 6 * 256)  # beside sizes and crops
+        return cls(width, config.get("adm_in_channels") if isinstance(model, comfy.model_base.SD3) else None)
 
     def check(self, name: str, embeddings: Tensor | None, extras: Mapping[str, Any]) -> None:
         """ValueError, naming `name`, if an encoding is not finite or not for this network."""
         read = self.pooled is not None and "unclip_conditioning" not in extras
         pooled = extras.get("pooled_output") if read else None
-        if pooled is None and read and self.needs_pooled:
+        if pooled is None and read:
             raise ValueError(f"{name} has no pooled output, but this model takes one; encode it with its own CLIP")
         for part, tensor, takes in ("embeddings", embeddings, self.width), ("a pooled output", pooled, self.pooled):
             if tensor is not None and not torch.isfinite(tensor).all():
