@@ -496,6 +496,7 @@ def test_sample_adjusts_prompts_to_those_of_the_adapters_class(
     capsys.readouterr()
     for options, told in (
         (["--adjust", "index", "--prompt", "a cat"], "does not name the subject"),
+        (["--adjust", "index", "--adjust-pooled"], "pooled is on, but this model's prompts have no pooled output"),
         (["--adjust", "index", "--adjust_alpha", "-1"], "--adjust_alpha is -1.0"),
         (["--adjust", "index", "--class", CLASS, "--class", CLASS], "--class: given 2 times for 1 prompts"),
         (["--class", CLASS], "--class: rule 'cfg' reads no class prompt"),

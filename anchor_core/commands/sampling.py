@@ -54,13 +54,13 @@ def sample(options: Namespace) -> None:
     def encode_subject(prompt: str, class_prompt: str):
         return partial(encode_adjusted, denoiser, prompt, class_prompt, adjustment, **how) if adjustment else None
 
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for prompt, class_prompt in zip(options.prompt, class_prompts):
         with nullcontext() if adapter is None else adapter.scaled(options.strength):
             encoded = denoiser.encode_branches(
                 rule, prompt, class_prompt, encode_subject=encode_subject(prompt, class_prompt)
             )
+            out.mkdir(parents=True, exist_ok=True)
             for i in range(len(files), len(files) + options.count):
                 latents = denoiser.sample(
                     encoded[SUBJECT], encoded[NULL][0], noise[i : i + 1], steps=options.steps,
