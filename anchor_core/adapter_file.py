@@ -87,16 +87,25 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors (on the CPU) and metadata of an adapter file.
 
     Raises:
-        ValueError: if `path` is not a readable safetensors file.
+        ValueError: if `path` is not a readable safetensors file, or holds NaN or infinite values.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
     except (OSError, SafetensorError) as error:
         reason = f"{path} is not a readable safetensors file ({_reason(error)})"
         raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
+    check_finite(str(path), tensors)
+    return tensors, metadata
+
+
+def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """ValueError, naming `name` and the tensor, for NaN or infinite values."""
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all():
+            raise ValueError(f"{name} has NaN or infinite values in {key!r}; train it again")
 
 
 def _reason(error: Exception) -> str:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from .adapter import AdapterConfig
 from .adapter_kinds import KINDS, NO_LAYERS
+from .checks import check_number
+from .settings import TrainSettings
 
 if TYPE_CHECKING:
     from .data import Concept
-    from .settings import TrainSettings
 
 _BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
@@ -79,6 +80,15 @@ def embedding_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     own = {key: text for key, text in metadata.items() if not key.startswith("ss_")}
     architecture = metadata["modelspec.architecture"].partition("/")[0]
     return {**own, "modelspec.architecture": f"{architecture}/textual-inversion"}
+
+
+def recommended_guidance(metadata: Mapping[str, str]) -> float:
+    """The scale that a file recommends for sampling, or the default; ValueError if what it says is no scale."""
+    said = metadata.get("anchor.guidance", str(TrainSettings.guidance))
+    try:
+        return check_number("anchor.guidance", float(said), minimum=0)
+    except ValueError as error:
+        raise ValueError(f"the file's anchor.guidance is {said!r}, but it takes a number of at least 0") from error
 
 
 def _kohya_network(config: AdapterConfig) -> dict[str, Any]:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from .adapter_file import load_adapter
+from .adapter_file import check_finite, load_adapter
 from .embeddings import Adjustment
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_embedding(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -30,13 +32,15 @@ def read_embedding(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]
         tensors, metadata = load_adapter(path)
     else:
         tensors, metadata = _from_pickle(path), {}
-    wrong = [name for name, each in tensors.items() if each.ndim not in (1, 2) or not each.is_floating_point()]
-    if not tensors or wrong:
-        told = f"holds {wrong[0]!r} of shape {tuple(tensors[wrong[0]].shape)}" if wrong else "holds no tensor"
-        raise ValueError(f"{path} {told}, but it takes a textual-inversion file of vectors (count, width)")
+        check_finite(str(path), tensors)
+    if not tensors:
+        raise ValueError(f"{path} holds no tensor, but it takes a textual-inversion file of vectors (count, width)")
     for name, each in tensors.items():
-        if not torch.isfinite(each).all():
-            raise ValueError(f"{path} has NaN or infinite values in {name!r}; train the embedding again")
+        if each.ndim not in (1, 2) or not each.numel() or each.dtype not in DTYPES:
+            told = f"holds {name!r} of shape {tuple(each.shape)} in {each.dtype}".replace("torch.", "")
+            raise ValueError(f"{path} {told}, but it takes a textual-inversion file of vectors (count, width)")
+        if not each.any(dim=-1).all():
+            raise ValueError(f"{path} has zeros for a vector in {name!r}, which have no direction; train it again")
     # One vector may be written as (width,).
     return {name: each.reshape(-1, each.shape[-1]) for name, each in tensors.items()}, metadata
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, takewhile
+from difflib import SequenceMatcher
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -47,11 +48,10 @@ def rotate_and_rescale(subject: Tensor, anchor: Tensor, alpha: float = 0.2, beta
     given, (subject, anchor) = subject.dtype, (each.to(dtype) for each in torch.broadcast_tensors(subject, anchor))
     lengths = [vector_norm(each, dim=-1, keepdim=True) for each in (subject, anchor)]  # (..., 1)
     if ((lengths[0] == 0) != (lengths[1] == 0)).any():
-        raise ValueError(
-            "the subject's embedding is zero where the class's is not, or the reverse; it has no direction"
-        )
+        raise ValueError("subject is zero where anchor is not, or the reverse, and zero has no direction")
     subject, anchor = (each / length.where(length > 0, 1.0) for each, length in zip((subject, anchor), lengths))
-    theta = (subject * anchor).sum(dim=-1, keepdim=True).clamp(-1, 1).acos()
+    # Not acos of the cosine, which in float32 is off by up to 4e-4 near 0 and pi.
+    theta = 2 * torch.atan2(*(vector_norm(each, dim=-1, keepdim=True) for each in (subject - anchor, subject + anchor)))
     sine = theta.sin()
     straight = sine < 1e-6
     sine = sine.where(~straight, 1.0)
@@ -153,7 +153,8 @@ def adjust_prompt(
             (`align_rows`); None for the same index, as published.
 
     Raises:
-        ValueError: if the two are not of one model, of different length under the same index, or not finite.
+        ValueError: if the two are not of one model, of different length under the same index, not finite, or zero in
+            different places.
     """
     _check_finite(subject, class_)
     encoders = [part.encoder for part in subject_parts]
@@ -172,7 +173,7 @@ def adjust_prompt(
                 f"class_conditioning has {len(class_)} tokens and the subject's {len(subject)}, which have no "
                 "common index; write prompts of the same number of parts, or align them by token"
             )
-        adjusted[ours.rows, ours.columns] = adjustment(own, other.to(own))
+        adjusted[ours.rows, ours.columns] = _adjusted(own, other.to(own), adjustment)
     return adjusted
 
 
@@ -189,7 +190,17 @@ def adjust_pooled(subject: Tensor, class_: Tensor, widths: Sequence[int], adjust
             "they are of two models; encode both prompts with the same kind of text encoder"
         )
     pairs = zip(subject.split(list(widths), dim=-1), class_.to(subject).split(list(widths), dim=-1))
-    return torch.cat([adjustment(own, other) for own, other in pairs], dim=-1)
+    return torch.cat([_adjusted(own, other, adjustment) for own, other in pairs], dim=-1)
+
+
+def _adjusted(subject: Tensor, class_: Tensor, adjustment: Adjustment) -> Tensor:
+    try:
+        return adjustment(subject, class_)
+    except ValueError as error:
+        raise ValueError(
+            "subject_conditioning or class_conditioning is zero where the other is not, as after a shorter prompt's "
+            "end; align by token, or encode both prompts again"
+        ) from error
 
 
 def _check_finite(subject: Tensor, class_: Tensor) -> None:
@@ -203,10 +214,10 @@ def align_rows(
 ) -> Tensor:
     """Which position of the class prompt each of the subject prompt's is compared with: (positions of the subject,).
 
-    The words before and after those in which the prompts differ are compared with themselves. The subject's own token
-    is compared with what stands in its place; where the class prompt has nothing there, with the word after it, which
-    in "sks dog" against "dog" is the class word, or, at the end, the word before it. Several vectors of one token are
-    all compared with the same one. Start, end and padding are compared in their order.
+    The words that both prompts have are compared with themselves. The subject's own token, at each of its places, is
+    compared with what stands there instead; where the class prompt has nothing there, with the word after it, which in
+    "sks dog" against "dog" is the class word, or, at the end, the word before it. Several vectors of one token are all
+    compared with the same one. Starts are compared with starts in their order, and so are ends, and padding.
 
     Args:
         subject, class_: the token ids of each, with start, end and padding, in the sections that the encoder reads.
@@ -216,38 +227,37 @@ def align_rows(
         ValueError: if one of the prompts is empty.
     """
     ours, theirs = [key for part in subject for key in part], [key for part in class_ for key in part]
-    own, other = _content(subject, empty), _content(class_, empty)
+    (own, *around), (other, *around_class) = _places(subject, empty), _places(class_, empty)
     for name, content in (("subject_prompt", own), ("class_prompt", other)):
         if not content:
             raise ValueError(f"{name} is empty, but it takes the text that was encoded")
-    before = _common([ours[row] for row in own], [theirs[row] for row in other])
-    after = _common([ours[row] for row in own[before:][::-1]], [theirs[row] for row in other[before:][::-1]])
-    place = range(before, len(other) - after) or [min(before, len(other) - 1)]
     rows = torch.zeros(len(ours), dtype=torch.long)
-    for number, row in enumerate(own):
-        if number < before:
-            rows[row] = other[number]
-        elif number >= len(own) - after:
-            rows[row] = other[number - len(own) + len(other)]
-        else:
-            rows[row] = other[place[min(number - before, len(place) - 1)]]
-    around = [sorted(set(range(len(keys))) - set(content)) for keys, content in ((ours, own), (theirs, other))]
-    for number, row in enumerate(around[0]):
-        rows[row] = around[1][min(number, len(around[1]) - 1)]
+    matcher = SequenceMatcher(None, [ours[row] for row in own], [theirs[row] for row in other], autojunk=False)
+    for _, first, last, start, stop in matcher.get_opcodes():  # parts that are the same, or stand for each other
+        place = other[start:stop] or other[start:][:1] or other[-1:]
+        for number, row in enumerate(own[first:last]):
+            rows[row] = place[min(number, len(place) - 1)]
+    for kind, of_class in zip(around, around_class):
+        of_class = of_class or [len(theirs) - 1]
+        for number, row in enumerate(kind):
+            rows[row] = of_class[min(number, len(of_class) - 1)]
     return rows
 
 
-def _content(sections: Sequence[Sequence[Hashable]], empty: Sequence[Hashable]) -> list[int]:
-    """Positions between start and end of each section; T5 has no start, and its empty prompt begins with the end."""
-    rows, offset = [], 0
+def _places(sections: Sequence[Sequence[Hashable]], empty: Sequence[Hashable]) -> tuple[list[int], ...]:
+    """Positions of the content of all sections, their starts, their ends, and their padding.
+
+    T5 has no start, and its empty prompt begins with the end.
+    """
+    content, starts, ends, padding = [], [], [], []
+    offset = 0
     for section in sections:
         start = int(section[0] == empty[0] and len(empty) > 1)
         end = next((row for row in range(start, len(section)) if section[row] == empty[start]), len(section))
-        rows += range(offset + start, offset + end)
+        rows = range(offset, offset + len(section))
+        starts += rows[:start]
+        content += rows[start:end]
+        ends += rows[end : end + 1]
+        padding += rows[end + 1 :]
         offset += len(section)
-    return rows
-
-
-def _common(ours: Sequence[Hashable], theirs: Sequence[Hashable]) -> int:
-    """How many of the first are the same."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs))))
+    return content, starts, ends, padding

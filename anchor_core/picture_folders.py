@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .captions import read_caption
 from .pictures import PICTURE_SUFFIXES, picture_files
 
 _LIVE = ("cat", "dog")
@@ -103,7 +104,7 @@ def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
         ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompts is {str(file)!r}, which cannot be read ({error}); give a text file") from error
     if "prompt_list" not in text:
@@ -143,7 +144,8 @@ def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: s
     files = picture_files(folder, f"pictures of {system}:")
     entries = _read_report(folder).get("pictures")
     if isinstance(entries, list) and entries:
-        told = {entry["file"]: entry["prompt"] for entry in entries if {"file", "prompt"} <= set(entry)}
+        listed = (entry for entry in entries if isinstance(entry, dict) and {"file", "prompt"} <= entry.keys())
+        told = {str(entry["file"]): str(entry["prompt"]) for entry in listed}
         odd = {file.name for file in files} ^ told.keys()
         if odd:
             raise ValueError(f"pictures of {system}: {min(odd)} is in one alone of {folder} and its report.json")
@@ -153,7 +155,10 @@ def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: s
         bare = next((text for text in texts if not text.is_file()), None)
         if bare is not None:
             raise ValueError(f"pictures of {system}: {bare} is missing, while others have a text; add it")
-        return files, [text.read_text(encoding="utf-8").strip() for text in texts]
+        try:
+            return files, [read_caption(file) for file in files]
+        except ValueError as error:
+            raise ValueError(f"pictures of {system}: {error}") from error
     if prompts is None:
         return files, []
     numbers = [_NUMBERED.fullmatch(file.stem) for file in files]

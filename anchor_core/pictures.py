@@ -63,10 +63,10 @@ class References:
             if not bool(torch.isfinite(picture).all()):
                 raise ValueError(f"reference {name} holds NaN or infinite values, but it takes values in [0, 1]")
         for name, picture, mask in zip(self.names, self.pixels, self.masks or ()):
-            if mask.shape != (1, *picture.shape[1:]) or not bool(((mask >= 0) & (mask <= 1)).all()):
-                raise ValueError(
-                    f"mask of {name} is {tuple(mask.shape)}, but it takes {(1, *picture.shape[1:])} in [0, 1]"
-                )
+            if mask.shape != (1, *picture.shape[1:]):
+                raise ValueError(f"mask of {name} is {tuple(mask.shape)}, but it takes {(1, *picture.shape[1:])}")
+            if not bool(((mask >= 0) & (mask <= 1)).all()):
+                raise ValueError(f"mask of {name} has NaN or values out of [0, 1]; give one of ComfyUI's or a picture")
             if not bool(mask.any()):
                 raise ValueError(f"mask of {name} is empty; make it white (or opaque) where the subject is")
 
@@ -144,23 +144,31 @@ def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, cap
     return References([pixels for pixels, _ in read], names, found if masks else None, texts)
 
 
-def from_images(images: Tensor, size: Sizes | None = None, masks: Tensor | bool | None = None) -> References:
+def from_images(
+    images: Tensor, size: Sizes | None = None, masks: Tensor | bool | None = None, name: str = "images"
+) -> References:
     """References from ComfyUI's IMAGE, (B, H, W, C) in [0, 1] with C = 3, or 4 (alpha laid over white).
 
     Args:
         size: as for `load_references`; without it, the pictures are taken as they are.
         masks: ComfyUI's MASK, (B, H, W), 1 where the loss counts; or True for the alpha channel.
+        name: what the images are called in errors.
 
     Raises:
-        ValueError: for other shapes, an empty mask, or pictures that are longer than 4:1.
+        ValueError: for other shapes, no picture, NaN, an empty mask, or pictures that are longer than 4:1.
     """
     if images.ndim != 4 or images.shape[-1] not in (3, 4):
-        raise ValueError(f"images is {tuple(images.shape)}, but it takes (B, H, W, 3) or (B, H, W, 4)")
-    names = [f"image {index + 1}" for index in range(len(images))]
+        raise ValueError(f"{name} is {tuple(images.shape)}, but it takes (B, H, W, 3) or (B, H, W, 4)")
+    if not len(images):
+        raise ValueError(f"{name} holds no picture, but it takes at least one")
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError(f"{name} holds NaN or infinite values, but it takes values in [0, 1]")
+    height, width = images.shape[1:3]
+    _check_aspect(name, width, height)
     pixels = images.detach().float().movedim(-1, 1).clone()  # (B, C, H, W)
     if masks is True:
         if pixels.shape[1] == 3:
-            raise ValueError("masks of the alpha channel are asked for, but images has none; connect masks")
+            raise ValueError(f"masks of the alpha channel are asked for, but {name} has none; connect masks")
         masks = pixels[:, 3]
     if pixels.shape[1] == 4:
         alpha = pixels[:, 3:]
@@ -171,13 +179,11 @@ def from_images(images: Tensor, size: Sizes | None = None, masks: Tensor | bool 
         masks = masks.detach().float().unsqueeze(1).clone()  # (B, 1, H, W)
     else:
         masks = None
-    if names:
-        height, width = images.shape[1:3]
-        _check_aspect(names[0], width, height)
-        if size is not None:
-            target = _nearest(_sizes(size), width, height)
-            pixels = _fit(pixels, target, "bicubic")
-            masks = None if masks is None else _fit(masks, target, "bilinear").clamp(0, 1)
+    if size is not None:
+        target = _nearest(_sizes(size), width, height)
+        pixels = _fit(pixels, target, "bicubic")
+        masks = None if masks is None else _fit(masks, target, "bilinear").clamp(0, 1)
+    names = [f"image {index + 1}" for index in range(len(images))]
     return References(list(pixels.clamp(0, 1)), names, None if masks is None else list(masks))
 
 
@@ -194,7 +200,7 @@ def _check_aspect(name: str, width: int, height: int) -> None:
     short, long = sorted((width, height))
     if long > MAX_ASPECT * short:
         raise ValueError(
-            f"picture {name} is {width}x{height}, of aspect ratio {long / max(short, 1):.4g}:1, "
+            f"{name} is {width}x{height}, of aspect ratio {long / max(short, 1):.4g}:1, "
             f"but it takes at most {MAX_ASPECT}:1; cut it"
         )
 
@@ -229,7 +235,7 @@ def _read(file: Path, sizes: list[tuple[int, int]], masks: bool) -> tuple[Tensor
     from PIL import Image
 
     picture = _open(file)
-    _check_aspect(str(file), *picture.size)
+    _check_aspect(f"picture {file}", *picture.size)
     mask = None
     if picture.mode == "RGBA":
         mask = picture.getchannel("A")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
-from .types import CATEGORY, embedding_file, embedding_word, new_embedding_file
+from .types import CATEGORY, check_connected, embedding_file, embedding_word, new_embedding_file
 
 LENGTHS = ("norm_mix", "beta")
 
@@ -34,7 +36,8 @@ def _adjustment_inputs(length: str, lengths: str) -> list[io.Input]:
 
 
 def _adjustment(alpha: float, length: str, norm_mix: float, beta: float) -> Adjustment:
-    return Adjustment(alpha, norm_mix=norm_mix) if length == "norm_mix" else Adjustment(alpha, beta)
+    both = Adjustment(alpha, beta, norm_mix)
+    return both if length == "norm_mix" else replace(both, norm_mix=None)
 
 
 class AnchorAdjustConditioning(io.ComfyNode):
@@ -146,6 +149,7 @@ class AnchorAdjustEmbedding(io.ComfyNode):
         from ..anchor_core.backends.comfyui_adjust import word_rows
         from ..anchor_core.embedding_file import adjust_embedding, read_embedding
 
+        check_connected(clip=clip)
         adjustment = _adjustment(**how)
         vectors, metadata = read_embedding(embedding_file(file))
         adjusted = adjust_embedding(vectors, class_word, word_rows(clip, class_word), adjustment)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.settings import TrainSettings
 from .types import (
     CATEGORY,
     AdapterTensors,
     ConceptType,
     LoraModel,
+    checked_lora,
     chosen_lora,
     lora_file,
     lora_inputs,
@@ -75,7 +75,7 @@ class AnchorSaveAdapter(io.ComfyNode):
         from ..anchor_core.adapter_file import save_adapter
         from ..anchor_core.tokens import is_embedding
 
-        metadata = dict(getattr(lora, "metadata", {}))
+        metadata = dict(getattr(checked_lora("lora", lora), "metadata", {}))
         if concept is not None:
             metadata |= {"anchor.subject_prompt": concept.subject_prompt, "anchor.class_prompt": concept.class_prompt}
         path = (new_embedding_file if is_embedding(lora) else new_lora_file)(name)
@@ -112,9 +112,9 @@ class AnchorLoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         from ..anchor_core.adapter_file import load_adapter
+        from ..anchor_core.adapter_metadata import recommended_guidance
 
         tensors, metadata = load_adapter(lora_file(file))
         prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
         settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
-        guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
-        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings, guidance)
+        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings, recommended_guidance(metadata))

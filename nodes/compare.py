@@ -101,7 +101,7 @@ def _named(batches: list, names: str) -> dict[str, list]:
     lines = lines or [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):
         raise ValueError(f"names has {len(set(lines))} lines that differ, but it takes one for each of {len(batches)}")
-    return {name: from_images(batch).pixels for name, batch in zip(lines, batches)}
+    return {name: from_images(batch, name=f"pictures of {name}").pixels for name, batch in zip(lines, batches)}
 
 
 def _encoders(clip: str, dino: str, clip_vision, dino_vision):

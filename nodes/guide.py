@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..anchor_core.guidance import RULES, make_rule
-from .types import CATEGORY, LoraModel, chosen_lora, inputs_of, lora_inputs, lora_state
+from .types import CATEGORY, LoraModel, checked_lora, chosen_lora, inputs_of, lora_inputs, lora_state
 
 
 class AnchorGuidance(io.ComfyNode):
@@ -97,9 +97,13 @@ def _options(rule: type) -> list[io.Input]:
     return inputs
 
 
-def _guided(model, strength: float, file: str, rule: dict, lora=None, class_conditioning=None, early_lora=None):
+def _guided(
+    model, strength: float, file: str, rule: dict | None = None, lora=None, class_conditioning=None, early_lora=None
+):
     from ..anchor_core.backends.comfyui_guidance import guide_model
 
+    if rule is None:  # ComfyUI does not ask for it
+        raise ValueError(f"rule is missing; choose one of {', '.join(RULES)}")
     # ComfyUI gives None for those that a prompt leaves out.
     options = {name: value for name, value in rule.items() if name != "rule" and value is not None}
     return guide_model(
@@ -108,5 +112,5 @@ def _guided(model, strength: float, file: str, rule: dict, lora=None, class_cond
         make_rule(rule["rule"], **options),
         strength=strength,
         class_conditioning=class_conditioning,
-        early_lora=early_lora,
+        early_lora=None if early_lora is None else checked_lora("early_lora", early_lora),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..anchor_core.data import from_images
-from .types import CATEGORY, ConceptType, HistoryType, LoraModel
+from .types import CATEGORY, ConceptType, HistoryType, LoraModel, check_connected, checked_lora
 
 
 class AnchorDriftReport(io.ComfyNode):
@@ -51,12 +51,17 @@ class AnchorDriftReport(io.ComfyNode):
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot
 
+        check_connected(clip=clip, vae=vae)
+        checked_lora("lora", lora)
         pictures = from_images(images).stack()
         with ComfyDenoiser(model, clip, vae) as denoiser:
             latents = denoiser.encode_images(pictures)
             probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
             before = probe.measure()
-            attach_tensors(denoiser, lora, getattr(lora, "metadata", None), getattr(lora, "embedding", None))
+            try:
+                attach_tensors(denoiser, lora, getattr(lora, "metadata", None), getattr(lora, "embedding", None))
+            except ValueError as error:
+                raise ValueError(f"lora: {error}") from error
             after = probe.measure()
         numbers = _numbers(before, after)
         return io.NodeOutput(drift_plot(before, after, history), numbers, ui={"text": [numbers]})

@@ -25,6 +25,7 @@ from .types import (
     LossMap,
     OptionsType,
     ReferencesType,
+    check_connected,
     embedding_word,
     inputs_of,
     new_embedding_file,
@@ -192,6 +193,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.tokens import to_embedding
         from ..anchor_core.trainer import TrainingDiverged, train
 
+        check_connected(clip=clip, vae=vae)
         options = dict(options or {})
         resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
         if lam:
@@ -264,7 +266,11 @@ def _class_latents(denoiser, concept, settings: TrainSettings, class_images, cla
     if not settings.make_objective().reads_class_pictures:
         return None
     if class_images is not None:
-        return denoiser.encode_images(from_images(class_images).stack())
+        pictures = from_images(class_images, name="class_images").stack()
+        try:
+            return denoiser.encode_images(pictures)
+        except ValueError as error:
+            raise ValueError(f"class_images: {error}") from error
     # ComfyUI empties its temporary folder when it starts.
     cache = Cache(denoiser, Path(folder_paths.get_temp_directory()) / "anchor_class_pictures")
     shape = tuple(latents.shape[1:])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import Field, fields
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io
@@ -29,6 +31,13 @@ class AdapterTensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.metadata = metadata
         self.embedding = embedding
+
+
+def check_connected(**inputs: Any) -> None:
+    """ValueError for one that is None: ComfyUI's loaders give that for what a file does not hold."""
+    for name, value in inputs.items():
+        if value is None:
+            raise ValueError(f"{name} is empty, as of a checkpoint that holds none; load it from a file of its own")
 
 
 def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:
@@ -65,7 +74,14 @@ def new_lora_file(name: str) -> Path:
 
 
 def new_embedding_file(name: str) -> Path:
-    """As `new_lora_file`, in the first folder where ComfyUI looks for `embedding:name`; none is below output."""
+    """As `new_lora_file`, in the first folder where ComfyUI looks for `embedding:name`; none is below output.
+
+    Raises:
+        ValueError: also for a name that ComfyUI would not read to its end in a prompt.
+    """
+    odd = re.search(r"[\s<>\[\](){}\\]", name.strip())
+    if odd:
+        raise ValueError(f"name is {name!r}, but prompts read embedding:name up to {odd[0]!r}; take letters, - and _")
     return _new_file(Path(folder_paths.get_folder_paths("embeddings")[0]), name)
 
 
@@ -86,8 +102,8 @@ def _new_file(root: Path, name: str) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = f"{target.parent} cannot be written ({error.strerror})"
-        raise ValueError(f"{reason}; free it or start ComfyUI with other folders") from error
+        reason = f"name is {name!r}, but {target.parent} cannot be written ({error.strerror})"
+        raise ValueError(f"{reason}; take another name, or start ComfyUI with other folders") from error
     number = next(n for n in range(1, len(taken) + 2) if f"{target.name}_{n:05}_.safetensors" not in taken)
     return target.with_name(f"{target.name}_{number:05}_.safetensors")
 
@@ -143,4 +159,14 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
         return load_adapter(lora_file(file))[0]
     if lora is None:
         raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
+    return checked_lora("lora", lora)
+
+
+def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
+    from ..anchor_core.adapter_file import check_finite
+
+    if not lora:
+        raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")
+    check_finite(name, lora)
     return lora

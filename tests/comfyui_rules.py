@@ -425,8 +425,11 @@ def check_class_takes_what_it_lacks() -> None:
 
 
 def refusals() -> dict[str, str]:
-    case, sd3 = Case("sd1"), Case("sd3")
-    wide = [[torch.zeros(1, 12, models.WIDTH + 8), {"pooled_output": torch.zeros(1, models.POOLED)}]]
+    case, sd3, sdxl = Case("sd1"), Case("sd3"), Case("sdxl")
+    embeddings, pooled = torch.zeros(1, 12, models.WIDTH), torch.zeros(1, models.POOLED)
+    wide = [[torch.zeros(1, 12, models.WIDTH + 8), {"pooled_output": pooled}]]
+    wide_pooled = [[embeddings, {"pooled_output": torch.zeros(1, models.POOLED + 8)}]]
+    no_pooled, nan = [[embeddings, {}]], [[embeddings * torch.nan, {"pooled_output": pooled}]]
     norm = "diffusion_model.joint_blocks.0.x_block.attn.ln_q.w_norm"
 
     def guide(rule: str, on: Case = case, **inputs):
@@ -463,6 +466,11 @@ def refusals() -> dict[str, str]:
         "other_early": lambda: guide("autoguidance", options={"early": True}, early_lora=sd3.lora),
         "wide_class": lambda: run(case, guide("switching", class_conditioning=wide)),
         "wide_negative": lambda: run(Case("sd1"), guide("cfg"), **{NULL: wide}),
+        "nan_positive": lambda: run(Case("sd1"), guide("cfg"), **{SUBJECT: nan}),
+        "nan_class": lambda: run(case, guide("switching", class_conditioning=nan)),
+        "sd3_width": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide}),
+        "sd3_pooled": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide_pooled}),
+        "sdxl_pooled": lambda: run(sdxl, guide("cfg", sdxl), **{SUBJECT: no_pooled}),
         "hooked_class": lambda: run(case, guide("switching", class_conditioning=hooked)),
         "same_prompt": lambda: run(case, guide("masked", class_conditioning=case.conds[SUBJECT])),
         "other_clip": lambda: run(case, guide("masked", class_conditioning=unlike)),

@@ -270,7 +270,7 @@ def test_prompts_of_dreambench_and_of_a_plain_file(tmp_path):
     assert of("cat2") == ["a cat wearing a red hat"]
     with pytest.raises(ValueError, match="no subject 'dog', but cat2, bear_plushie"):
         of("dog")
-    (tmp_path / "plain.txt").write_text("a dog\n\na red dog\n")
+    (tmp_path / "plain.txt").write_text("a dog\n\na red dog\n", encoding="utf-8-sig")
     assert read_prompts(tmp_path / "plain.txt")("any") == ["a dog", "a red dog"]
     (tmp_path / "empty.txt").write_text("\n")
     for name, message in (("empty.txt", "is empty"), ("none.txt", "cannot be read")):
@@ -326,6 +326,11 @@ def test_mismatches_name_the_system(tmp_path):
             write(tmp_path / name / subject, *files)
     write(tmp_path / "texts/dog", "a.png", "b.png", a="a dog")
     write(tmp_path / "texts/cat", "a.png", a="a cat")
+    for subject in ("dog", "cat"):
+        write(tmp_path / "latin" / subject, "a.png")
+        (tmp_path / "latin" / subject / "a.txt").write_bytes("a caf\u00e9".encode("latin-1"))
+        write(tmp_path / "strange" / subject, "a.png")
+        (tmp_path / "strange" / subject / "report.json").write_text(json.dumps({"pictures": [1]}))
     write(tmp_path / "gone/dog", "0.png")
     (tmp_path / "gone/dog/report.json").write_text(json.dumps({"pictures": [{"file": "1.png", "prompt": "a dog"}]}))
     write(tmp_path / "gone/cat", "0_0.png", "1_0.png")
@@ -337,6 +342,8 @@ def test_mismatches_name_the_system(tmp_path):
         "odd": "has 3 pictures, but it takes as many for each of 2 prompts",
         "texts": "b.txt is missing",
         "gone": "0.png is in one alone",
+        "latin": "a.txt cannot be read .it is not UTF-8",
+        "strange": "a.png is in one alone",
         "none": "which is no folder",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
@@ -376,6 +383,14 @@ def test_the_verb_ranks_the_right_subject_first(sandbox_pictures, capsys):
     assert result["systems"]["right"]["drift"] is None
     assert (sandbox_pictures / "out/report.png").stat().st_size > 5000
     assert capsys.readouterr().out == (sandbox_pictures / "out/report.md").read_text()
+
+
+def test_the_table_is_not_written_among_the_pictures_that_it_is_of(sandbox_pictures, capsys):
+    for out in ("right", "right/pip", "references/momo"):
+        before = sorted((sandbox_pictures / out).iterdir())
+        assert compare(sandbox_pictures, "--judge", "sandbox", out=out) == 2
+        assert "--out: " in capsys.readouterr().err
+        assert sorted((sandbox_pictures / out).iterdir()) == before
 
 
 def test_the_verb_takes_transformers_encoders(sandbox_pictures, encoder_folders):

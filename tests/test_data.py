@@ -111,6 +111,14 @@ def test_from_images(tmp_path):
     assert torch.equal(from_images(kept).pixels[0], kept[0].movedim(-1, 0))
     with pytest.raises(ValueError, match="^images is"):
         from_images(torch.zeros(3, 8, 8))
+    for odd, told in (
+        (torch.full((1, 8, 8, 3), torch.inf), "class_images holds NaN or infinite"),  # not white
+        (torch.full((1, 8, 8, 4), torch.nan), "class_images holds NaN or infinite"),
+        (torch.zeros(0, 8, 8, 3), "class_images holds no picture"),
+        (torch.zeros(1, 8, 8, 2), "class_images is"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}"):
+            from_images(odd, name="class_images")
 
 
 def test_references_check_what_they_hold():
@@ -251,9 +259,10 @@ def test_masks_of_image_batches():
         from_images(images, masks=masks[:1])
     with pytest.raises(ValueError, match="^masks of the alpha channel are asked for, but images has none"):
         from_images(images, masks=True)
-    masks[1] = 0
-    with pytest.raises(ValueError, match="^mask of image 2 is empty"):
-        from_images(images, masks=masks)
+    for value, told in ((0, "is empty"), (torch.nan, "has NaN or values out of"), (2, "has NaN or values out of")):
+        masks[1] = value
+        with pytest.raises(ValueError, match=f"^mask of image 2 {told}"):
+            from_images(images, masks=masks)
     with pytest.raises(ValueError, match="^masks has 1 entries, but it takes one for each of 2"):
         References([torch.zeros(3, 4, 4)] * 2, ["a", "b"], [torch.ones(1, 4, 4)])
 
@@ -322,7 +331,7 @@ def test_long_pictures_are_named(tmp_path, size):
     picture(tmp_path / "2.png", size=(1, 5000))
     with pytest.raises(ValueError, match=r"2\.png is 1x5000, of aspect ratio 5000:1, but it takes at most 4:1"):
         load_references(tmp_path, size)
-    with pytest.raises(ValueError, match=r"picture image 1 is 1x5000, of aspect ratio 5000:1"):
+    with pytest.raises(ValueError, match=r"^images is 1x5000, of aspect ratio 5000:1"):
         from_images(torch.zeros(1, 5000, 1, 3))
 
 

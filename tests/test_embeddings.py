@@ -90,6 +90,15 @@ def test_parallel_and_opposite_embeddings_have_no_arc(pair):
     assert torch.isfinite(rotate_and_rescale(near.float(), anchor.float(), 0.3, 1.5)).all()
 
 
+@pytest.mark.parametrize("apart", [1e-4, 1e-3, 1e-2])
+def test_nearly_opposite_embeddings_keep_their_length_in_float32(apart):
+    generator = torch.Generator().manual_seed(0)
+    anchor, other = torch.randn(2, 200, 64, generator=generator)
+    moved = rotate_and_rescale(apart * other - 3 * anchor, anchor, 0.25, 1.0)
+    torch.testing.assert_close(moved.norm(dim=-1), anchor.norm(dim=-1), rtol=1e-2, atol=0)
+    torch.testing.assert_close(rotate_and_rescale(-3 * anchor, anchor, 0.25, 1.0), -0.5 * anchor)
+
+
 def test_rows_of_zeros_stay_in_padding_and_are_refused_elsewhere(pair):
     subject, anchor = (each.clone() for each in pair)
     subject[0, 0], anchor[0, 0] = 0, 0
@@ -148,8 +157,10 @@ def section(*ids: int, length: int = 12, start: bool = True) -> list[int]:
         ((A, DOG, SKS), (A, DOG), [0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10]),
         ((DOG,), (DOG,), range(12)),
         ((SKS,), (A, DOG), [0, 1, *range(3, 12), 11]),
+        ((SKS, DOG, IN, A, SKS, DOG), (DOG, IN, A, DOG), [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]),
+        ((50, 51, IN, A, 50, 51), (DOG, IN, A, DOG), [0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 8, 9]),
     ],
-    ids=["sks dog", "sks for dog", "two vectors", "three before", "after", "same", "longer class"],
+    ids="alone replaced vectors three after same longer twice vectors_twice".split(),
 )
 def test_words_are_compared_with_themselves(subject, class_, expected):
     assert align_rows([section(*subject)], [section(*class_)], EMPTY).tolist() == list(expected)
@@ -174,6 +185,20 @@ def test_alignment_goes_over_the_sections_of_a_long_prompt():
     flat = [[key for part in prompt for key in part] for prompt in cut]
     for row, key in enumerate(flat[0]):
         assert flat[1][rows[row]] == (12 if key == SKS else key)
+
+
+def test_starts_ends_and_padding_are_each_compared_with_their_own():
+    """A word that does not fit is moved to the next section whole, and the rest of its own is padded."""
+    ours = [section(10, 11, SKS, 12, length=6), section(13, 14, length=6)]
+    theirs = [section(10, 11, 12, length=6), section(13, 14, length=6)]
+    for class_ in (theirs, theirs[:1]):
+        rows = align_rows(ours, class_, EMPTY).tolist()
+        flat = [[key for part in prompt for key in part] for prompt in (ours, class_)]
+        for row, key in enumerate(flat[0]):
+            if key in (START, END, PAD):
+                assert flat[1][rows[row]] == key
+    assert [rows[0], rows[6]] == [0, 0]
+    assert align_rows([section(SKS)], [[START, DOG, END]], EMPTY).tolist() == [0, 1, *[2] * 10]
 
 
 def test_an_empty_prompt_is_refused():
@@ -220,6 +245,9 @@ def test_conditionings_that_do_not_fit_are_refused(pair):
     assert "subject_conditioning has NaN" in refusal(subject * math.inf, class_)
     assert "are of two models" in refusal(subject, class_[:, :20])
     assert "class_conditioning has 5 tokens and the subject's 7" in refusal(subject, class_[:5])
+    shorter = class_.clone()
+    shorter[5:] = 0  # as text encoders that blank what is after the end
+    assert "class_conditioning is zero where the other is not" in refusal(subject, shorter)
     with pytest.raises(ValueError, match="pooled output.*of two models"):
         adjust_pooled(subject, class_, [20], Adjustment())
 
@@ -360,9 +388,15 @@ def test_files_that_are_no_embedding_are_refused(tmp_path, capsys):
     (tmp_path / "text.pt").write_text("no tensors")
     save_file({"lora_down": torch.ones(2, 2, 2)}, tmp_path / "other.safetensors")
     save_file({"emb_params": torch.full((1, 32), math.nan)}, tmp_path / "nan.safetensors")
+    torch.save({"<sks>": torch.full((32,), math.inf)}, tmp_path / "inf.bin")
+    save_file({"emb_params": torch.randn(1, 32).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
+    save_file({"emb_params": torch.ones(0, 32)}, tmp_path / "none.safetensors")
+    save_file({"emb_params": torch.stack([torch.ones(32), torch.zeros(32)])}, tmp_path / "zero.safetensors")
     for name, told in (
         ("harm.pt", "cannot be read"), ("text.pt", "cannot be read"), ("nowhere.pt", "No such file"),
         ("empty.pt", "holds no tensor"), ("other.safetensors", "holds 'lora_down'"), ("nan.safetensors", "NaN"),
+        ("inf.bin", "infinite values in '<sks>'"), ("fp8.safetensors", "in float8"),
+        ("none.safetensors", "shape .0, 32"), ("zero.safetensors", "zeros for a vector"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=told) as caught:
             read_embedding(tmp_path / name)
@@ -462,6 +496,7 @@ def test_sample_adjusts_prompts_to_those_of_the_adapters_class(
     capsys.readouterr()
     for options, told in (
         (["--adjust", "index", "--prompt", "a cat"], "does not name the subject"),
+        (["--adjust", "index", "--adjust-pooled"], "pooled is on, but this model's prompts have no pooled output"),
         (["--adjust", "index", "--adjust_alpha", "-1"], "--adjust_alpha is -1.0"),
         (["--adjust", "index", "--class", CLASS, "--class", CLASS], "--class: given 2 times for 1 prompts"),
         (["--class", CLASS], "--class: rule 'cfg' reads no class prompt"),

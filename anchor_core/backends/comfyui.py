@@ -67,6 +67,7 @@ class ComfyDenoiser:
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
         self._video = families.takes_frames(model.model)
         self._guided = families.is_guided(model.model)
+        self._text_input = families.TextInput.of(model.model)
         self._file_keys = families.file_keys(model.model) | families.text_keys(self.text_encoders)
         self._weights = TrainableWeights(model)
         self._stack: ExitStack | None = None
@@ -200,10 +201,14 @@ class ComfyDenoiser:
         return self.model.model.latent_format.latent_channels, height // self.downscale, width // self.downscale
 
     def encode_images(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.downscale:
+            raise ValueError(f"images are {width}x{height}, but this model takes {self.downscale} pixels at least")
         # A video VAE takes a batch for the frames of one video.
         batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
         with self._weights.released():
             latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
+            families.check_latents(self.model.model, latents)
             latents = self._pictures(self.model.model.process_latent_in(latents))
         return latents.clone().to(self.device)
 
@@ -238,6 +243,7 @@ class ComfyDenoiser:
         if len(schedule) != 1:
             raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")
         cross_attention, extras = schedule[0]
+        self._text_input.check("clip: the prompt", cross_attention, extras)
         copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
         return ComfyCondition(cross_attention.clone().to(self.device), copies)
 

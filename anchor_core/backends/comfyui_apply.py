@@ -10,6 +10,7 @@ import comfy.lora_convert
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor
 
+from ..checks import check_number
 from ..tokens import is_embedding
 
 TEXT_PREFIXES = ("lora_te", "text_encoder")
@@ -24,6 +25,7 @@ def apply_adapter(model, tensors: Mapping[str, Tensor], strength: float, clip=No
         ValueError: the LoRA was made for another model, which the stock loader only logs; or it adapts the text encoder
             as well, and there is no CLIP.
     """
+    check_number("strength", strength)
     if is_embedding(tensors):
         raise ValueError("this is an embedding; put its file among the embeddings and write embedding:name in a prompt")
     if clip is None and any(key.startswith(TEXT_PREFIXES) for key in tensors):

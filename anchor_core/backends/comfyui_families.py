@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_base
 import comfy.model_sampling
@@ -38,6 +40,16 @@ BLOCKS = {
     QwenImageTransformer2DModel: ("transformer_blocks",),
 }
 """The module lists that a transformer's blocks are in; only networks whose checkpointed gradients are tested."""
+
+TEXT_LAYERS = {
+    OpenAISignatureMMDITWrapper: "context_embedder",
+    Flux: "txt_in",
+    Chroma: "txt_in",
+    NextDiT: "cap_embedder.1",
+    WanModel: "text_embedding.0",
+    QwenImageTransformer2DModel: "txt_in",
+}
+"""What a transformer's prompts go through first."""
 
 
 def prediction_type(sampling: nn.Module) -> str:
@@ -145,12 +157,59 @@ def text_keys(encoders: dict[str, nn.Module]) -> dict[str, str]:
     }
 
 
+@dataclass(frozen=True)
+class TextInput:
+    """The widths that a network takes of a prompt's embeddings and of its pooled output.
+
+    None where it is not known, or none is needed: Flux takes what there is of a pooled output.
+    """
+
+    width: int | None = None
+    pooled: int | None = None
+
+    @classmethod
+    def of(cls, model: comfy.model_base.BaseModel) -> TextInput:
+        """Of a model whose network has no adapter."""
+        network, config = model.diffusion_model, model.model_config.unet_config
+        width = config.get("context_dim") if isinstance(network, UNetModel) else None
+        if type(network) in TEXT_LAYERS:
+            width = getattr(network.get_submodule(TEXT_LAYERS[type(network)]), "in_features", None)
+        if isinstance(model, comfy.model_base.SDXL):
+            return cls(width, config["adm_in_channels"] - 6 * 256)  # beside sizes and crops
+        return cls(width, config.get("adm_in_channels") if isinstance(model, comfy.model_base.SD3) else None)
+
+    def check(self, name: str, embeddings: Tensor | None, extras: Mapping[str, Any]) -> None:
+        """ValueError, naming `name`, if an encoding is not finite or not for this network."""
+        read = self.pooled is not None and "unclip_conditioning" not in extras
+        pooled = extras.get("pooled_output") if read else None
+        if pooled is None and read:
+            raise ValueError(f"{name} has no pooled output, but this model takes one; encode it with its own CLIP")
+        for part, tensor, takes in ("embeddings", embeddings, self.width), ("a pooled output", pooled, self.pooled):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} has {part} with NaN or infinite values; encode the prompt again")
+            if tensor is not None and takes is not None and tensor.shape[-1] != takes:
+                raise ValueError(
+                    f"{name} has {part} of width {tensor.shape[-1]}, but this model takes {takes}; "
+                    "encode it with its own CLIP"
+                )
+
+
 def takes_frames(model: comfy.model_base.BaseModel) -> bool:
     """Whether latents are (B, C, frames, h, w); ValueError if they are no pictures at all."""
     dimensions = model.latent_format.latent_dimensions
     if dimensions not in (2, 3):
         raise ValueError("this model's latents are no pictures; connect an image or video model")
     return dimensions == 3
+
+
+def check_latents(model: comfy.model_base.BaseModel, latents: Tensor) -> None:
+    """ValueError if what a VAE gives, (B, C, h, w) or (B, C, frames, h, w), is not for this model."""
+    channels, frames = model.latent_format.latent_channels, takes_frames(model)
+    if latents.ndim != 4 + frames or latents.shape[1] != channels:
+        raise ValueError(
+            f"vae gives latents of {tuple(latents.shape)}, but this model takes {channels} channels"
+            f"{' and frames' if frames else ''}; connect the model's own VAE"
+        )
 
 
 def is_guided(model: comfy.model_base.BaseModel) -> bool:

@@ -23,6 +23,7 @@ from ..checks import check_number
 from ..guidance import CLASS, Branch, Rule
 from .comfyui_apply import TEXT_PREFIXES, adapter_patches
 from .comfyui_attention import WordAttention, word_position
+from .comfyui_families import TextInput
 from .comfyui_rows import Patches, RowStrengths, check_layers
 
 KEY = "anchor_guidance"
@@ -136,9 +137,12 @@ class _Guidance:
         if guider.model_options.get(FUNCTION) != self.predict:
             raise ValueError("another node replaced the guidance on this model; connect that node before the guidance")
         conds = guider.conds
-        _check_width(guider.model_patcher.model, conds)
+        text = TextInput.of(guider.model_patcher.model)
+        for name, each in conds.items():
+            for cond in each:
+                text.check(name, cond.get("cross_attn"), cond)
         if self._class is not None:
-            conds["class"] = _class_conds(self._class, conds["positive"])
+            conds["class"] = _class_conds(self._class, conds["positive"], text)
         word = WordAttention(word_position(conds["positive"], conds["class"])) if self._rule.masked else None
         outer = self._run
         run = self._run = _Run(guider, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
@@ -214,26 +218,18 @@ def _width(conds: list[dict[str, Any]]) -> int | None:
     return next((cond["cross_attn"].shape[-1] for cond in conds if cond.get("cross_attn") is not None), None)
 
 
-def _check_width(model, conds: dict[str, list[dict[str, Any]]]) -> None:
-    takes = model.model_config.unet_config.get("context_dim")
-    for name, each in conds.items():
-        width = _width(each)
-        if isinstance(model.diffusion_model, UNetModel) and None not in (width, takes) and width != takes:
-            raise ValueError(
-                f"{name} is a conditioning of width {width}, but this model takes {takes}; encode it with its own CLIP"
-            )
-
-
-def _class_conds(conditioning: list, positive: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _class_conds(conditioning: list, positive: list[dict[str, Any]], text: TextInput) -> list[dict[str, Any]]:
     """The class prompt as the guider holds prompts, with what it lacks from the subject's where both are one."""
     if comfy.sampler_helpers.cond_has_hooks(conditioning):
         raise ValueError("class_conditioning carries hooks, which would not be loaded; encode it without them")
     conds = comfy.sampler_helpers.convert_cond(conditioning)
+    if len(conds) == len(positive) == 1:
+        conds = [{**positive[0], **conds[0]}]
+    for cond in conds:
+        text.check("class_conditioning", cond.get("cross_attn"), cond)
     width, takes = _width(conds), _width(positive)
     if width != takes:
         raise ValueError(
             f"class_conditioning has a width of {width}, but positive one of {takes}; encode both with the model's CLIP"
         )
-    if len(conds) == len(positive) == 1:
-        conds = [{**positive[0], **conds[0]}]
     return conds

@@ -41,6 +41,8 @@ def encode_adjusted(
     check_choice("align", align, ALIGNMENTS)
     check_choice("anchor", anchor, ANCHORS)
     family = denoiser._family
+    if pooled and not family.pooled_widths:
+        raise ValueError("pooled is on, but this model's prompts have no pooled output; leave it off")
     subject, ids = _encoded(denoiser, prompt, True)
     class_, class_ids = _encoded(denoiser, class_prompt, anchor == "current")
     alignment = None

@@ -88,6 +88,10 @@ def compare(options: Namespace) -> None:
     if (options.judge is None) == (options.clip is None and options.dino is None):
         raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
     subjects = gather(options.references, systems, options.prompts, options.token)
+    read = [Path(folder) for folder in (options.references, *systems.values())]
+    read += [file.parent for found in subjects.values() for files, _ in found.made.values() for file in files]
+    if out.resolve() in {folder.resolve() for folder in (*read, *(found.folder for found in subjects.values()))}:
+        raise ValueError(f"--out: {out} holds pictures to compare, which the table would join; give another folder")
     bare = [name for found in subjects.values() for name, (_, prompts) in found.made.items() if not prompts]
     if bare and (options.clip or options.judge):
         raise ValueError(f"--prompts: the pictures of {bare[0]} do not tell their prompts, for CLIP-T; give a file")

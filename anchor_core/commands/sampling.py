@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 from ..checks import check_count, check_number
-from ..settings import TrainSettings
 from .shared import check_embedding, check_writable, open_model, resolution
 
 
@@ -18,6 +17,7 @@ def sample(options: Namespace) -> None:
 
     from .. import report
     from ..adapter_attach import attach_file, read_early
+    from ..adapter_metadata import recommended_guidance
     from ..backends.diffusers_adjust import encode_adjusted
     from ..backends.diffusers_guidance import RuleSteps
     from ..guidance import CLASS, NULL, SUBJECT
@@ -43,7 +43,7 @@ def sample(options: Namespace) -> None:
     if early is not None:
         adapter.hold_early(early)
     if options.guidance is None:
-        options.guidance = float(metadata.get("anchor.guidance", TrainSettings.guidance))
+        options.guidance = recommended_guidance(metadata)
     class_prompts = _class_prompts(options, metadata) if reads_class else [None] * len(options.prompt)
     RuleSteps(rule, denoiser.network, adapter, reads_class)  # refuses a rule that does not go with the model
     side = resolution(options, denoiser)
@@ -54,13 +54,13 @@ def sample(options: Namespace) -> None:
     def encode_subject(prompt: str, class_prompt: str):
         return partial(encode_adjusted, denoiser, prompt, class_prompt, adjustment, **how) if adjustment else None
 
-    out.mkdir(parents=True, exist_ok=True)
     files = []
     for prompt, class_prompt in zip(options.prompt, class_prompts):
         with nullcontext() if adapter is None else adapter.scaled(options.strength):
             encoded = denoiser.encode_branches(
                 rule, prompt, class_prompt, encode_subject=encode_subject(prompt, class_prompt)
             )
+            out.mkdir(parents=True, exist_ok=True)
             for i in range(len(files), len(files) + options.count):
                 latents = denoiser.sample(
                     encoded[SUBJECT], encoded[NULL][0], noise[i : i + 1], steps=options.steps,
