@@ -355,6 +355,9 @@ def check_pictures() -> None:
     assert torch.equal(comfy.sample.sample(guided, case.noise, *given, **options), picture)
     one = comfy.sample.sample(guided, case.noise[1:], *given[:-1], torch.zeros_like(case.noise[1:]), **options)
     assert_same(one, picture[1:])
+    euler, first = comfy.samplers.sampler_object("euler"), torch.tensor([9.0])  # as SplitSigmas gives for no step
+    none = (case.noise, SCALE, euler, first, positive, negative, torch.zeros_like(case.noise))
+    assert torch.equal(*(comfy.sample.sample_custom(model, *none, **options) for model in (guided, case.stock())))
     heun = case.sample(guided, comfy.samplers.sampler_object("heun"))
     assert heun.isfinite().all() and far([heun], [picture])
     guided.set_model_sampler_post_cfg_function(lambda given: given["cond_denoised"])  # a patch of another pack

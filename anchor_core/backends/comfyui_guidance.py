@@ -130,7 +130,7 @@ class _Guidance:
         self._class = class_conditioning
         self._run: _Run | None = None
 
-    def sample(self, executor, *arguments, **options):
+    def sample(self, executor, noise, latent_image, sampler, sigmas, *arguments, **options):
         """Around the whole sampling: the class prompt joins the others; afterwards nothing is left on the layers."""
         guider = executor.class_obj
         if guider.model_options.get(FUNCTION) != self.predict:
@@ -143,11 +143,11 @@ class _Guidance:
         outer = self._run
         run = self._run = _Run(guider, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
         try:
-            samples = executor(*arguments, **options)
+            samples = executor(noise, latent_image, sampler, sigmas, *arguments, **options)
         finally:
             self._run = outer
             run.strengths.close()
-        if not run.asked:
+        if not run.asked and len(sigmas) > 1:
             raise ValueError("the guider asked for no guidance on this model; take CFGGuider, KSampler or AnchorGuider")
         return samples
 
