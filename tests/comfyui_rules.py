@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
     comfy.options.enable_args_parsing()
 
+    import comfy.hooks
     import comfy.lora
     import comfy.model_management
     import comfy.patcher_extension
@@ -257,6 +258,17 @@ def check_other_loras() -> None:
         assert_same(ours, led(towards, away))
 
 
+def check_hook_loras() -> None:
+    """Those of ComfyUI's hooks, which patch weights while a prompt runs, are part of the pretrained network too."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        hook = comfy.hooks.create_hook_lora(make_lora(case.model, seed=2), 0.5, 0.0)
+        for prompt, ((embeddings, options),) in case.conds.items():
+            case.conds[prompt] = [[embeddings, {**options, "hooks": hook}]]
+        ours = case.denoised(case.guided("personalization", weak=0.3))
+        assert_same(ours, led(case.branch(), case.branch(NULL, 0.3)))
+
+
 def check_steps() -> None:
     """Rules that change with the step, step by step; outside of the interval the pass is saved."""
     case = Case("sd1", steps=10)
@@ -441,6 +453,10 @@ def refusals() -> dict[str, str]:
         on.denoised(model)
 
     class_conds = case.conds[CLASS]
+    split = guide("personalization")
+    split.set_model_unet_function_wrapper(
+        lambda run, given: run(given["input"][:2], given["timestep"][:2], **given["c"])
+    )
     replaced = guide("cfg")
     replaced.set_model_sampler_calc_cond_batch_function(lambda given: None)
     other_guider = comfy.samplers.CFGGuider(guide("cfg"))
@@ -458,6 +474,7 @@ def refusals() -> dict[str, str]:
         "out_of_range": lambda: make_rule("personalization", weak=1.5),
         "twice": lambda: guide("cfg", model=guide("cfg")),
         "replaced": lambda: run(case, replaced),
+        "split": lambda: run(case, split),
         "other_guider": lambda: other_guider.sample(
             case.noise, torch.zeros_like(case.noise), euler, sigmas, disable_pbar=True
         ),
@@ -482,8 +499,9 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_slices check_other_loras check_steps check_one_batch check_what_other_patches_see check_mask "
-    "check_pictures check_untouched check_interrupt_inside_the_network check_class_takes_what_it_lacks"
+    "check_kinds check_slices check_other_loras check_hook_loras check_steps check_one_batch "
+    "check_what_other_patches_see check_mask check_pictures check_untouched "
+    "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
 
 
