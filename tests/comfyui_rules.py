@@ -36,8 +36,8 @@ if __name__ == "__main__":
     import torch
     from torch import Tensor, nn
 
-    from anchor_core.backends.comfyui_guidance import guide_model, make_guider, step_at
-    from anchor_core.guidance import make_rule
+    from anchor_core.backends.comfyui_guidance import guide_model, make_guider
+    from anchor_core.guidance import make_rule, step_at
 
 SUBJECT, CLASS, NULL = "a photo of a sks dog", "a photo of a dog", ""
 STRENGTH, SCALE = 0.8, 3.0

@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..checks import check_number
-from ..guidance import CLASS, Branch, Rule
+from ..guidance import CLASS, Branch, Rule, step_at
 from .comfyui_apply import TEXT_PREFIXES, adapter_patches
 from .comfyui_attention import WordAttention, word_position
 from .comfyui_rows import Patches, RowStrengths, check_layers
@@ -205,11 +205,6 @@ class _Guidance:
             first = branches.index(CLASS) * run.pictures
             with run.word.watch(model.diffusion_model, slice(first, first + run.pictures), x.shape[-2:]):
                 return executor(*arguments, transformer_options, **options)
-
-
-def step_at(sigma: float, sigmas: list[float]) -> int:
-    """The step whose interval [sigmas[i], sigmas[i + 1]) of a falling schedule a sigma lies in."""
-    return max(min(sum(each >= sigma * (1 - 1e-5) for each in sigmas), len(sigmas) - 1) - 1, 0)
 
 
 # --- conditionings ------------------------------------------------------------------------------------------------
