@@ -112,6 +112,7 @@ def test_a_trained_text_encoder_reads_the_prompts(files, sample):
         (["--rule", "mixed", "--early", "FILE"], "--rule: rule 'mixed' has no option 'early'"),
         (["--rule", "personalization", "--class", "a star"], "--class: rule 'personalization' reads no class prompt"),
         (["--rule", "mixed", "--class", "a star", "--class", "a dog"], "--class: given 2 times for 1 prompts"),
+        (["--rule", "masked", "--class", "a sks star"], "--class: it is the prompt 'a sks star' itself"),
         (["--rule", "mixed", "--adapter", "early"], "does not name its prompts in its metadata; give the option"),
         (["--rule", "mixed", "--prompt", "a star"], "--prompt: prompt is 'a star', which does not name the subject"),
         (["--rule", "autoguidance", "--early", "other"], "the early checkpoint does not fit the attached adapter"),

@@ -122,6 +122,9 @@ def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
             raise ValueError(
                 f"--class: given {len(options.class_prompt)} times for {len(options.prompt)} prompts; give one for each"
             )
+        for prompt, class_prompt in zip(options.prompt, options.class_prompt):
+            if options.rule == "masked" and prompt == class_prompt:
+                raise ValueError(f"--class: it is the prompt {prompt!r} itself; for a mask, leave the token out of it")
         return options.class_prompt
     trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
     if None in trained:
