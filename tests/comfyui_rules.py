@@ -269,6 +269,25 @@ def check_hook_loras() -> None:
         assert_same(ours, led(case.branch(), case.branch(NULL, 0.3)))
 
 
+def check_low_memory() -> None:
+    """Weights that ComfyUI patches anew at each use, and a step whose rows do not fit into one batch."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        expected = led(case.branch(), case.branch(NULL, 0.3))
+        guided = case.guided("personalization", weak=0.3)
+        load, network, calls = guided.load, case.model.model, []
+        guided.load = lambda device, *_, load=load, **__: load(device, lowvram_model_memory=1)
+        network.memory_required = lambda shape, **_: float("inf")
+        hook = network.diffusion_model.register_forward_pre_hook(
+            lambda _, given, calls=calls: calls.append(len(given[0]))
+        )
+        ours = case.denoised(guided)
+        hook.remove()
+        del network.memory_required
+        assert any(getattr(layer, "weight_function", []) for layer in network.modules()) and calls == [2] * 4
+        assert_same(ours, expected)
+
+
 def check_steps() -> None:
     """Rules that change with the step, step by step; outside of the interval the pass is saved."""
     case = Case("sd1", steps=10)
@@ -344,6 +363,7 @@ def check_mask() -> None:
     """Inside the class word's mask the mix, outside the class prompt; before the switch the early mix."""
     for family in ("sd1", "sdxl"):
         case = Case(family, steps=4)
+        case.noise = torch.cat([case.noise, case.noise.flip(0, 2)], dim=-1)  # wide
         subject, other, away = case.branch(), case.branch(CLASS), case.branch(NULL)
         inside, outside = led(mixed(subject, other, 0.25), away), led(other, away)
         masks = attention_mask(case, 0.75, word=5)
@@ -499,7 +519,7 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_slices check_other_loras check_hook_loras check_steps check_one_batch "
+    "check_kinds check_slices check_other_loras check_hook_loras check_low_memory check_steps check_one_batch "
     "check_what_other_patches_see check_mask check_pictures check_untouched "
     "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()

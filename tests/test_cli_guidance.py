@@ -115,6 +115,7 @@ def test_a_trained_text_encoder_reads_the_prompts(files, sample):
         (["--rule", "masked", "--class", "a sks star"], "--class: it is the prompt 'a sks star' itself"),
         (["--rule", "mixed", "--adapter", "early"], "does not name its prompts in its metadata; give the option"),
         (["--rule", "mixed", "--prompt", "a star"], "--prompt: prompt is 'a star', which does not name the subject"),
+        (["--rule", "autoguidance", "--early", "early", "--weak", "0.3"], "--weak: with --early the weak model is"),
         (["--rule", "autoguidance", "--early", "other"], "the early checkpoint does not fit the attached adapter"),
         (["--rule", "autoguidance", "--early", "nowhere"], "nowhere is not a readable safetensors file"),
         (["--rule", "autoguidance", "--early", "early", "--adapter", ""], "--early: it is an early checkpoint of"),

@@ -84,6 +84,10 @@ def _rule(options: Namespace):
     given = {name: getattr(options, name) for name in RULE_OPTIONS if getattr(options, name) is not None}
     if "early" in given:
         given["early"] = True  # the option is the file
+        if "weak" in given:
+            raise ValueError(
+                "--weak: with --early the weak model is that checkpoint, at full strength; give one"
+            )
     return make_rule(options.rule or "cfg", **given) if options.rule or given else None
 
 
