@@ -85,9 +85,7 @@ def _rule(options: Namespace):
     if "early" in given:
         given["early"] = True  # the option is the file
         if "weak" in given:
-            raise ValueError(
-                "--weak: with --early the weak model is that checkpoint, at full strength; give one"
-            )
+            raise ValueError("--weak: with --early the weak model is that checkpoint, at full strength; give one")
     return make_rule(options.rule or "cfg", **given) if options.rule or given else None
 
 
