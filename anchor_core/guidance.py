@@ -9,7 +9,7 @@ A new rule is one class here, in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
@@ -154,6 +154,15 @@ class Rule:
 def _reached(share: float, step: int, steps: int) -> bool:
     """Whether `share` of the steps are over; rounded, as 0.14 of 50 is 7.000000000000001."""
     return step >= round(share * steps)
+
+
+def step_at(level: float, levels: Sequence[float]) -> int:
+    """The step i whose interval [levels[i], levels[i + 1]) of a falling schedule a noise level lies in.
+
+    Args:
+        levels: sigmas or timesteps of N steps, and where the last of them ends: N + 1.
+    """
+    return max(min(sum(each >= level * (1 - 1e-5) for each in levels), len(levels) - 1) - 1, 0)
 
 
 def _mixed(class_share: float) -> Mix:

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
     comfy.options.enable_args_parsing()
 
+    import comfy.hooks
     import comfy.lora
     import comfy.model_management
     import comfy.patcher_extension
@@ -35,8 +36,8 @@ if __name__ == "__main__":
     import torch
     from torch import Tensor, nn
 
-    from anchor_core.backends.comfyui_guidance import guide_model, make_guider, step_at
-    from anchor_core.guidance import make_rule
+    from anchor_core.backends.comfyui_guidance import guide_model, make_guider
+    from anchor_core.guidance import make_rule, step_at
 
 SUBJECT, CLASS, NULL = "a photo of a sks dog", "a photo of a dog", ""
 STRENGTH, SCALE = 0.8, 3.0
@@ -257,6 +258,36 @@ def check_other_loras() -> None:
         assert_same(ours, led(towards, away))
 
 
+def check_hook_loras() -> None:
+    """Those of ComfyUI's hooks, which patch weights while a prompt runs, are part of the pretrained network too."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        hook = comfy.hooks.create_hook_lora(make_lora(case.model, seed=2), 0.5, 0.0)
+        for prompt, ((embeddings, options),) in case.conds.items():
+            case.conds[prompt] = [[embeddings, {**options, "hooks": hook}]]
+        ours = case.denoised(case.guided("personalization", weak=0.3))
+        assert_same(ours, led(case.branch(), case.branch(NULL, 0.3)))
+
+
+def check_low_memory() -> None:
+    """Weights that ComfyUI patches anew at each use, and a step whose rows do not fit into one batch."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        expected = led(case.branch(), case.branch(NULL, 0.3))
+        guided = case.guided("personalization", weak=0.3)
+        load, network, calls = guided.load, case.model.model, []
+        guided.load = lambda device, *_, load=load, **__: load(device, lowvram_model_memory=1)
+        network.memory_required = lambda shape, **_: float("inf")
+        hook = network.diffusion_model.register_forward_pre_hook(
+            lambda _, given, calls=calls: calls.append(len(given[0]))
+        )
+        ours = case.denoised(guided)
+        hook.remove()
+        del network.memory_required
+        assert any(getattr(layer, "weight_function", []) for layer in network.modules()) and calls == [2] * 4
+        assert_same(ours, expected)
+
+
 def check_steps() -> None:
     """Rules that change with the step, step by step; outside of the interval the pass is saved."""
     case = Case("sd1", steps=10)
@@ -332,6 +363,7 @@ def check_mask() -> None:
     """Inside the class word's mask the mix, outside the class prompt; before the switch the early mix."""
     for family in ("sd1", "sdxl"):
         case = Case(family, steps=4)
+        case.noise = torch.cat([case.noise, case.noise.flip(0, 2)], dim=-1)  # wide
         subject, other, away = case.branch(), case.branch(CLASS), case.branch(NULL)
         inside, outside = led(mixed(subject, other, 0.25), away), led(other, away)
         masks = attention_mask(case, 0.75, word=5)
@@ -355,6 +387,9 @@ def check_pictures() -> None:
     assert torch.equal(comfy.sample.sample(guided, case.noise, *given, **options), picture)
     one = comfy.sample.sample(guided, case.noise[1:], *given[:-1], torch.zeros_like(case.noise[1:]), **options)
     assert_same(one, picture[1:])
+    euler, first = comfy.samplers.sampler_object("euler"), torch.tensor([9.0])  # as SplitSigmas gives for no step
+    none = (case.noise, SCALE, euler, first, positive, negative, torch.zeros_like(case.noise))
+    assert torch.equal(*(comfy.sample.sample_custom(model, *none, **options) for model in (guided, case.stock())))
     heun = case.sample(guided, comfy.samplers.sampler_object("heun"))
     assert heun.isfinite().all() and far([heun], [picture])
     guided.set_model_sampler_post_cfg_function(lambda given: given["cond_denoised"])  # a patch of another pack
@@ -441,6 +476,10 @@ def refusals() -> dict[str, str]:
         on.denoised(model)
 
     class_conds = case.conds[CLASS]
+    split = guide("personalization")
+    split.set_model_unet_function_wrapper(
+        lambda run, given: run(given["input"][:2], given["timestep"][:2], **given["c"])
+    )
     replaced = guide("cfg")
     replaced.set_model_sampler_calc_cond_batch_function(lambda given: None)
     other_guider = comfy.samplers.CFGGuider(guide("cfg"))
@@ -458,6 +497,7 @@ def refusals() -> dict[str, str]:
         "out_of_range": lambda: make_rule("personalization", weak=1.5),
         "twice": lambda: guide("cfg", model=guide("cfg")),
         "replaced": lambda: run(case, replaced),
+        "split": lambda: run(case, split),
         "other_guider": lambda: other_guider.sample(
             case.noise, torch.zeros_like(case.noise), euler, sigmas, disable_pbar=True
         ),
@@ -487,8 +527,9 @@ def refusals() -> dict[str, str]:
 
 
 ALONE = (
-    "check_kinds check_slices check_other_loras check_steps check_one_batch check_what_other_patches_see check_mask "
-    "check_pictures check_untouched check_interrupt_inside_the_network check_class_takes_what_it_lacks"
+    "check_kinds check_slices check_other_loras check_hook_loras check_low_memory check_steps check_one_batch "
+    "check_what_other_patches_see check_mask check_pictures check_untouched "
+    "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
 
 

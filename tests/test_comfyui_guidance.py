@@ -53,6 +53,7 @@ def test_engine(results, check):
         "out_of_range": "weak is 1.5",
         "twice": "connect the model from before that node",
         "replaced": "connect that node before the guidance",
+        "split": "another node on this model runs the network on 2 rows for 2 predictions of 2 pictures",
         "other_guider": "take CFGGuider, KSampler or AnchorGuider",
         "masked_sd3": "this model, SD3, has none",
         "other_lora": "lora: this LoRA was made for another model",

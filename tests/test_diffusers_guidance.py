@@ -296,6 +296,27 @@ def test_a_step_is_one_batch_of_the_branches_that_count(model):
     assert rows == [2] * STEPS
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("HeunDiscreteScheduler", [2, 2, 2, 4, 4, 4, 4, 2, 2, 2, 2]),  # runs at the end of a step
+        ("KDPM2DiscreteScheduler", [2, 2, 2, 2, 4, 4, 4, 4, 2, 2, 2]),  # in its middle
+        ("KDPM2AncestralDiscreteScheduler", [2, 2, 2, 4, 4, 4, 4, 2, 2, 2, 2]),  # at its end, but for rounding
+    ],
+)
+def test_steps_of_schedulers_that_run_the_network_twice(sd1, scheduler, expected):
+    import diffusers
+
+    before = sd1.pipeline.scheduler
+    sd1.pipeline.scheduler = getattr(diffusers, scheduler).from_config(before.config)
+    try:
+        with counted(sd1.denoiser.network) as rows:
+            sd1.guided(make_rule("cfg", start=0.33, stop=0.67), steps=6)
+    finally:
+        sd1.pipeline.scheduler = before
+    assert rows == expected
+
+
 def test_after_the_block_the_pipeline_is_as_before(model):
     plain, pipeline, network = model.plain, model.pipeline, model.denoiser.network
     hooks = [len(module._forward_hooks) for module in network.modules()]
@@ -347,17 +368,6 @@ def test_cfg_as_a_rule_is_the_pipelines_own_under_its_options(tmp_path, name, op
     # The class prompt goes through the same options: with the subject's words in it, it is the subject's.
     close(model.guided(make_rule("mixed", class_share=0.3), class_prompt=lambda text: text, **options), plain, 1e-4)
     assert apart(model.guided(make_rule("mixed", class_share=0.3), **options), plain)
-
-
-def test_a_scheduler_that_runs_the_network_twice_a_step_counts_noise_levels(sd1):
-    from diffusers import HeunDiscreteScheduler
-
-    own = sd1.pipeline.scheduler
-    sd1.pipeline.scheduler = HeunDiscreteScheduler.from_config(own.config)
-    with counted(sd1.denoiser.network) as rows:
-        sd1.guided(make_rule("cfg", start=0.25, stop=0.75))
-    sd1.pipeline.scheduler = own
-    assert rows == [2, 4, 4, 4, 4, 2, 2]  # noise levels 0, 1 1, 2 2, 3 3
 
 
 def test_class_prompts_are_one_text_one_for_each_or_a_function(sd1):

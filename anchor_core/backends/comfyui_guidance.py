@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..checks import check_number
-from ..guidance import CLASS, Branch, Rule
+from ..guidance import CLASS, Branch, Rule, step_at
 from .comfyui_apply import TEXT_PREFIXES, adapter_patches
 from .comfyui_attention import WordAttention, word_position
 from .comfyui_families import TextInput
@@ -108,7 +108,8 @@ class _Run:
     guider: comfy.samplers.CFGGuider
     strengths: RowStrengths
     word: WordAttention | None
-    sigmas: list[float] = field(default_factory=list)
+    sigmas: list[float]
+    pictures: int = 0
     branches: list[Branch] = field(default_factory=list)  # of the batch that is being predicted
     away: Branch | None = None
     watches: bool = False  # whether `word` is looked for
@@ -131,7 +132,7 @@ class _Guidance:
         self._class = class_conditioning
         self._run: _Run | None = None
 
-    def sample(self, executor, *arguments, **options):
+    def sample(self, executor, noise, latent_image, sampler, sigmas, *arguments, **options):
         """Around the whole sampling: the class prompt joins the others; afterwards nothing is left on the layers."""
         guider = executor.class_obj
         if guider.model_options.get(FUNCTION) != self.predict:
@@ -145,13 +146,14 @@ class _Guidance:
             conds["class"] = _class_conds(self._class, conds["positive"], text)
         word = WordAttention(word_position(conds["positive"], conds["class"])) if self._rule.masked else None
         outer = self._run
-        run = self._run = _Run(guider, RowStrengths(guider.model_patcher, self._adapters, self._strength), word)
+        strengths = RowStrengths(guider.model_patcher, self._adapters, self._strength)
+        run = self._run = _Run(guider, strengths, word, sigmas.tolist())
         try:
-            samples = executor(*arguments, **options)
+            samples = executor(noise, latent_image, sampler, sigmas, *arguments, **options)
         finally:
             self._run = outer
-            run.strengths.close()
-        if not run.asked:
+            strengths.close()
+        if not run.asked and len(sigmas) > 1:
             raise ValueError("the guider asked for no guidance on this model; take CFGGuider, KSampler or AnchorGuider")
         return samples
 
@@ -164,8 +166,7 @@ class _Guidance:
         if run is None:
             raise ValueError("this model was sampled without a guider, but guidance needs one; take a KSampler node")
         model, x, sigma, options = (arguments[name] for name in ("model", "input", "sigma", "model_options"))
-        run.asked = True
-        run.sigmas = run.sigmas or options["transformer_options"]["sample_sigmas"].tolist()
+        run.asked, run.pictures = True, len(x)
         step, steps = step_at(float(sigma[0]), run.sigmas), max(len(run.sigmas) - 1, 1)
         table = self._rule.table(step, steps)
         guided = negative is not None and self._rule.scale_at(step, steps, 2.0) != 1
@@ -193,21 +194,21 @@ class _Guidance:
         branches = [run.branches[i] for i in transformer_options["cond_or_uncond"]]
         # 0 and 1, as other patches know them, which may index two things with it.
         transformer_options = transformer_options | {"cond_or_uncond": [int(each == run.away) for each in branches]}
+        by_row = run.watches or any(each.early or each.strength != 1 for each in branches)
+        if by_row and len(x) != run.pictures * len(branches):
+            raise ValueError(
+                f"another node on this model runs the network on {len(x)} rows for {len(branches)} predictions of "
+                f"{run.pictures} pictures, so that strengths cannot differ by row; take that node off"
+            )
         shares = [(0.0, each.strength) if each.early else (each.strength, 0.0) for each in branches]
         shares = [share[: len(self._adapters)] for share in shares]
         model = executor.class_obj
         with run.strengths.rows(model, len(x), shares):
             if not run.watches or CLASS not in branches:
                 return executor(*arguments, transformer_options, **options)
-            size = len(x) // len(branches)
-            first = branches.index(CLASS) * size
-            with run.word.watch(model.diffusion_model, slice(first, first + size), x.shape[-2:]):
+            first = branches.index(CLASS) * run.pictures
+            with run.word.watch(model.diffusion_model, slice(first, first + run.pictures), x.shape[-2:]):
                 return executor(*arguments, transformer_options, **options)
-
-
-def step_at(sigma: float, sigmas: list[float]) -> int:
-    """The step whose interval [sigmas[i], sigmas[i + 1]) of a falling schedule a sigma lies in."""
-    return max(min(sum(each >= sigma * (1 - 1e-5) for each in sigmas), len(sigmas) - 1) - 1, 0)
 
 
 # --- conditionings ------------------------------------------------------------------------------------------------

@@ -101,6 +101,8 @@ class RowStrengths:
         if self._weights is None:
             self._weights = self._patcher.get_key_patches("diffusion_model.")
         (weight, convert), *present = self._weights[key]
+        if key in self._patcher.backup:  # under a hook LoRA the former is the patched one
+            weight = self._patcher.backup[key].weight
         name, _, parameter = key.rpartition(".")
         own = {id(patch) for patch, *_ in self._adapters[0].get(name, {}).get(parameter, [])}
         others = [each for each in present if id(each[1]) not in own]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, AdapterConfig
-from ..guidance import CLASS, SUBJECT, Branch, ClassifierFree, Rule, Table, guide
+from ..guidance import CLASS, SUBJECT, Branch, ClassifierFree, Rule, Table, guide, step_at
 from .diffusers_families import family_of
 from .diffusers_masks import ClassWordMaps, cross_attentions
 
@@ -124,7 +124,8 @@ def guided(
     Everything else is the pipeline's: its options, its schedulers, its prompts, which are the subject's. A pipeline
     that guides runs two predictions, away and towards, and combines them itself; the rule makes these two of its
     branches. At a scale of at most 1 a pipeline does not guide, and gets the rule's conditional prediction. The steps
-    that a rule counts are the noise levels of the scheduler, also where a pipeline starts or ends in between.
+    that a rule counts are the noise levels of the scheduler, also where a pipeline starts or ends in between; one that
+    asks between two levels gets what the first of them says.
 
     Args:
         pipeline: a text-to-image pipeline of SD1.x, SD2.x, SDXL or SD3, or a variant that calls its network alike.
@@ -267,9 +268,10 @@ class _Pipeline:
         return (torch.cat([away, towards]) if self.pipeline.do_classifier_free_guidance else towards,)
 
     def _progress(self, timestep: Tensor) -> tuple[int, int]:
-        """The step, and how many there are: by noise level, as some schedulers run the network twice at one."""
-        levels = self.pipeline.scheduler.timesteps.unique_consecutive()
-        return int((levels - timestep.flatten()[0].to(levels)).abs().argmin()), len(levels)
+        """The step, and how many there are: by noise level, as some schedulers run the network twice a step."""
+        scheduler = self.pipeline.scheduler
+        levels = scheduler.timesteps[:: scheduler.order].unique_consecutive().tolist()
+        return step_at(float(timestep.flatten()[0]), [*levels, -1.0]), len(levels)
 
     def _batch(self, given: Any, branches: list[Branch], rows: int, name: str = "") -> Any:
         """What the network is given, with the branches' rows in place of the pipeline's `rows`."""

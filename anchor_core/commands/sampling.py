@@ -84,6 +84,8 @@ def _rule(options: Namespace):
     given = {name: getattr(options, name) for name in RULE_OPTIONS if getattr(options, name) is not None}
     if "early" in given:
         given["early"] = True  # the option is the file
+        if "weak" in given:
+            raise ValueError("--weak: with --early the weak model is that checkpoint, at full strength; give one")
     return make_rule(options.rule or "cfg", **given) if options.rule or given else None
 
 
@@ -122,6 +124,9 @@ def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
             raise ValueError(
                 f"--class: given {len(options.class_prompt)} times for {len(options.prompt)} prompts; give one for each"
             )
+        for prompt, class_prompt in zip(options.prompt, options.class_prompt):
+            if options.rule == "masked" and prompt == class_prompt:
+                raise ValueError(f"--class: it is the prompt {prompt!r} itself; for a mask, leave the token out of it")
         return options.class_prompt
     trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
     if None in trained:
