@@ -208,7 +208,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
         diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            settings.make_objective().check(denoiser.prediction_type)
+            settings.check_model(denoiser.prediction_type)
             check_size(config, denoiser.network)
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)

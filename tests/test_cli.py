@@ -90,6 +90,8 @@ def test_prior_preservation_trains_from_the_command_line(references, tmp_path):
         ("--subject", " "),
         ("--model", "nowhere"),
         ("--layers", "("),
+        ("--class_pictures", "0"),
+        ("--stop_on_drift", "1e-9"),
     ],
 )
 def test_bad_input_names_the_option_and_leaves_nothing(references, tmp_path, capsys, option, value):
