@@ -34,6 +34,11 @@ def train(options: Namespace) -> int:
     settings, config, data = (given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
     check_count("class_pictures", options.class_pictures)
+    if {settings.precision, options.dtype} == {"fp16", "bf16"}:
+        raise ValueError(
+            f"precision is {settings.precision!r}, but dtype is {options.dtype!r}, which does not mix with it; take "
+            "the same, or fp32 for one"
+        )
     prompts = [(concept.subject_prompt, concept.class_prompt)]
     check_combination(settings, config, prompts, data.caption_dropout)
     out, workers = check_writable(options.out), Workers.from_environment()
