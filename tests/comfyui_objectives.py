@@ -33,8 +33,8 @@ from anchor_core.settings import TrainSettings  # noqa: E402
 
 def train_node():
     """The pack's own module of the node, which is a package inside ComfyUI."""
-    place = {"location": Path(pack) / "__init__.py", "submodule_search_locations": [pack]}
-    spec = importlib.util.spec_from_file_location("anchor_pack", place.pop("location"), **place)
+    init = Path(pack) / "__init__.py"
+    spec = importlib.util.spec_from_file_location("anchor_pack", init, submodule_search_locations=[pack])
     sys.modules["anchor_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["anchor_pack"])
     return importlib.import_module("anchor_pack.nodes.train")
