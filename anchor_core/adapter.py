@@ -68,8 +68,9 @@ class Adapter:
             vectors: (config.vectors, width) by text encoder, which the token's training starts from.
 
         Raises:
-            ValueError: if no module matches `config.layers`, if one is too narrow for `config.rank`, or if an adapter
-                is attached already; the networks are then as before.
+            ValueError: if no module matches `config.layers`, or none of the text encoders that are to be adapted, if
+                one is too narrow for `config.rank`, or if an adapter is attached already; the networks are then as
+                before.
         """
         networks = {"": networks} if isinstance(networks, nn.Module) else dict(networks)
         check_count("seed", seed, minimum=0)
@@ -81,6 +82,11 @@ class Adapter:
         kind, chosen = KINDS.get(config.kind), {}
         if kind is not None:
             chosen = matching_in_all(networks, config.layers, norms=config.kind == "full")
+        if config.text_encoder and not any(names for prefix, names in chosen.items() if prefix):
+            raise ValueError(
+                f"text_encoder is True, but layers {config.layers!r} selects none of its layers; leave it off, or "
+                "write an expression that does"
+            )
         for prefix, names in chosen.items():
             for name in names:
                 if _full_name(prefix, name) not in config.ranks:

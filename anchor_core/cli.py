@@ -56,7 +56,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda", "class_word", "embedding", "method"}
+    known |= {"lambda", "class_word", "class_pictures", "embedding", "method"}
     known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 

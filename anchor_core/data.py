@@ -108,13 +108,13 @@ def sample_class_latents(
 
     `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
     through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
-    their noise, the sampling, and what the network says of the first noise with either prompt, in every bit.
+    their noise, the sampling, and what two steps make of the first one, in every bit.
     """
     check_count("count", count)
     check_number("guidance", guidance, minimum=0)
     generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
     noise = torch.randn((count, *shape), generator=generator).to(denoiser.device)
-    prompts = class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
+    class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
 
     def make() -> Tensor:
         pictures = [
@@ -126,7 +126,7 @@ def sample_class_latents(
     with denoiser.adapter_disabled():
         if cache is None:
             return make()
-        middle = denoiser.timesteps(torch.tensor([0.5])).to(denoiser.device)
-        said = [denoiser.predict(noise[:1], middle, [prompt]) for prompt in prompts]
-        parts = [noise, *said, f"{steps} steps, guidance {guidance}, {batch_size} at once"]
+        # The network, both prompts and the schedule: a step alone would not tell schedules of the same ends apart.
+        begun = denoiser.sample([class_], negative, noise[:1], steps=2, guidance=guidance)
+        parts = [noise, begun, f"{steps} steps, guidance {guidance}, {batch_size} at once"]
         return cache.made("class-pictures", parts, make).to(denoiser.device)

@@ -51,7 +51,7 @@ METHODS = {
         "arXiv 2106.09685; options of diffusers' train_dreambooth_lora", {**_DREAMBOOTH, **_LORA}
     ),
     "textual_inversion": Method(
-        "arXiv 2208.01618; options of diffusers' textual_inversion, 5e-4 scaled by 4 passes",
+        "arXiv 2208.01618; options of diffusers' textual_inversion, 5e-4 scaled by 4 passes, but one prompt, not 27",
         {
             "objective": "reconstruction", "kind": NO_LAYERS, "vectors": 1, "learning_rate": 2e-3, "steps": 3000,
             "batch_size": 1, "accumulation": 4, "flip": True, "guidance": 7.5,
@@ -62,7 +62,7 @@ METHODS = {
         {**_DREAMBOOTH, **_CUSTOM, "batch_size": 2, "learning_rate": 4e-5, "steps": 500, "guidance": 6.0},
     ),
     "svdiff": Method(
-        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors'",
+        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors', but for norms and outer convolutions",
         {
             **_DREAMBOOTH, "kind": "svdiff", "layers": "all_linear_conv", "text_encoder": True, "learning_rate": 1e-3,
             "steps": 500, "guidance": 7.5,

@@ -31,6 +31,4 @@ def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
 
     On z_0 the weight is min(SNR, gamma); epsilon's error is SNR times smaller than z_0's, v's SNR + 1 times.
     """
-    if prediction_type == "flow":
-        raise ValueError(f"min_snr is {gamma:g}, but it takes 0 on a flow model; use timestep_sampling logit_normal")
     return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)

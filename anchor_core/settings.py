@@ -83,6 +83,14 @@ class TrainSettings:
         """The objective with those of these settings that it takes."""
         return make_objective(self.objective, **{name: getattr(self, name) for name in option_names(self.objective)})
 
+    def check_model(self, prediction_type: str) -> None:
+        """ValueError if these settings have no meaning for a model that predicts this."""
+        self.make_objective().check(prediction_type)
+        if self.min_snr and prediction_type == "flow":
+            raise ValueError(
+                f"min_snr is {self.min_snr:g}, but it takes 0 on a flow model; use timestep_sampling logit_normal"
+            )
+
     @property
     def keep_w(self) -> float:
         """The w of the probe's Eq. 5 by which `keep` chooses: the training's own, else the paper's 0.5."""

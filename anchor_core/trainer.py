@@ -81,7 +81,7 @@ def train(
             prompts that do not go together.
     """
     objective = settings.make_objective()
-    objective.check(denoiser.prediction_type)
+    settings.check_model(denoiser.prediction_type)
     if not isinstance(references, Dataset):
         _check_latents("references", references)
         references = Dataset.of_latents(references, concept)
@@ -187,6 +187,9 @@ class _Run:
         """One step of the optimizer; gives the weighted terms of the loss."""
         settings = self.settings
         self.optimizer.zero_grad(set_to_none=True)
+        for vectors in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
+            # Rows without a caption do not reach them, and all processes average the same gradients.
+            vectors.grad = torch.zeros_like(vectors)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.accumulation):
             with self.adapter.dropout(), self._autocast():

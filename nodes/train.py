@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.adapter import LAYERS, AdapterConfig
 from ..anchor_core.adapter_kinds import NO_LAYERS
+from ..anchor_core.checks import check_count
 from ..anchor_core.data import from_images, of_one_size
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.settings import DataSettings, TrainSettings
@@ -210,7 +211,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
         diverged = None
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            settings.make_objective().check(denoiser.prediction_type)
+            settings.check_model(denoiser.prediction_type)
             check_size(config, denoiser.network)
             dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
             latents = of_one_size(dataset)
@@ -271,6 +272,7 @@ def _class_latents(denoiser, concept, settings: TrainSettings, class_images, cla
             return denoiser.encode_images(pictures)
         except ValueError as error:
             raise ValueError(f"class_images: {error}") from error
+    check_count("class_count", class_count)
     # ComfyUI empties its temporary folder when it starts.
     cache = Cache(denoiser, Path(folder_paths.get_temp_directory()) / "anchor_class_pictures")
     shape = tuple(latents.shape[1:])
@@ -307,10 +309,12 @@ class _Watch:
         self.bar.update_absolute(report.step, report.steps, preview)
 
     def _picture(self):
+        import torch
         from PIL import Image
 
         if self.denoiser.adapter.config.trains_text:
-            self.subject = self.denoiser.encode_prompt(self.prompt, adapted=True)
+            with torch.no_grad():
+                self.subject, self.negative = self.denoiser.encode_prompts([self.prompt, ""], adapted=True)
         latents = self.denoiser.sample(
             [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=self.guidance
         )

@@ -90,6 +90,8 @@ def test_prior_preservation_trains_from_the_command_line(references, tmp_path):
         ("--subject", " "),
         ("--model", "nowhere"),
         ("--layers", "("),
+        ("--class_pictures", "0"),
+        ("--stop_on_drift", "1e-9"),
     ],
 )
 def test_bad_input_names_the_option_and_leaves_nothing(references, tmp_path, capsys, option, value):
@@ -99,6 +101,12 @@ def test_bad_input_names_the_option_and_leaves_nothing(references, tmp_path, cap
     )
     assert option in error
     assert not out.exists()
+
+
+def test_two_kinds_of_half_precision_do_not_mix(references, tmp_path, capsys):
+    call = ["train", *QUICK, "--references", references, *PROMPTS, "--out", str(tmp_path / "out")]
+    for dtype, precision in (("fp16", "bf16"), ("bf16", "fp16")):
+        assert "--precision" in refused(capsys, [*call, "--dtype", dtype, "--precision", precision])
 
 
 def test_bad_references_are_named(tmp_path, capsys):

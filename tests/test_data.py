@@ -167,18 +167,34 @@ def test_class_latents_are_the_pretrained_networks(eps_denoiser, concept, stir):
 
 def test_class_latents_are_made_once_for_a_network_and_a_sampling(eps_denoiser, concept, tmp_path, monkeypatch):
     def made(**changes) -> torch.Tensor:
-        options = {"count": 2, "shape": (4, 8, 8), "steps": 2, "guidance": 3.0, **changes}
+        options = {"count": 2, "shape": (4, 8, 8), "steps": 3, "guidance": 3.0, **changes}
         return sample_class_latents(eps_denoiser, concept, cache=Cache(eps_denoiser, tmp_path), **options)
 
     first = made()
     sample = eps_denoiser.sample
     asked = []
-    monkeypatch.setattr(eps_denoiser, "sample", lambda *given, **how: asked.append(how) or sample(*given, **how))
+
+    def counted(*given, **how):
+        asked.extend([how] if how["steps"] == 3 else [])
+        return sample(*given, **how)
+
+    monkeypatch.setattr(eps_denoiser, "sample", counted)
     assert torch.equal(made(), first) and not asked
     assert not torch.equal(made(seed=1), first) and not torch.equal(made(guidance=4.0), first) and len(asked) == 2
     with torch.no_grad():
         next(eps_denoiser.network.parameters()).add_(0.1)
     assert not torch.equal(made(), first) and len(asked) == 3
+
+
+def test_class_latents_of_another_schedule_are_made_anew(eps_denoiser, concept, tmp_path):
+    """The network is the same, and so is what it says, but not the way of a sample through its noise levels."""
+    own = eps_denoiser
+    scheduler = type(own.scheduler).from_config(own.scheduler.config, beta_end=0.02)
+    other = type(own)(own.network, own.text_encoder, own.tokenizer, own.vae, scheduler)
+    options = {"count": 1, "shape": (4, 8, 8), "steps": 3}
+    first, second = (sample_class_latents(d, concept, cache=Cache(d, tmp_path), **options) for d in (own, other))
+    assert not torch.equal(first, second)
+    assert torch.equal(second, sample_class_latents(other, concept, **options))
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -186,6 +186,9 @@ def test_what_has_no_meaning_is_refused_before_the_first_step(eps_denoiser, late
     with pytest.raises(ValueError, match="^objective is 'class_diffusion'.*set text_encoder"):
         train(eps_denoiser, adapter, latents, concept, TrainSettings(objective="class_diffusion", steps=2))
     assert all(torch.equal(tensor, adapter.state_dict()[name]) for name, tensor in before.items())
+    eps_denoiser.detach()
+    with pytest.raises(ValueError, match="^text_encoder is True, but layers 'attn2' selects none of its layers"):
+        eps_denoiser.attach(AdapterConfig(layers="attn2", text_encoder=True))
     for name in ("sude_weight", "semantic_weight"):
         with pytest.raises(ValueError, match=f"^{name} is -1"):
             TrainSettings(**{name: -1.0})

@@ -19,6 +19,7 @@ from anchor_core.optimizers import AveragedWeights, make_optimizer, make_schedul
 from anchor_core.parallel import Workers
 from anchor_core.settings import OPTIMIZERS, SCHEDULES, TrainSettings
 from anchor_core.trainer import train
+from tests import tiny_models
 
 QUICK = {"steps": 4, "batch_size": 2, "learning_rate": 1e-2}
 
@@ -84,9 +85,13 @@ def test_min_snr_weights_the_training(eps_denoiser, latents, concept):
     assert weighted.losses[0] == pytest.approx(factor * plain.losses[0], rel=1e-5)
 
 
-def test_min_snr_on_a_flow_model_is_refused():
+def test_min_snr_on_a_flow_model_is_refused_before_anything_is_measured(tmp_path, latents, concept):
+    denoiser = tiny_models.denoiser_of(tiny_models.build("sd3", tmp_path))
+    probe, passes = DriftProbe(denoiser, latents, concept, timesteps=1, noises=1), []
+    denoiser.network.register_forward_hook(lambda *_: passes.append(1))
     with pytest.raises(ValueError, match="^min_snr is 5, but it takes 0 on a flow model"):
-        min_snr_weights(torch.ones(1), 5.0, "flow")
+        run(denoiser, latents, concept, min_snr=5.0, probe=probe)
+    assert not passes
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -252,6 +257,20 @@ def test_two_workers_see_the_halves_of_the_larger_batch(eps_denoiser, latents, c
         halves.append(run(eps_denoiser, latents, concept, steps=1, batch_size=2, workers=alone)[0].losses[0])
     assert whole.losses[0] == pytest.approx(sum(halves) / 2, rel=1e-5)
     assert halves[0] != halves[1]
+
+
+def test_workers_average_as_many_gradients_whatever_captions_they_drop(eps_denoiser, latents, concept):
+    """Else the sizes that two processes add up would differ where one of them saw the token and the other did not."""
+    dataset = Dataset.of_latents(latents, concept)
+    dataset.caption_dropout, sizes = 0.5, []
+    for rank in range(2):
+        alone, seen = Workers(rank, 2), []
+        object.__setattr__(
+            alone, "average", lambda tensors, seen=seen: seen.append([len(t.reshape(-1)) for t in tensors])
+        )
+        run(eps_denoiser, dataset, concept, AdapterConfig(rank=2, vectors=1), steps=6, batch_size=1, workers=alone)
+        sizes.append(seen)
+    assert sizes[0] == sizes[1] and len(sizes[0]) == 6
 
 
 def test_drift_budget_ends_the_training_within_it(eps_denoiser, latents, concept):

@@ -34,12 +34,17 @@ def train(options: Namespace) -> int:
     settings, config, data = (given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
     check_count("class_pictures", options.class_pictures)
+    if {settings.precision, options.dtype} == {"fp16", "bf16"}:
+        raise ValueError(
+            f"precision is {settings.precision!r}, but dtype is {options.dtype!r}, which does not mix with it; take "
+            "the same, or fp32 for one"
+        )
     prompts = [(concept.subject_prompt, concept.class_prompt)]
     check_combination(settings, config, prompts, data.caption_dropout)
     out, workers = check_writable(options.out), Workers.from_environment()
     options.device = options.device or workers.device
     denoiser = open_model(options)
-    settings.make_objective().check(denoiser.prediction_type)
+    settings.check_model(denoiser.prediction_type)
     size = resolution(options, denoiser)
     sizes = bucket_sizes(size, 8 * denoiser.downscale) if data.buckets else size
     references = load_references(options.references, sizes, masks=data.masks, captions=data.captions)
@@ -59,7 +64,6 @@ def train(options: Namespace) -> int:
             denoiser, concept, options.class_pictures, shape, seed=settings.seed, cache=cache
         )
     probe = DriftProbe(denoiser, latents, concept, noises=2, seed=settings.seed)
-    out.mkdir(parents=True, exist_ok=True)
     with tqdm(total=settings.steps, desc="training", disable=not workers.is_first, delay=1e-3) as bar:
 
         def show(step) -> None:
