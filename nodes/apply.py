@@ -12,12 +12,15 @@ from .types import (
     LoraModel,
     checked_lora,
     chosen_lora,
+    embedding_file,
     lora_file,
     lora_inputs,
     lora_state,
     new_embedding_file,
     new_lora_file,
 )
+
+NO_EMBEDDING = "[none]"
 
 
 class AnchorApplyAdapter(io.ComfyNode):
@@ -94,7 +97,14 @@ class AnchorLoadAdapter(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "file", options=folder_paths.get_filename_list("loras"), tooltip="A file of the loras folders."
-                )
+                ),
+                io.Combo.Input(
+                    "embedding",
+                    options=[NO_EMBEDDING, *folder_paths.get_filename_list("embeddings")],
+                    default=NO_EMBEDDING,
+                    optional=True,
+                    tooltip="The embedding that was trained together with the LoRA, which Drift Report needs too.",
+                ),
             ],
             outputs=[
                 LoraModel.Output(display_name="lora", tooltip="The LoRA."),
@@ -106,15 +116,18 @@ class AnchorLoadAdapter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file: str):
-        return lora_file(file).stat().st_mtime_ns
+    def fingerprint_inputs(cls, file: str, embedding: str = NO_EMBEDDING):
+        paths = [lora_file(file)] + ([] if embedding == NO_EMBEDDING else [embedding_file(embedding, "embedding")])
+        return [path.stat().st_mtime_ns for path in paths]
 
     @classmethod
-    def execute(cls, file: str) -> io.NodeOutput:
+    def execute(cls, file: str, embedding: str = NO_EMBEDDING) -> io.NodeOutput:
         from ..anchor_core.adapter_file import load_adapter
         from ..anchor_core.adapter_metadata import recommended_guidance
 
         tensors, metadata = load_adapter(lora_file(file))
         prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
         settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
-        return io.NodeOutput(AdapterTensors(tensors, metadata), *prompts, settings, recommended_guidance(metadata))
+        vectors = None if embedding == NO_EMBEDDING else load_adapter(embedding_file(embedding, "embedding"))[0]
+        lora = AdapterTensors(tensors, metadata, vectors)
+        return io.NodeOutput(lora, *prompts, settings, recommended_guidance(metadata))

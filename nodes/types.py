@@ -113,15 +113,15 @@ def lora_file(name: str) -> Path:
     return _listed_file("loras", name)
 
 
-def embedding_file(name: str) -> Path:
-    """The path of a file of ComfyUI's `embeddings` folders; ValueError if there is none of that name."""
-    return _listed_file("embeddings", name)
+def embedding_file(name: str, input: str = "file") -> Path:
+    """The path of a file of ComfyUI's `embeddings` folders; ValueError, naming the input, if there is none."""
+    return _listed_file("embeddings", name, input)
 
 
-def _listed_file(folder: str, name: str) -> Path:
+def _listed_file(folder: str, name: str, input: str = "file") -> Path:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise ValueError(f"file is {name!r}, which is in no {folder} folder; choose one of the list")
+        raise ValueError(f"{input} is {name!r}, which is in no {folder} folder; choose one of the list")
     return Path(path)
 
 

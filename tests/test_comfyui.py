@@ -416,6 +416,19 @@ def test_token_vectors_are_written_where_prompts_find_them(server):
             drawn.append(pixels(server.picture(server.run(picture)["24"])))
         assert numpy.abs(drawn[0] - drawn[1]).max() > 1
     assert newest_lora(server)[2].name == "custom_00001_.safetensors"
+    # Its two files make the same network as the training's own LoRA.
+    measured = {name: prompt["4"]["inputs"][name] for name in ("model", "clip", "vae", "images", "concept")}
+    measured |= {"timesteps": 2, "noises": 1, "seed": 0}
+    file = "custom_00001_.safetensors"
+    loaded = prompt | {"10": node("AnchorLoadAdapter", file=file, embedding=file)}
+    for number, lora in (("11", ["4", 1]), ("12", ["10", 0])):
+        loaded[number] = node("AnchorDriftReport", lora=lora, **measured)
+        loaded[f"{number}1"] = node("PreviewAny", source=[number, 1])
+    outputs = server.run(loaded)
+    assert outputs["111"]["text"] == outputs["121"]["text"]
+    loaded["10"]["inputs"]["embedding"] = "[none]"
+    with pytest.raises(RuntimeError, match="trained together with vectors of 'sks', but no embedding"):
+        server.run(loaded)
     with pytest.raises(RuntimeError, match="semantic-anchor train --kind full"):
         server.run(with_options(server, {}, kind="full", layer_pattern="."))
     with pytest.raises(RuntimeError, match="token is 'zwx', but the subject prompt"):
