@@ -43,16 +43,23 @@ def _published(method: str) -> dict[str, Any]:
     return {name: value for name, value in method_options(method).items() if name not in _SCALE}
 
 
+_ANCHOR = {"objective": "anchor", "w": 0.5}
+
 TRAININGS: dict[str, dict[str, Any]] = {
     BASE: {"objective": "reconstruction"},
     "dreambooth lora, prior preservation": _published("dreambooth_lora"),
     "dreambooth": {**_published("dreambooth"), "objective": "reconstruction", "learning_rate": 2e-4},
     "dreambooth, prior preservation": {**_published("dreambooth"), "learning_rate": 2e-4},
+    "dreambooth, anchored": {**_published("dreambooth"), **_ANCHOR, "learning_rate": 2e-4},
     "textual inversion": {**_published("textual_inversion"), "initial": "{class}", "learning_rate": 1e-2},
     "textual inversion, 4 vectors": {
         **_published("textual_inversion"), "initial": "{class}", "vectors": 4, "learning_rate": 1e-2,
     },
+    "textual inversion, anchored": {
+        **_published("textual_inversion"), **_ANCHOR, "initial": "{class}", "learning_rate": 1e-2,
+    },
     "custom diffusion": {**_published("custom_diffusion"), "learning_rate": 2e-3},
+    "custom diffusion, anchored": {**_published("custom_diffusion"), **_ANCHOR, "learning_rate": 2e-3},
     "svdiff": {**_published("svdiff"), "learning_rate": 5e-2},
     "oft": _published("oft"),
     "sude": {**_published("sude"), "learning_rate": 2e-4},
