@@ -484,7 +484,9 @@ def refusals() -> dict[str, str]:
     replaced.set_model_sampler_calc_cond_batch_function(lambda given: None)
     other_guider = comfy.samplers.CFGGuider(guide("cfg"))
     other_guider.set_conds(case.conds[SUBJECT], case.conds[NULL])
-    other_guider.predict_noise = lambda x, *_, **__: x
+    other_guider.predict_noise = lambda x, sigma, options, seed: comfy.samplers.calc_cond_batch(  # as DualCFGGuider
+        other_guider.inner_model, [*other_guider.conds.values()], x, sigma, options
+    )[0]
     sigmas = torch.tensor([1.0, 0.0])
     euler = comfy.samplers.sampler_object("euler")
     hooked = [[class_conds[0][0], {**class_conds[0][1], "hooks": object()}]]

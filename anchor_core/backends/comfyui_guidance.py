@@ -109,11 +109,10 @@ class _Run:
     strengths: RowStrengths
     word: WordAttention | None
     sigmas: list[float]
-    pictures: int = 0
+    pictures: int = 0  # of a prediction; none before the first
     branches: list[Branch] = field(default_factory=list)  # of the batch that is being predicted
     away: Branch | None = None
     watches: bool = False  # whether `word` is looked for
-    asked: bool = False
     uuids: dict[tuple, uuid.UUID] = field(default_factory=dict)
 
     def named(self, branch: Branch, conds: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,15 +146,12 @@ class _Guidance:
         word = WordAttention(word_position(conds["positive"], conds["class"])) if self._rule.masked else None
         outer = self._run
         strengths = RowStrengths(guider.model_patcher, self._adapters, self._strength)
-        run = self._run = _Run(guider, strengths, word, sigmas.tolist())
+        self._run = _Run(guider, strengths, word, sigmas.tolist())
         try:
-            samples = executor(noise, latent_image, sampler, sigmas, *arguments, **options)
+            return executor(noise, latent_image, sampler, sigmas, *arguments, **options)
         finally:
             self._run = outer
             strengths.close()
-        if not run.asked and len(sigmas) > 1:
-            raise ValueError("the guider asked for no guidance on this model; take CFGGuider, KSampler or AnchorGuider")
-        return samples
 
     def predict(self, arguments: dict[str, Any]) -> list[Tensor]:
         """[what the rule leads towards, what it leads away from]: x0 predictions (B, C, ...) at one sigma.
@@ -166,7 +162,7 @@ class _Guidance:
         if run is None:
             raise ValueError("this model was sampled without a guider, but guidance needs one; take a KSampler node")
         model, x, sigma, options = (arguments[name] for name in ("model", "input", "sigma", "model_options"))
-        run.asked, run.pictures = True, len(x)
+        run.pictures = len(x)
         step, steps = step_at(float(sigma[0]), run.sigmas), max(len(run.sigmas) - 1, 1)
         table = self._rule.table(step, steps)
         guided = negative is not None and self._rule.scale_at(step, steps, 2.0) != 1
@@ -189,6 +185,8 @@ class _Guidance:
     def apply(self, executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **options):
         """Around the network: its rows get the strengths of their branches."""
         run, arguments = self._run, (x, t, c_concat, c_crossattn, control)
+        if run is not None and not run.pictures:
+            raise ValueError("the guider asked for no guidance on this model; take CFGGuider, KSampler or AnchorGuider")
         if run is None or not run.branches:  # another patch asks for a prediction of its own
             return executor(*arguments, transformer_options, **options)
         branches = [run.branches[i] for i in transformer_options["cond_or_uncond"]]
