@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
 lint: .venv/ready
 	$(BIN)/ruff check .
