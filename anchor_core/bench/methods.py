@@ -23,6 +23,7 @@ from ..embeddings import NORM_MIX, Adjustment
 from ..guidance import make_rule
 from ..methods import method_options
 from ..metrics import rank
+from ..objectives import matched_learning_rate
 from ..sandbox import subjects
 from ..settings import TrainSettings
 from ..tokens import from_embedding, to_embedding
@@ -47,6 +48,9 @@ _ANCHOR = {"objective": "anchor", "w": 0.5}
 
 TRAININGS: dict[str, dict[str, Any]] = {
     BASE: {"objective": "reconstruction"},
+    "dreambooth lora, matched rate": {
+        "objective": "reconstruction", "learning_rate": matched_learning_rate(SETTINGS.learning_rate, _ANCHOR["w"]),
+    },
     "dreambooth lora, prior preservation": _published("dreambooth_lora"),
     "dreambooth": {**_published("dreambooth"), "objective": "reconstruction", "learning_rate": 2e-4},
     "dreambooth, prior preservation": {**_published("dreambooth"), "learning_rate": 2e-4},
