@@ -68,12 +68,14 @@ class AnchorDriftReport(io.ComfyNode):
 
 
 def _numbers(before, after) -> str:
-    lines = [
-        "                 without LoRA   with LoRA",
-        f"drift            {before.drift:12.4f}{after.drift:12.4f}",
-        f"drift (RMS)      {before.drift_rms:12.4f}{after.drift_rms:12.4f}",
-        f"reconstruction   {before.reconstruction:12.4f}{after.reconstruction:12.4f}",
+    rows = [
+        ("drift", before.drift, after.drift),
+        ("drift (RMS)", before.drift_rms, after.drift_rms),
+        ("reconstruction", before.reconstruction, after.reconstruction),
     ]
     for (timestep, drift, _), (_, drift_after, _) in zip(before.by_timestep, after.by_timestep, strict=True):
-        lines.append(f"drift, t = {timestep:4.0f}  {drift:12.4f}{drift_after:12.4f}")
-    return "\n".join(lines)
+        rows.append((f"drift, t = {timestep:4.0f}", drift, drift_after))
+    # Narrow enough for a preview node.
+    return "\n".join(
+        [f"{'LoRA':15}{'without':>9}{'with':>9}", *(f"{name:15}{one:9.4f}{two:9.4f}" for name, one, two in rows)]
+    )
