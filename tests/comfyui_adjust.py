@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from pathlib import Path
 
 CHECKS = ("layouts", "alignment", "long_prompts", "embeddings_in_prompts", "word_rows", "refusals")
@@ -26,6 +25,7 @@ if __name__ == "__main__":
     import comfy.text_encoders.flux
     import comfy.text_encoders.sd3_clip
     import torch
+    from contract import outcome
     from safetensors.torch import save_file
 
     from anchor_core.backends.comfyui_adjust import adjust_conditioning, word_rows
@@ -202,14 +202,6 @@ def check_refusals() -> None:
     ):
         said = refusal(*arguments, adjustment, **options)
         assert told in said and "\n" not in said, f"{told!r} is not in {said!r}"
-
-
-def outcome(check) -> str:
-    try:
-        check()
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()[-3000:]
-    return ""
 
 
 if __name__ == "__main__":

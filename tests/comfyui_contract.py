@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -359,14 +358,6 @@ def refusal_of_adapter(kind: str) -> str:
     return ""
 
 
-def outcome(check: Callable, *arguments) -> str:
-    try:
-        check(*arguments)
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()[-3000:]
-    return ""
-
-
 INSIDE = (
     "check_prediction_is_native",
     "check_what_the_network_is_given",
@@ -396,11 +387,11 @@ def main() -> None:
             shape, found = models.latent_shape(name), results.setdefault(name, {})
             with ComfyDenoiser(model, clip, vae) as denoiser:
                 for check in contract.CHECKS:
-                    found[check.__name__] = outcome(check, denoiser, shape)
+                    found[check.__name__] = contract.outcome(check, denoiser, shape)
                 for check in INSIDE:
-                    found[check] = outcome(globals()[check], name, denoiser, shape)
+                    found[check] = contract.outcome(globals()[check], name, denoiser, shape)
             for check in AROUND:
-                found[check] = outcome(globals()[check], name, model, clip, vae, shape)
+                found[check] = contract.outcome(globals()[check], name, model, clip, vae, shape)
     Path(output).write_text(json.dumps(results))
 
 

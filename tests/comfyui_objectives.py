@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-import traceback
 from pathlib import Path
 
 comfyui, pack, weights, folder = sys.argv[1:]
@@ -69,18 +68,10 @@ def check_class_count(denoiser) -> None:
         raise AssertionError("class_count 0 is not refused")
 
 
-def outcome(check, denoiser) -> str:
-    try:
-        check(denoiser)
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()[-3000:]
-    return ""
-
-
 results = {}
 with torch.inference_mode():  # as ComfyUI runs every prompt
     with ComfyDenoiser(*load(Path(weights), [])) as denoiser:
         results["outcomes"] = objective_parts.outcomes(denoiser)
         for check in (check_anchor, check_preview, check_class_count):
-            results[check.__name__] = outcome(check, denoiser)
+            results[check.__name__] = contract.outcome(check, denoiser)
 (Path(folder) / "results.json").write_text(json.dumps(results))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from pathlib import Path
 
 comfyui, pack, weights, folder = sys.argv[1:]
@@ -184,14 +183,6 @@ def same_tokens(ours, theirs) -> bool:
     )
 
 
-def outcome(check, *arguments) -> str:
-    try:
-        check(*arguments)
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()[-3000:]
-    return ""
-
-
 CHECKS = (
     check_tokens,
     check_embedding_file,
@@ -205,5 +196,5 @@ CHECKS = (
 EMBEDDINGS.mkdir()
 with torch.inference_mode():  # as ComfyUI runs every prompt
     parts = load(Path(weights), [str(EMBEDDINGS)])
-    results = {check.__name__: outcome(check, *parts) for check in CHECKS}
+    results = {check.__name__: contract.outcome(check, *parts) for check in CHECKS}
 (Path(folder) / "results.json").write_text(json.dumps(results))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -34,6 +33,7 @@ if __name__ == "__main__":
     import comfy.sd
     import comfyui_models as models
     import torch
+    from contract import outcome
     from torch import Tensor, nn
 
     from anchor_core.backends.comfyui_guidance import guide_model, make_guider
@@ -533,14 +533,6 @@ ALONE = (
     "check_what_other_patches_see check_mask check_pictures check_untouched "
     "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
 ).split()
-
-
-def outcome(check: Callable, *arguments) -> str:
-    try:
-        check(*arguments)
-    except BaseException:
-        return traceback.format_exc()
-    return ""
 
 
 def main() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-
 import comfy.model_management
 import comfy.sd
 import comfy.sdxl_clip
@@ -66,25 +64,17 @@ def check_slope(denoiser, shape) -> None:
     torch.testing.assert_close(((sides[0] - sides[1]) / 6e-2).float(), norm, rtol=0.03, atol=0)
 
 
-def outcome(check, *arguments, **options) -> str:
-    try:
-        check(*arguments, **options)
-    except Exception:  # what is wrong is what this script is asked for
-        return traceback.format_exc()
-    return ""
-
-
 def outcomes(model, clip, vae) -> dict[str, str]:
     """What is wrong with adapters of text encoders, by check."""
     found, shape = {}, (4, 16, 16)
     comfy.model_management.load_models_gpu([model, clip.patcher])  # a clone with a LoRA was the last one
     before = fingerprint(model), fingerprint(clip.patcher)
     with ComfyDenoiser(model, clip, vae) as denoiser:
-        found["adapter"] = outcome(contract.check_text_encoder_adapter, denoiser, shape)
-        found["file_keys"] = outcome(contract.check_file_keys, denoiser, shape, text_encoder=True)
-        found["detach"] = outcome(contract.check_detach_restores, denoiser, shape, text_encoder=True)
-        found["slope"] = outcome(check_slope, denoiser, shape)
+        found["adapter"] = contract.outcome(contract.check_text_encoder_adapter, denoiser, shape)
+        found["file_keys"] = contract.outcome(contract.check_file_keys, denoiser, shape, text_encoder=True)
+        found["detach"] = contract.outcome(contract.check_detach_restores, denoiser, shape, text_encoder=True)
+        found["slope"] = contract.outcome(check_slope, denoiser, shape)
     after = fingerprint(model), fingerprint(clip.patcher)
     found["untouched"] = "" if all(map(same, before, after)) else "MODEL or CLIP is another one"
-    found["stock_loader"] = outcome(check_stock_loader, model, clip, vae)
+    found["stock_loader"] = contract.outcome(check_stock_loader, model, clip, vae)
     return found
