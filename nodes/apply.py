@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import folder_paths
 from comfy_api.latest import io
 
@@ -117,17 +119,20 @@ class AnchorLoadAdapter(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, file: str, embedding: str = NO_EMBEDDING):
-        paths = [lora_file(file)] + ([] if embedding == NO_EMBEDDING else [embedding_file(embedding, "embedding")])
-        return [path.stat().st_mtime_ns for path in paths]
+        return [path.stat().st_mtime_ns for path in _files(file, embedding)]
 
     @classmethod
     def execute(cls, file: str, embedding: str = NO_EMBEDDING) -> io.NodeOutput:
         from ..anchor_core.adapter_file import load_adapter
         from ..anchor_core.adapter_metadata import recommended_guidance
 
-        tensors, metadata = load_adapter(lora_file(file))
+        (tensors, metadata), *beside = (load_adapter(path) for path in _files(file, embedding))
         prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
         settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
-        vectors = None if embedding == NO_EMBEDDING else load_adapter(embedding_file(embedding, "embedding"))[0]
-        lora = AdapterTensors(tensors, metadata, vectors)
+        lora = AdapterTensors(tensors, metadata, beside[0][0] if beside else None)
         return io.NodeOutput(lora, *prompts, settings, recommended_guidance(metadata))
+
+
+def _files(file: str, embedding: str) -> list[Path]:
+    """That of the LoRA, and that of its embedding if one is chosen."""
+    return [lora_file(file)] + ([] if embedding == NO_EMBEDDING else [embedding_file(embedding, "embedding")])

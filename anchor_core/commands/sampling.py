@@ -44,7 +44,7 @@ def sample(options: Namespace) -> None:
         adapter.hold_early(early)
     if options.guidance is None:
         options.guidance = recommended_guidance(metadata)
-    class_prompts = _class_prompts(options, metadata) if reads_class else [None] * len(options.prompt)
+    class_prompts = _class_prompts(options, metadata, rule) if reads_class else [None] * len(options.prompt)
     RuleSteps(rule, denoiser.network, adapter, reads_class)  # refuses a rule that does not go with the model
     side = resolution(options, denoiser)
     shape = denoiser.latent_shape(side, side)
@@ -115,7 +115,7 @@ def _prompt_adjustment(options: Namespace):
     return _adjustment(options, "adjust_", NORM_MIX), how
 
 
-def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
+def _class_prompts(options: Namespace, metadata: dict[str, str], rule) -> list[str]:
     """The class prompt of each prompt: as given, or by the two prompts that the adapter was trained on."""
     from ..captions import Concept
 
@@ -125,7 +125,7 @@ def _class_prompts(options: Namespace, metadata: dict[str, str]) -> list[str]:
                 f"--class: given {len(options.class_prompt)} times for {len(options.prompt)} prompts; give one for each"
             )
         for prompt, class_prompt in zip(options.prompt, options.class_prompt):
-            if options.rule == "masked" and prompt == class_prompt:
+            if rule is not None and rule.masked and prompt == class_prompt:
                 raise ValueError(f"--class: it is the prompt {prompt!r} itself; for a mask, leave the token out of it")
         return options.class_prompt
     trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
