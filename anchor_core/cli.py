@@ -13,14 +13,14 @@ from dataclasses import Field, fields
 from typing import Any
 
 from . import commands
-from .adapter import AdapterConfig
-from .adapter_formats import FORMATS
+from .adapters.config import AdapterConfig
+from .adapters.formats import FORMATS
 from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from .guidance import RULE_OPTIONS, RULES
-from .methods import METHODS, method_options
-from .settings import PRECISIONS, DataSettings, TrainSettings
-from .trainer import TrainingDiverged
+from .training.methods import METHODS, method_options
+from .training.settings import PRECISIONS, DataSettings, TrainSettings
+from .training.trainer import TrainingDiverged
 
 
 class _Parser(argparse.ArgumentParser):

@@ -6,16 +6,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .adapter import Adapter
-
 Condition = Any
 """One encoded prompt. Opaque: made by `Denoiser.encode_prompt`, read by `Denoiser.predict`."""
+
+
+class AttachedAdapter(Protocol):
+    """What the method asks of an `Adapter`: whether prompts are encoded otherwise with it (`config.trains_text`)."""
+
+    config: Any
 
 
 class Denoiser(Protocol):
@@ -28,7 +31,7 @@ class Denoiser(Protocol):
     prediction_type: str
     """`epsilon`, `v_prediction` or `flow`."""
 
-    adapter: Adapter | None
+    adapter: AttachedAdapter | None
 
     @property
     def network(self) -> torch.nn.Module:

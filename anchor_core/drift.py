@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice, check_count
-from .data import Concept
+from .concept import Concept
 from .denoiser import Denoiser
 
 CHUNK = 32

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from .checks import check_choice, check_number, check_options, option
 
+RECOMMENDED_GUIDANCE = 5.0
+"""The scale of a sampling that nothing else is known of."""
+
 PROMPTS = ("subject", "class", "null")
 """Of a branch: with the subject's token, the same prompt with the class word alone, and the empty or negative one."""
 

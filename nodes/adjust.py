@@ -96,7 +96,7 @@ class AnchorAdjustConditioning(io.ComfyNode):
         class_prompt="",
         **how,
     ) -> io.NodeOutput:
-        from ..anchor_core.backends.comfyui_adjust import adjust_conditioning
+        from ..anchor_core.backends.comfyui.adjust import adjust_conditioning
 
         tokens = None
         if align == "token":
@@ -145,9 +145,9 @@ class AnchorAdjustEmbedding(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, clip, class_word: str, name: str, **how) -> io.NodeOutput:
-        from ..anchor_core.adapter_file import save_adapter
-        from ..anchor_core.backends.comfyui_adjust import word_rows
-        from ..anchor_core.embedding_file import adjust_embedding, read_embedding
+        from ..anchor_core.adapters.embedding_file import adjust_embedding, read_embedding
+        from ..anchor_core.adapters.file import save_adapter
+        from ..anchor_core.backends.comfyui.adjust import word_rows
 
         check_connected(clip=clip)
         adjustment = _adjustment(**how)

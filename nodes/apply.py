@@ -50,7 +50,7 @@ class AnchorApplyAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, strength: float, file: str, lora=None, clip=None) -> io.NodeOutput:
-        from ..anchor_core.backends.comfyui_apply import apply_adapter
+        from ..anchor_core.backends.comfyui.apply import apply_adapter
 
         return io.NodeOutput(*apply_adapter(model, chosen_lora(file, lora), strength, clip))
 
@@ -77,8 +77,8 @@ class AnchorSaveAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, lora, name: str, concept=None) -> io.NodeOutput:
-        from ..anchor_core.adapter_file import save_adapter
-        from ..anchor_core.tokens import is_embedding
+        from ..anchor_core.adapters.file import save_adapter
+        from ..anchor_core.adapters.tokens import is_embedding
 
         metadata = dict(getattr(checked_lora("lora", lora), "metadata", {}))
         if concept is not None:
@@ -123,8 +123,8 @@ class AnchorLoadAdapter(io.ComfyNode):
 
     @classmethod
     def execute(cls, file: str, embedding: str = NO_EMBEDDING) -> io.NodeOutput:
-        from ..anchor_core.adapter_file import load_adapter
-        from ..anchor_core.adapter_metadata import recommended_guidance
+        from ..anchor_core.adapters.file import load_adapter
+        from ..anchor_core.adapters.metadata import recommended_guidance
 
         (tensors, metadata), *beside = (load_adapter(path) for path in _files(file, embedding))
         prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..anchor_core.checkpoint import Checkpoints
+from ..anchor_core.training.checkpoint import Checkpoints
 
 CHECKPOINTS = "anchor_checkpoints"  # not below output/loras, where a .ckpt file would be listed as a LoRA
 NEW_TRAINING = "[new training]"

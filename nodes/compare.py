@@ -7,9 +7,9 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.compare import Comparison, contact_sheet, markdown
-from ..anchor_core.data import from_images
-from ..anchor_core.picture_folders import class_only, in_order
+from ..anchor_core.data.pictures import from_images
+from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
+from ..anchor_core.evaluation.picture_folders import class_only, in_order
 from .plot import figure_image
 from .types import CATEGORY, ReferencesType
 
@@ -105,8 +105,8 @@ def _named(batches: list, names: str) -> dict[str, list]:
 
 
 def _encoders(clip: str, dino: str, clip_vision, dino_vision):
-    from ..anchor_core.encoders import open_encoders, sandbox_encoders
-    from ..anchor_core.metrics import Encoders
+    from ..anchor_core.evaluation.encoders import open_encoders, sandbox_encoders
+    from ..anchor_core.evaluation.metrics import Encoders
 
     sandbox = sandbox_encoders() if SANDBOX in (clip, dino) else None
     folders = [None if choice in (CONNECTED, SANDBOX) else _folder(choice) for choice in (clip, dino)]

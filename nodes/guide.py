@@ -61,7 +61,7 @@ class AnchorGuider(io.ComfyNode):
 
     @classmethod
     def execute(cls, positive, negative, cfg: float, **inputs: Any) -> io.NodeOutput:
-        from ..anchor_core.backends.comfyui_guidance import make_guider
+        from ..anchor_core.backends.comfyui.guidance import make_guider
 
         return io.NodeOutput(make_guider(_guided(**inputs), positive, negative, cfg))
 
@@ -100,7 +100,7 @@ def _options(rule: type) -> list[io.Input]:
 def _guided(
     model, strength: float, file: str, rule: dict | None = None, lora=None, class_conditioning=None, early_lora=None
 ):
-    from ..anchor_core.backends.comfyui_guidance import guide_model
+    from ..anchor_core.backends.comfyui.guidance import guide_model
 
     if rule is None:  # ComfyUI does not ask for it
         raise ValueError(f"rule is missing; choose one of {', '.join(RULES)}")

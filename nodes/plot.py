@@ -9,7 +9,7 @@ import torch
 
 def drift_plot(before, after, history: dict[str, Any] | None) -> torch.Tensor:
     """IMAGE (1, H, W, 3): two `ProbeResult`s by timestep and, with a training's history, its loss and drift by step."""
-    from ..anchor_core.report import draw_by_timestep, new_figure
+    from ..anchor_core.evaluation.report import draw_by_timestep, new_figure
 
     figure = new_figure(12 if history else 8, 4)
     panels = figure.subplots(1, 3 if history else 2)

@@ -8,9 +8,10 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.data import Concept, bucket_sizes, from_images, load_references
+from ..anchor_core.concept import Concept
+from ..anchor_core.data.pictures import bucket_sizes, from_images, load_references
 from ..anchor_core.sandbox import subjects
-from ..anchor_core.settings import DataSettings
+from ..anchor_core.training.settings import DataSettings
 from .types import CATEGORY, ConceptType, ReferencesType, inputs_of
 
 SANDBOX = "sandbox/"

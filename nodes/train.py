@@ -10,12 +10,14 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.adapter import LAYERS, AdapterConfig
-from ..anchor_core.adapter_kinds import NO_LAYERS
+from ..anchor_core.adapters.config import AdapterConfig
+from ..anchor_core.adapters.kinds import NO_LAYERS
+from ..anchor_core.adapters.layers import LAYERS
 from ..anchor_core.checks import check_count
-from ..anchor_core.data import from_images, of_one_size
+from ..anchor_core.data.pictures import from_images
+from ..anchor_core.data.prepare import of_one_size
 from ..anchor_core.objectives import w_from_lambda
-from ..anchor_core.settings import DataSettings, TrainSettings
+from ..anchor_core.training.settings import DataSettings, TrainSettings
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
 from .types import (
     CATEGORY,
@@ -184,15 +186,16 @@ class AnchorTrainLoRA(io.ComfyNode):
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
         class_images=None, references=None, masks=None, options=None, **basic,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..anchor_core.adapter_file import save_adapter, to_file_keys
-        from ..anchor_core.adapter_metadata import adapter_metadata, embedding_metadata
-        from ..anchor_core.backends.comfyui import ComfyDenoiser
-        from ..anchor_core.backends.comfyui_apply import apply_adapter
-        from ..anchor_core.backends.comfyui_families import check_size
-        from ..anchor_core.data import build_dataset
-        from ..anchor_core.methods import check_combination
-        from ..anchor_core.tokens import to_embedding
-        from ..anchor_core.trainer import TrainingDiverged, train
+        from ..anchor_core.adapters.file import save_adapter, to_file_keys
+        from ..anchor_core.adapters.metadata import embedding_metadata
+        from ..anchor_core.adapters.tokens import to_embedding
+        from ..anchor_core.backends.comfyui.apply import apply_adapter
+        from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+        from ..anchor_core.backends.comfyui.families import check_size
+        from ..anchor_core.data.prepare import build_dataset
+        from ..anchor_core.training.methods import check_combination
+        from ..anchor_core.training.saving import adapter_metadata
+        from ..anchor_core.training.trainer import TrainingDiverged, train
 
         check_connected(clip=clip, vae=vae)
         options = dict(options or {})
@@ -261,8 +264,8 @@ def _pictures(images, masks, references):
 
 def _class_latents(denoiser, concept, settings: TrainSettings, class_images, class_count: int, latents):
     """Latents of the class pictures if the objective reads them: of those connected, else made by the model."""
-    from ..anchor_core.cache import Cache
-    from ..anchor_core.data import sample_class_latents
+    from ..anchor_core.data.cache import Cache
+    from ..anchor_core.data.prepare import sample_class_latents
 
     if not settings.make_objective().reads_class_pictures:
         return None

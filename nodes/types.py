@@ -153,7 +153,7 @@ def lora_state(file: str) -> int | None:
 
 def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
     """The tensors of the chosen file, or the connected ones; ValueError if there are neither."""
-    from ..anchor_core.adapter_file import load_adapter
+    from ..anchor_core.adapters.file import load_adapter
 
     if file != CONNECTED:
         return load_adapter(lora_file(file))[0]
@@ -164,7 +164,7 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
-    from ..anchor_core.adapter_file import check_finite
+    from ..anchor_core.adapters.file import check_finite
 
     if not lora:
         raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")

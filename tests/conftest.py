@@ -118,7 +118,7 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(params=["epsilon", "v_prediction"])
 def denoiser(request, model_folders):
     """The tiny model, freshly loaded, in both prediction types."""
-    from anchor_core.backends.diffusers import DiffusersDenoiser
+    from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
 
     return DiffusersDenoiser.from_pretrained(model_folders[request.param])
 
@@ -126,14 +126,14 @@ def denoiser(request, model_folders):
 @pytest.fixture
 def eps_denoiser(model_folders):
     """The tiny model, freshly loaded, predicting epsilon."""
-    from anchor_core.backends.diffusers import DiffusersDenoiser
+    from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
 
     return DiffusersDenoiser.from_pretrained(model_folders["epsilon"])
 
 
 @pytest.fixture
 def concept():
-    from anchor_core.data import Concept
+    from anchor_core.concept import Concept
 
     return Concept("a photo of a sks dog", "a photo of a dog")
 

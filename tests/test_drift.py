@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from anchor_core.adapter import AdapterConfig
-from anchor_core.data import Concept
+from anchor_core.adapters.config import AdapterConfig
+from anchor_core.concept import Concept
 from anchor_core.drift import CHUNK, DriftProbe
 
 

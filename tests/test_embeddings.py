@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anchor_core import cli
-from anchor_core.adapter import AdapterConfig
-from anchor_core.adapter_file import save_trained
-from anchor_core.backends.diffusers_adjust import encode_adjusted, word_rows
-from anchor_core.embedding_file import adjust_embedding, read_embedding
+from anchor_core.adapters.config import AdapterConfig
+from anchor_core.adapters.embedding_file import adjust_embedding, read_embedding
+from anchor_core.backends.diffusers.adjust import encode_adjusted, word_rows
 from anchor_core.embeddings import (
     WHOLE,
     Adjustment,
@@ -25,9 +24,10 @@ from anchor_core.embeddings import (
     rotate_and_mix_norms,
     rotate_and_rescale,
 )
-from anchor_core.settings import TrainSettings
-from tests import tiny_models
-from tests.tiny_models import T5_WIDTH, WIDTH, WIDTH_2
+from anchor_core.training.saving import save_trained
+from anchor_core.training.settings import TrainSettings
+from tests.backends import tiny_models
+from tests.backends.tiny_models import T5_WIDTH, WIDTH, WIDTH_2
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 

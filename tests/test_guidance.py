@@ -7,17 +7,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from anchor_core.guidance import (
-    CLASS,
-    NULL,
-    RULE_OPTIONS,
-    RULES,
-    SUBJECT,
-    Branch,
-    Table,
-    guide,
-    make_rule,
-)
+from anchor_core.guidance import CLASS, NULL, RULE_OPTIONS, RULES, SUBJECT, Branch, Table, guide, make_rule
 
 SCALES = (0.0, 0.5, 1.0, 3.0, 7.5)
 STEPS = 20

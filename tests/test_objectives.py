@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from anchor_core.adapter import AdapterConfig
+from anchor_core.adapters.config import AdapterConfig
 from anchor_core.objectives import (
     OBJECTIVES,
     blended_target,

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from anchor_core import cli
-from anchor_core.adapter import AdapterConfig
+from anchor_core.adapters.config import AdapterConfig
 from anchor_core.denoiser import Step, Texts
 from anchor_core.objectives import class_diffusion, make_objective, mse, reconstruction, sude
-from anchor_core.trainer import TrainSettings, train
+from anchor_core.training.settings import TrainSettings
+from anchor_core.training.trainer import train
 
 TIMES = torch.tensor([0, 1, 100, 500, 900])
 
@@ -105,7 +106,7 @@ def test_the_push_of_sude_does_not_depend_on_the_subject(denoiser):
 
 
 def test_sude_is_finite_at_zero_terminal_snr(tmp_path):
-    from tests import tiny_models
+    from tests.backends import tiny_models
 
     denoiser = tiny_models.denoiser_of(tiny_models.build("sd2_v", tmp_path))
     step = step_of(denoiser, *predicted("subject", "class", "null"))

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .. import report
-from ..settings import TrainSettings
+from ..evaluation import report
+from ..training.settings import TrainSettings
 from .personalise import (
     ADAPTER,
     DREAMBOOTH,
@@ -72,7 +72,7 @@ def run(
 
 
 def _subject_and_seed(job) -> None:
-    from ..backends.diffusers import DiffusersDenoiser
+    from ..backends.diffusers.denoiser import DiffusersDenoiser
     from ..sandbox import model
     from ..sandbox import subjects as held_out
     from ..sandbox.judge import Judge

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .. import report
-from ..adapter_file import save_trained
-from ..backends.diffusers import DiffusersDenoiser
+from ..backends.diffusers.denoiser import DiffusersDenoiser
+from ..evaluation import report
 from ..sandbox import model, subjects
 from ..sandbox.judge import Judge
+from ..training.saving import save_trained
 from .personalise import ANCHORED, DREAMBOOTH, PRIOR_PRESERVATION, SETTINGS, TOKEN, Personalisation
 
 METHODS = (DREAMBOOTH, PRIOR_PRESERVATION, ANCHORED)

@@ -24,7 +24,7 @@ def run(
 
     A step before them warms up. On the CPU seconds are the process's own.
     """
-    from ..report import write_json
+    from ..evaluation.report import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     weights = write_weights(out / "sd15-random.safetensors")

@@ -21,7 +21,7 @@ import comfy.samplers  # noqa: E402
 import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 
-from anchor_core.backends.comfyui_guidance import guide_model, make_guider  # noqa: E402
+from anchor_core.backends.comfyui.guidance import guide_model, make_guider  # noqa: E402
 from anchor_core.guidance import make_rule  # noqa: E402
 
 RANK, SCALE = 8, 5.0

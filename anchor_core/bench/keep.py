@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import report
+from ..evaluation import report
 from .personalise import ADAPTER, ANCHORED, DREAMBOOTH, SETTINGS, Personalisation, Scores
 
 STEPS = 300
@@ -36,7 +36,7 @@ def run(out: Path, subjects: Sequence[str], seeds: Sequence[int], **changes: Any
 
 
 def _one(job) -> dict:
-    from ..backends.diffusers import DiffusersDenoiser
+    from ..backends.diffusers.denoiser import DiffusersDenoiser
     from ..sandbox import model
     from ..sandbox import subjects as held_out
     from ..sandbox.judge import Judge

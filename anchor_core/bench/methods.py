@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import report
-from ..adapter import AdapterConfig
-from ..backends.diffusers_adjust import word_rows
+from ..adapters.config import AdapterConfig
+from ..adapters.embedding_file import adjust_embedding
+from ..adapters.tokens import from_embedding, to_embedding
+from ..backends.diffusers.adjust import word_rows
 from ..checks import check_choice
-from ..embedding_file import adjust_embedding
 from ..embeddings import NORM_MIX, Adjustment
+from ..evaluation import report
+from ..evaluation.metrics import rank
 from ..guidance import make_rule
-from ..methods import method_options
-from ..metrics import rank
 from ..objectives import matched_learning_rate
 from ..sandbox import subjects
-from ..settings import TrainSettings
-from ..tokens import from_embedding, to_embedding
+from ..training.methods import method_options
+from ..training.settings import TrainSettings
 from .ablation import COLUMNS, cell, paired
 from .personalise import ADAPTER, SETTINGS, Personalisation
 
@@ -181,7 +181,7 @@ class _Run:
     def personalisation(self) -> Personalisation:
         """Opened when a cell is missing."""
         if self._opened is None:
-            from ..backends.diffusers import DiffusersDenoiser
+            from ..backends.diffusers.denoiser import DiffusersDenoiser
             from ..sandbox import model
             from ..sandbox.judge import Judge
 

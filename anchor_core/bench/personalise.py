@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapter import AdapterConfig
-from ..backends.diffusers import DiffusersDenoiser
-from ..backends.diffusers_adjust import encode_adjusted
-from ..data import Concept, sample_class_latents
+from ..adapters.config import AdapterConfig
+from ..backends.diffusers.adjust import encode_adjusted
+from ..backends.diffusers.denoiser import DiffusersDenoiser
+from ..concept import Concept
+from ..data.prepare import sample_class_latents
 from ..drift import DriftProbe
 from ..embeddings import Adjustment
-from ..metrics import mean_pairwise_cosine, text_alignment
+from ..evaluation.metrics import mean_pairwise_cosine, text_alignment
 from ..objectives import matched_learning_rate
 from ..sandbox.judge import Judge
 from ..sandbox.subjects import Subject
-from ..settings import TrainSettings
-from ..trainer import History, StepReport, train
+from ..training.history import History, StepReport
+from ..training.settings import TrainSettings
+from ..training.trainer import train
 
 TOKEN = "sks"
 TUNING_SUBJECTS = ("rosie", "ziggy")

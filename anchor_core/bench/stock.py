@@ -24,7 +24,7 @@ def run(
 
     The first step of each run warms up and is left out of the time.
     """
-    from ..report import write_json
+    from ..evaluation.report import write_json
 
     out.mkdir(parents=True, exist_ok=True)
     weights = write_weights(out / "sd15-random.safetensors")

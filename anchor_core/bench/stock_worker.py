@@ -50,11 +50,11 @@ def stock(model, latents) -> None:
 
 
 def ours(model, latents, w: float) -> None:
-    from anchor_core.adapter import AdapterConfig
-    from anchor_core.backends.comfyui import ComfyDenoiser
-    from anchor_core.data import Concept
-    from anchor_core.settings import TrainSettings
-    from anchor_core.trainer import train
+    from anchor_core.adapters.config import AdapterConfig
+    from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+    from anchor_core.concept import Concept
+    from anchor_core.training.settings import TrainSettings
+    from anchor_core.training.trainer import train
 
     bar = comfy.utils.ProgressBar(int(steps))
     settings = TrainSettings(w=w, steps=int(steps), batch_size=1, learning_rate=1e-4, precision="bf16")

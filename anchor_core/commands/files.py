@@ -9,8 +9,8 @@ from .shared import check_writable
 
 
 def convert(options: Namespace) -> None:
-    from .. import report
-    from ..adapter_formats import convert_file
+    from ..adapters.file import convert_file
+    from ..evaluation import report
 
     out = check_writable(options.out)
     target = out / f"{Path(options.file).stem}.{options.to}.safetensors"

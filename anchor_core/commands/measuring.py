@@ -9,9 +9,9 @@ from .shared import check_embedding, check_writable, device, open_model, resolut
 
 
 def inspect(options: Namespace) -> None:
-    from .. import report
-    from ..adapter_attach import attach_file
-    from ..adapter_file import load_adapter
+    from ..adapters.attach import attach_file
+    from ..adapters.file import load_adapter
+    from ..evaluation import report
 
     check_embedding(options)
     out = check_writable(options.out)
@@ -42,7 +42,7 @@ def inspect(options: Namespace) -> None:
 
 def _prompt_pairs(file: str, concept) -> tuple[list[str], list[str]]:
     """The prompts of a file, a line each, and those of the class."""
-    from ..picture_folders import read_prompts
+    from ..evaluation.picture_folders import read_prompts
 
     prompts = read_prompts(file)("")
     if len(prompts) < 2:
@@ -57,7 +57,7 @@ def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str]) ->
     """
     import torch
 
-    from ..collapse import collapse
+    from ..evaluation.collapse import collapse
 
     def states(prompts: list[str], adapted: bool):
         encoded = denoiser.encode_prompts(prompts, adapted)
@@ -70,13 +70,13 @@ def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str]) ->
 def compare(options: Namespace) -> None:
     from tqdm import tqdm
 
-    from .. import report
-    from ..adapter_attach import attach_file
-    from ..adapter_file import load_adapter
-    from ..compare import Comparison, contact_sheet, markdown
-    from ..encoders import open_encoders, sandbox_encoders
-    from ..picture_folders import adapter_file, gather
-    from ..pictures import read_picture
+    from ..adapters.attach import attach_file
+    from ..adapters.file import load_adapter
+    from ..data.pictures import read_picture
+    from ..evaluation import report
+    from ..evaluation.compare import Comparison, contact_sheet, markdown
+    from ..evaluation.encoders import open_encoders, sandbox_encoders
+    from ..evaluation.picture_folders import adapter_file, gather
 
     out = check_writable(options.out)
     systems, adapters = _named("pictures", options.pictures), _named("adapters", options.adapters)
@@ -129,7 +129,7 @@ def compare(options: Namespace) -> None:
 
 def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):
     """The prompts given, else those that an adapter's file names."""
-    from ..data import Concept
+    from ..concept import Concept
 
     subject = subject or metadata.get("anchor.subject_prompt")
     class_prompt = class_prompt or metadata.get("anchor.class_prompt")
@@ -140,7 +140,7 @@ def _concept(file, metadata: dict[str, str], subject: str | None = None, class_p
 
 
 def _probe(options: Namespace, denoiser, references: str | Path, concept):
-    from ..data import load_references
+    from ..data.pictures import load_references
     from ..drift import DriftProbe
 
     pictures = load_references(references, resolution(options, denoiser)).stack()

@@ -15,11 +15,11 @@ from .shared import check_embedding, check_writable, open_model, resolution
 def sample(options: Namespace) -> None:
     import torch
 
-    from .. import report
-    from ..adapter_attach import attach_file, read_early
-    from ..adapter_metadata import recommended_guidance
-    from ..backends.diffusers_adjust import encode_adjusted
-    from ..backends.diffusers_guidance import RuleSteps
+    from ..adapters.attach import attach_file, read_early
+    from ..adapters.metadata import recommended_guidance
+    from ..backends.diffusers.adjust import encode_adjusted
+    from ..backends.diffusers.guidance import RuleSteps
+    from ..evaluation import report
     from ..guidance import CLASS, NULL, SUBJECT
 
     check_embedding(options)
@@ -117,7 +117,7 @@ def _prompt_adjustment(options: Namespace):
 
 def _class_prompts(options: Namespace, metadata: dict[str, str], rule) -> list[str]:
     """The class prompt of each prompt: as given, or by the two prompts that the adapter was trained on."""
-    from ..captions import Concept
+    from ..concept import Concept
 
     if options.class_prompt:
         if len(options.class_prompt) != len(options.prompt):
@@ -138,10 +138,10 @@ def _class_prompts(options: Namespace, metadata: dict[str, str], rule) -> list[s
 
 
 def adjust(options: Namespace) -> None:
-    from .. import report
-    from ..adapter_file import save_adapter
-    from ..backends.diffusers_adjust import word_rows
-    from ..embedding_file import adjust_embedding, describe, read_embedding
+    from ..adapters.embedding_file import adjust_embedding, describe, read_embedding
+    from ..adapters.file import save_adapter
+    from ..backends.diffusers.adjust import word_rows
+    from ..evaluation import report
 
     adjustment, out = _adjustment(options), check_writable(options.out)
     vectors, metadata = read_embedding(options.file)

@@ -78,7 +78,7 @@ def subjects(options: Namespace) -> None:
 
 
 def subject(options: Namespace) -> None:
-    from .. import report
+    from ..evaluation import report
     from ..sandbox import subjects
 
     subject = subjects.get(options.name)

@@ -13,7 +13,7 @@ from ..checks import check_count
 def open_model(options: Namespace):
     import torch
 
-    from ..backends.diffusers import DiffusersDenoiser
+    from ..backends.diffusers.denoiser import DiffusersDenoiser
     from ..sandbox.model import WEIGHTS
 
     model = WEIGHTS if options.model == "sandbox" else options.model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from argparse import Namespace
@@ -10,24 +11,26 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from ..adapter import AdapterConfig
+from ..adapters.config import AdapterConfig
 from ..checks import check_count
 from ..objectives import w_from_lambda
-from ..settings import DataSettings, TrainSettings
+from ..training.settings import DataSettings, TrainSettings
 from .shared import check_writable, given, open_model, resolution
 
 
 def train(options: Namespace) -> int:
     from tqdm import tqdm
 
-    from .. import report
-    from ..adapter_file import save_trained
-    from ..cache import Cache
-    from ..data import Concept, bucket_sizes, build_dataset, load_references, of_one_size, sample_class_latents
+    from ..concept import Concept
+    from ..data.cache import Cache
+    from ..data.pictures import bucket_sizes, load_references
+    from ..data.prepare import build_dataset, of_one_size, sample_class_latents
     from ..drift import DriftProbe
-    from ..methods import check_combination
-    from ..parallel import Workers
-    from ..trainer import train as run
+    from ..evaluation import report
+    from ..training.methods import check_combination
+    from ..training.parallel import Workers
+    from ..training.saving import save_trained
+    from ..training.trainer import train as run
 
     if options.lambda_ is not None:
         options.w = w_from_lambda(options.lambda_)
@@ -41,7 +44,7 @@ def train(options: Namespace) -> int:
         )
     prompts = [(concept.subject_prompt, concept.class_prompt)]
     check_combination(settings, config, prompts, data.caption_dropout)
-    out, workers = check_writable(options.out), Workers.from_environment()
+    out, workers = check_writable(options.out), Workers.launched(int(os.environ.get("WORLD_SIZE", "1")))
     options.device = options.device or workers.device
     denoiser = open_model(options)
     settings.check_model(denoiser.prediction_type)
@@ -122,7 +125,7 @@ def _interrupt() -> Iterator[threading.Event]:
 
 def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):
     """Those of `out`, if some are to be written or read; another training's stay untouched."""
-    from ..checkpoint import Checkpoints
+    from ..training.checkpoint import Checkpoints
 
     if not settings.checkpoint_every and not options.resume:
         return None

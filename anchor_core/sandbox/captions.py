@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .tokenizer import RARE_WORDS
+from .rare_words import RARE_WORDS
 from .world import Scene
 
 OPENINGS = ("a photo of", "a picture of", "an image of", "a drawing of", "a close view of", "")

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..backends.diffusers import DiffusersDenoiser
+from ..backends.diffusers.denoiser import DiffusersDenoiser
 from . import world
 from .captions import caption
 from .judge import Judge
@@ -157,7 +157,7 @@ def _thinned(path: Path, points: int = 40) -> list[dict]:
 def _sample_grid(folder: Path, captions) -> None:
     from PIL import Image
 
-    from ..report import as_picture
+    from ..data.pictures import as_picture
 
     pictures = draw_captions(DiffusersDenoiser.from_pretrained(folder), [text for _, text in captions], 1)
     grid = Image.new("RGB", (10 * 66, -(-len(pictures) // 10) * 66), "white")

@@ -11,8 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .model import PICTURE_SIZE
-
-SUPERSAMPLING = 4
+from .patterns import SUPERSAMPLING, Paint, fill_unusual, grid
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon", "ring", "cross")
 COLOURS = {
@@ -56,23 +55,6 @@ _CENTRE = {"left": 23.0, "centre": 32.0, "right": 41.0}
 _NEIGHBOUR_RADIUS = 6.5
 _CONTRAST = 85.0
 """Least RGB distance between an object and what lies behind it."""
-
-
-@dataclass(frozen=True)
-class Paint:
-    """How a body is filled.
-
-    Attributes:
-        colours: RGB triples; pretraining uses one colour of `COLOURS`, and white or black as the second.
-        pattern: one of `PATTERNS`, or one of `subjects.UNUSUAL_PATTERNS`.
-        outline: RGB of the outline, or None.
-        mark: None, or one of `subjects.MARKS`, drawn over the pattern.
-    """
-
-    colours: tuple[tuple[int, int, int], ...]
-    pattern: str = "plain"
-    outline: tuple[int, int, int] | None = None
-    mark: str | None = None
 
 
 @dataclass(frozen=True)
@@ -242,8 +224,6 @@ def body_mask(shape: str, cx: float, cy: float, r: float) -> Image.Image:
 
 def paint_body(picture: Image.Image, shape: str, cx: float, cy: float, r: float, paint: Paint) -> None:
     """Draw a body into the supersampled picture."""
-    from .subjects import fill_unusual
-
     mask = body_mask(shape, cx, cy, r)
     if paint.outline is not None:
         thickness = 1.9
@@ -281,13 +261,6 @@ def _fill(size: tuple[int, int], paint: Paint, cx: float, cy: float) -> Image.Im
         second = ((x // 5.5) + (y // 5.5)) % 2 == 0
     fill.paste(paint.colours[1], mask=Image.fromarray(np.where(second, 255, 0).astype(np.uint8)))
     return fill
-
-
-def grid(cx: float, cy: float) -> tuple[np.ndarray, np.ndarray]:
-    """Supersampled pixel coordinates relative to (cx, cy), in pixels of the final picture."""
-    axis = (np.arange(PICTURE_SIZE * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
-    x, y = np.meshgrid(axis - cx, axis - cy)
-    return x, y
 
 
 def _draw_hat(picture: Image.Image, shape: str, cx: float, cy: float, r: float, colour) -> None:

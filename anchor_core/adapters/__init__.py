@@ -1,0 +1,1 @@
+"""What is trained: kinds of adapter, the layers they take, token vectors, and their files."""

@@ -1,0 +1,423 @@
+"""The denoiser over the model that ComfyUI manages: its own weights, no second load, no copy.
+
+Inside `with ComfyDenoiser(model, clip, vae) as denoiser:` the network can be trained through; afterwards the model
+holds the very parameters, modules and flags that it held before, also when the block ends by an error or an interrupt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import comfy.conds
+import comfy.model_management
+import comfy.patcher_extension
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor, nn
+
+from ...adapters.adapter import Adapter
+from ...adapters.config import AdapterConfig
+from ...adapters.kinds import KINDS
+from ...adapters.tokens import start_vectors
+from ...checks import check_count, check_number
+from . import families
+from .apply import apply_adapter
+from .tokens import tokenize, word_ids
+from .weights import TrainableWeights, check_trainable
+
+__all__ = ["ComfyCondition", "ComfyDenoiser", "apply_adapter"]
+
+TRAINING_GUIDANCE = 1.0
+"""What a network with an embedded guidance scale (Flux.1-dev) is told in `predict`; `sample` leaves it ComfyUI's."""
+
+
+@dataclass(eq=False)
+class ComfyCondition:
+    """One encoded prompt: ComfyUI's cross-attention tensor (1, tokens, width) and its companions.
+
+    `encoded` keeps what the model makes of them, by latent shape.
+    """
+
+    cross_attention: Tensor
+    extras: dict[str, Any]
+    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
+
+
+class ComfyDenoiser:
+    """`Denoiser` over a MODEL, CLIP and VAE of ComfyUI.
+
+    Epsilon and v models: timesteps lie on the discrete axis 0 ... 999 and z_t = alpha_t z_0 + sigma_t epsilon, as in
+    diffusers; ComfyUI's own x = z_t / alpha_t at its sigma = sigma_t / alpha_t stays inside. Flow models: timesteps are
+    1000 sigma and z_t = (1 - sigma) z_0 + sigma epsilon, whatever the shift of the sampling schedule. LoRAs that the
+    MODEL already carries are part of the pretrained network. Latents are (B, C, h, w), for video models too: a picture
+    is one frame.
+
+    Raises:
+        ValueError: the model cannot be trained through; one sentence says why.
+    """
+
+    def __init__(self, model, clip, vae):
+        check_trainable(model)
+        self.model, self.clip, self.vae = model, clip, vae
+        self.adapter: Adapter | None = None
+        self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
+        self._video = families.takes_frames(model.model)
+        self._guided = families.is_guided(model.model)
+        self._text_input = families.TextInput.of(model.model)
+        self._file_keys = families.file_keys(model.model) | families.text_keys(self.text_encoders)
+        self._weights = TrainableWeights(model)
+        self._stack: ExitStack | None = None
+
+    # --- the model that ComfyUI manages -----------------------------------------------------------------------
+
+    def __enter__(self) -> ComfyDenoiser:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
+            comfy.model_management.in_training = True
+            stack.callback(self.model.cleanup)
+            stack.callback(lambda: self._weights.restore())
+            stack.callback(self.detach)
+            for block in families.find_blocks(self.network):
+                stack.callback(block.register_forward_pre_hook(_with_own_options, with_kwargs=True).remove)
+            self._weights.load()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        stack, self._stack = self._stack, None
+        stack.close()
+
+    @property
+    def network(self) -> nn.Module:
+        return self.model.model.diffusion_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.load_device
+
+    @property
+    def _sampling(self):
+        return self.model.model.model_sampling
+
+    @property
+    def architecture(self) -> str:
+        """The modelspec name of the architecture."""
+        return families.architecture(self.model.model)
+
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """The CLIP models that an adapter may train, by their prefix in files."""
+        return families.text_encoders(self.clip, self.network)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks; ValueError if they are not known."""
+        blocks = families.find_blocks(self.network)
+        if not blocks:
+            kind = type(self.network).__name__
+            raise ValueError(f"gradient_checkpointing is on, but the blocks of a {kind} are not known; switch it off")
+        return blocks
+
+    # --- the adapter ------------------------------------------------------------------------------------------
+
+    def attach(self, config: AdapterConfig, seed: int = 0, vectors: Mapping[str, Tensor] | None = None) -> Adapter:
+        """Inject a new adapter into the network; call inside the `with` block.
+
+        Args:
+            vectors: what the token vectors start from instead of `config.initial`, (count, width) by text encoder.
+
+        Raises:
+            ValueError: there is one already, or `config` asks for what this model cannot have.
+        """
+        if self._stack is None:
+            raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
+        if self.adapter is not None:
+            raise ValueError("the denoiser already has an adapter; detach it first")
+        networks = {"": self.network}
+        if config.trains_text:
+            encoders = self._text_encoders_to_train()
+            networks |= encoders if config.text_encoder else {}
+        if config.vectors and vectors is None:
+            word, tokenizers = config.initial or config.token, families.text_tokenizers(self.clip, self.network)
+            read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
+            vectors = start_vectors(word, config.vectors, read)
+        layers = (m for net in networks.values() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
+        reads_weights = config.kind in KINDS and KINDS[config.kind].reads_weights
+        if reads_weights and not all(families.holds_its_weight(m, self.device) for m in layers):
+            raise ValueError(
+                f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
+                "the device; take lora, lokr or loha"
+            )
+        self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
+        for name in self.adapter.module_names:  # peft puts parameters where the weight is, which may be offloaded
+            device = self.clip.patcher.load_device if ":" in name else self.device
+            for parameter in self.adapter.layer(name).parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(device)
+        for parameter in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
+            parameter.data = parameter.data.to(self.clip.patcher.load_device)
+        return self.adapter
+
+    def _text_encoders_to_train(self) -> dict[str, nn.Module]:
+        """The text encoders, loaded beside the network from now on."""
+        if not self.text_encoders:
+            raise ValueError("text_encoder or vectors is set, but this model's text encoder is no CLIP; leave both off")
+        check_trainable(self.clip.patcher)
+        self._weights.restore()
+        self._weights = TrainableWeights(self.model, self.clip.patcher)
+        self._weights.load()
+        return self.text_encoders
+
+    def detach(self) -> None:
+        """Take the adapter out, if there is one: the network gets its own modules back."""
+        adapter, self.adapter = self.adapter, None
+        if adapter is not None:
+            adapter.detach()
+
+    def adapter_disabled(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.adapter is None else self.adapter.disabled()
+
+    def file_keys(self) -> dict[str, str]:
+        """Names of the network's modules to key prefixes that the stock LoraLoader reads."""
+        return dict(self._file_keys)
+
+    # --- pictures and prompts ---------------------------------------------------------------------------------
+
+    @property
+    def downscale(self) -> int:
+        """Pixels of a picture to one of its latents, along an edge."""
+        return self.model.model.latent_format.spacial_downscale_ratio
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture; ValueError if its edges are no multiples of `downscale`."""
+        if height % self.downscale or width % self.downscale:
+            raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {self.downscale}")
+        return self.model.model.latent_format.latent_channels, height // self.downscale, width // self.downscale
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        height, width = pixels.shape[-2:]
+        if min(height, width) < self.downscale:
+            raise ValueError(f"images are {width}x{height}, but this model takes {self.downscale} pixels at least")
+        # A video VAE takes a batch for the frames of one video.
+        batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
+        with self._weights.released():
+            latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
+            families.check_latents(self.model.model, latents)
+            latents = self._pictures(self.model.model.process_latent_in(latents))
+        return latents.clone().to(self.device)
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        with self._weights.released():
+            pixels = self.vae.decode(self.model.model.process_latent_out(self._frames(latents.clone())))
+            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
+        return pixels.clone().movedim(-1, 1).clamp(0, 1)
+
+    def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
+        return self.encode_prompts([prompt], adapted)[0]
+
+    def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
+        """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
+        vectors = self.adapter.tokens if adapted and self.adapter is not None else None
+        tokenizers = families.text_tokenizers(self.clip, self.network)
+        tokens = [tokenize(self.clip, prompt, vectors, tokenizers) for prompt in prompts]
+        held = adapted and self.adapter is not None and self.adapter.config.trains_text
+        with nullcontext() if held else self._weights.released():
+            schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
+        return [self._condition(schedule) for schedule in schedules]
+
+    def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
+        """Each CLIP's pooled output at length 1, side by side, (N, D); CLIP-G's is projected, as models read it."""
+        with families.pooled_outputs(self.clip, self.network) as found:
+            self.encode_prompts(prompts, adapted)
+        if not found:
+            raise ValueError("this model's text encoder is no CLIP, and has no pooled output; connect one with a CLIP")
+        return torch.cat([nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found], dim=-1).to(self.device)
+
+    def _condition(self, schedule: list) -> ComfyCondition:
+        if len(schedule) != 1:
+            raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")
+        cross_attention, extras = schedule[0]
+        self._text_input.check("clip: the prompt", cross_attention, extras)
+        copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
+        return ComfyCondition(cross_attention.clone().to(self.device), copies)
+
+    def _frames(self, latents: Tensor) -> Tensor:
+        """(B, C, h, w) as the model takes them: with a frame axis where it is one of video."""
+        return latents.unsqueeze(2) if self._video and latents.ndim == 4 else latents
+
+    def _pictures(self, latents: Tensor) -> Tensor:
+        return latents[:, :, 0] if self._video else latents
+
+    token_limit = None  # ComfyUI reads long prompts in parts
+
+    # --- the noise process ------------------------------------------------------------------------------------
+
+    def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """alpha_t, sigma_t of z_t = alpha_t z_0 + sigma_t epsilon, and ComfyUI's sigma, each (B,)."""
+        timesteps = timesteps.to(self.device)
+        if self.prediction_type == "flow":
+            sigma = timesteps.float() / 1000
+            return 1 - sigma, sigma, sigma
+        sigma = self._sampling.sigma(timesteps)
+        alpha = (1 + sigma**2).rsqrt()
+        return alpha, sigma * alpha, sigma
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        if self.prediction_type == "flow":
+            return (1000 * levels.double()).float()
+        return (levels.double() * self._sampling.num_timesteps).long()
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        alpha, sigma, _ = self._coefficients(timesteps)
+        return (alpha / sigma).square()
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        alpha, sigma, _ = (_column(c, latents) for c in self._coefficients(timesteps))
+        return alpha * latents.to(self.device) + sigma * noise.to(self.device)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        latents, noise = latents.to(self.device), noise.to(self.device)
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "flow":
+            return noise - latents
+        alpha, sigma, _ = (_column(c, latents) for c in self._coefficients(timesteps))
+        return alpha * noise - sigma * latents
+
+    def epsilon_scale(self, timesteps: Tensor) -> Tensor:
+        alpha, _, _ = self._coefficients(timesteps)
+        return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
+
+    # --- predictions ------------------------------------------------------------------------------------------
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Sequence[ComfyCondition]) -> Tensor:
+        if not len(noisy) == len(timesteps) == len(conditions):
+            raise ValueError(
+                f"predict got {len(noisy)} latents, {len(timesteps)} timesteps and {len(conditions)} conditions, "
+                "but it takes one of each a row"
+            )
+        noisy = noisy.to(self.device)
+        alpha, _, sigma = self._coefficients(timesteps)
+        x = self._frames(noisy if self.prediction_type == "flow" else noisy / _column(alpha, noisy))
+        encoded = [self._encoded(condition, x) for condition in conditions]
+        said: dict[int, Tensor] = {}
+        for rows in _batches(encoded):
+            output = self._native(x[rows], sigma[rows], comfy.samplers.cond_cat([encoded[row] for row in rows]))
+            said.update(zip(rows, self._pictures(output)))
+        return torch.stack([said[row] for row in range(len(noisy))])
+
+    def _native(self, x: Tensor, sigma: Tensor, inputs: dict[str, Any]) -> Tensor:
+        """What the network itself says of ComfyUI's x at its sigma, (B, ...), in float32."""
+        options = self.model.model_options["transformer_options"].copy()
+        options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(options.get("wrappers", {}))
+        comfy.patcher_extension.merge_nested_dicts(options["wrappers"], self.model.wrappers, copy_dict1=False)
+        options.update(cond_or_uncond=[0] * len(x), sigmas=sigma)
+        outputs: list[Tensor] = []
+        # apply_model returns the denoised latents; what the network itself said is the native prediction.
+        hook = self.network.register_forward_hook(lambda module, arguments, output: outputs.append(output))
+        try:
+            self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
+        finally:
+            hook.remove()
+        said = outputs[-1]
+        if not torch.is_tensor(said) or said.shape != x.shape:
+            given = tuple(said.shape) if torch.is_tensor(said) else type(said).__name__
+            raise ValueError(
+                f"this model gives {given} for latents of {tuple(x.shape)}; connect one that denoises them"
+            )
+        return said.float()
+
+    def _encoded(self, condition: ComfyCondition, x: Tensor) -> dict[str, comfy.conds.CONDRegular]:
+        """What the model's `extra_conds` makes of a condition, for one row of latents of this shape."""
+        shape = tuple(x.shape[1:])
+        if shape not in condition.encoded:
+            extras = condition.extras | ({"guidance": TRAINING_GUIDANCE} if self._guided else {})
+            conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, extras]])
+            # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
+            with torch.set_grad_enabled(condition.cross_attention.requires_grad), self.adapter_disabled():
+                noise = torch.zeros_like(x[:1])
+                conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
+            encoded = conds["positive"][0]["model_conds"]
+            condition.encoded[shape] = {
+                key: value.process_cond(batch_size=1, area=None) for key, value in encoded.items()
+            }
+        return condition.encoded[shape]
+
+    def sample(
+        self,
+        conditions: Sequence[ComfyCondition],
+        negative: ComfyCondition,
+        noise: Tensor,
+        *,
+        steps: int,
+        guidance: float,
+    ) -> Tensor:
+        """By ComfyUI's own sampler: `ddim`, with the schedule of that name, for epsilon and v models; `euler` on the
+        `simple` schedule for flow models, at their shift. Rows of one condition run in one batch."""
+        check_count("steps", steps)
+        check_number("guidance", guidance)
+        rows_of: dict[int, list[int]] = {}
+        for row, condition in enumerate(conditions):
+            rows_of.setdefault(id(condition), []).append(row)
+        samples: dict[int, Tensor] = {}
+        with torch.no_grad():
+            for rows in rows_of.values():
+                latents = self._sample_rows(conditions[rows[0]], negative, noise[rows], steps, guidance)
+                samples.update(zip(rows, latents))
+            self.model.pre_run()  # the sampler ended the run
+        return torch.stack([samples[row] for row in range(len(noise))]).to(self.device)
+
+    def _sample_rows(
+        self, condition: ComfyCondition, negative: ComfyCondition, noise: Tensor, steps: int, guidance: float
+    ) -> Tensor:
+        noise = self._frames(noise.detach().cpu())
+        samples = comfy.sample.sample(
+            self.model,
+            noise,
+            steps,
+            guidance,
+            *(("euler", "simple") if self.prediction_type == "flow" else ("ddim", "ddim_uniform")),
+            [[condition.cross_attention, dict(condition.extras)]],
+            [[negative.cross_attention, dict(negative.extras)]],
+            torch.zeros_like(noise),
+            disable_pbar=True,
+            seed=0,
+        )
+        return self._pictures(self.model.model.process_latent_in(samples))
+
+
+# --- helpers ------------------------------------------------------------------------------------------------------
+
+
+def _column(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) to (B, 1, 1, 1), to multiply latents with."""
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _with_own_options(block: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A block's transformer_options as they are now: ComfyUI counts the blocks in them, which patches read, also when
+    gradient checkpointing runs the block once more."""
+    if torch.is_grad_enabled():
+        options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
+    return arguments, options
+
+
+def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:
+    """Rows that can run in one batch: those whose prompts ComfyUI can join, as for most models of one length."""
+    batches: list[list[int]] = []
+    for row, conds in enumerate(encoded):
+        for batch in batches:
+            if comfy.samplers.cond_equal_size(encoded[batch[0]], conds):
+                batch.append(row)
+                break
+        else:
+            batches.append([row])
+    return batches

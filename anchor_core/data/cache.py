@@ -1,0 +1,243 @@
+"""Latents and text embeddings by content: made once in a run, and once for good where a folder is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Condition, Denoiser
+
+logger = logging.getLogger(__name__)
+
+BATCH = 4
+"""Pictures that are encoded at once."""
+_PROBE_PROMPT = "a photo of a red square, 1"
+
+
+class Cache:
+    """Latents and conditions of one denoiser, by what is in the picture or prompt.
+
+    On disk, an entry's name is the sha256 of its content and of the encoder's fingerprint: what the encoder makes of a
+    fixed picture, or prompt, in every bit. So other weights, settings, dtypes and patches are other entries, whatever
+    the backend. An entry that cannot be read, or whose content is not what was written, is made again. Conditions are
+    kept on disk if they are a tensor, or a dict or dataclass of tensors and plain values; others in memory only. A
+    prompt that names an embedding file is known by its text alone.
+
+    Args:
+        denoiser: the adapter may be attached; the encoders' own adapters are off in what is cached.
+        folder: made if it does not exist.
+
+    Raises:
+        ValueError: if the folder cannot be written, at once or later.
+    """
+
+    def __init__(self, denoiser: Denoiser, folder: str | Path | None = None):
+        self.denoiser = denoiser
+        self.folder = None if folder is None else Path(folder)
+        self._latents: dict[str, Tensor] = {}
+        self._conditions: dict[str, Condition] = {}
+        if self.folder is not None:
+            probe = f".{os.getpid()}.probe"
+            self._write(probe, b"probe")
+            (self.folder / probe).unlink()
+
+    def latents(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """Scaled latents, (C, h, w) each, float32 on the CPU, of pictures (3, H, W) in [0, 1] of any sizes.
+
+        Raises:
+            ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
+        """
+        names = [_digest("picture", picture) for picture in pictures]
+        missing: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        for name, picture in zip(names, pictures):
+            if name not in self._latents:
+                known = self._load(self._latent_file(name)) if self.folder is not None else None
+                if known is None:
+                    missing.setdefault(tuple(picture.shape), {})[name] = picture
+                else:
+                    self._latents[name] = known[0]["latents"]
+        for group in missing.values():
+            for start in range(0, len(group), BATCH):
+                part = list(group)[start : start + BATCH]
+                encoded = self.denoiser.encode_images(torch.stack([group[name] for name in part]))
+                for name, row in zip(part, encoded.detach().to("cpu", torch.float32)):
+                    self._keep_latents(name, row.clone(memory_format=torch.contiguous_format))
+        return [self._latents[name] for name in names]
+
+    def _keep_latents(self, name: str, latents: Tensor) -> None:
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError("the autoencoder makes NaN or infinite latents; load it in float32 or bfloat16")
+        if self.folder is not None:
+            self._save(self._latent_file(name), {"latents": latents})
+        self._latents[name] = latents
+
+    def _latent_file(self, name: str) -> str:
+        return f"latents-{_digest(self._image_fingerprint, name)}.safetensors"
+
+    def made(self, kind: str, parts: Sequence[str | Tensor], make: Callable[[], Tensor]) -> Tensor:
+        """What `make` gives, float32 on the CPU, by what it depends on: made once for good where there is a folder."""
+        if self.folder is None:
+            return make().detach().to("cpu", torch.float32)
+        name = f"{kind}-{_digest(*parts)}.safetensors"
+        known = self._load(name)
+        if known is not None:
+            return known[0]["made"]
+        tensor = make().detach().to("cpu", torch.float32).contiguous()
+        self._save(name, {"made": tensor})
+        return tensor
+
+    def condition(self, prompt: str) -> Condition:
+        """`denoiser.encode_prompt(prompt)`, always the same object for a prompt."""
+        return self.conditions([prompt])[0]
+
+    def conditions(self, prompts: Sequence[str]) -> list[Condition]:
+        """`condition` of each; those that are not known are encoded together."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._conditions]
+        if missing:
+            found = self.denoiser.encode_prompts(missing) if self.folder is None else map(self._stored, missing)
+            self._conditions |= zip(missing, found)
+        return [self._conditions[prompt] for prompt in prompts]
+
+    def _encoded(self, prompt: str) -> Condition:
+        return self.denoiser.encode_prompt(prompt)
+
+    def _stored(self, prompt: str) -> Condition:
+        model, fingerprint = self._text_fingerprint
+        if fingerprint is None:
+            return self._encoded(prompt)
+        name = f"condition-{_digest(fingerprint, prompt)}.safetensors"
+        known = self._load(name)
+        if known is not None:
+            return _unpack(known[1], known[0], model, self.denoiser.device)
+        condition = self._encoded(prompt)
+        packed = _pack(condition)
+        if packed is not None:
+            self._save(name, *packed)
+        return condition
+
+    @cached_property
+    def _image_fingerprint(self) -> str:
+        # A ramp of every colour and direction, at a size that every autoencoder takes.
+        line = torch.linspace(0, 1, 64)
+        ramp = torch.stack([line.expand(64, 64), line.flip(0).view(64, 1).expand(64, 64), line.outer(line)])
+        return _digest("image encoder", self.denoiser.encode_images(ramp.unsqueeze(0)))
+
+    @cached_property
+    def _text_fingerprint(self) -> tuple[Condition, str | None]:
+        """A condition as a model for others, and the fingerprint; None if such conditions cannot be stored."""
+        condition = self._encoded(_PROBE_PROMPT)
+        packed = _pack(condition)
+        if packed is None:
+            logger.info("conditions of type %s are cached in memory only", type(condition).__name__)
+            return condition, None
+        tensors, layout = packed
+        return condition, _digest("text encoder", layout, *tensors.values())
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    def _write(self, name: str, content: bytes) -> None:
+        part = self.folder / f".{name}.{os.getpid()}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                part.write_bytes(content)
+                os.replace(part, self.folder / name)
+            finally:
+                part.unlink(missing_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"the cache folder {self.folder} cannot be written ({error.strerror}); "
+                "free space, give another folder, or train without one"
+            ) from error
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor], layout: str = "") -> None:
+        from safetensors.torch import save
+
+        check = _digest(layout, *(tensors[key] for key in sorted(tensors)))
+        self._write(name, save(dict(tensors), {"layout": layout, "sha256": check}))
+
+    def _load(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """Tensors and layout of an entry; None if there is none, or none that can be used."""
+        from safetensors import SafetensorError, safe_open
+
+        path = self.folder / name
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                tensors = {key: file.get_tensor(key).clone() for key in sorted(file.keys())}
+                metadata = file.metadata() or {}
+        except FileNotFoundError:
+            return None
+        except (OSError, SafetensorError) as error:
+            logger.warning("the cache's %s cannot be read (%s), and is made again", path, error)
+            return None
+        layout = metadata.get("layout", "")
+        if metadata.get("sha256") != _digest(layout, *tensors.values()):
+            logger.warning("the cache's %s is damaged, and is made again", path)
+            return None
+        return tensors, layout
+
+
+def _digest(*parts: str | Tensor) -> str:
+    """sha256 of texts and tensors, with their lengths, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Tensor):
+            content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            digest.update(f"tensor {tuple(part.shape)} {part.dtype} ".encode())
+        else:
+            content = part.encode()
+            digest.update(f"text {len(content)} ".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _pack(condition: Condition) -> tuple[dict[str, Tensor], str] | None:
+    """A condition as tensors by name and a JSON layout; None if it holds anything but tensors and plain values."""
+    tensors: dict[str, Tensor] = {}
+
+    def pack(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = f"{len(tensors):03}"
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+            return {"tensor": name, "on_device": value.device.type != "cpu"}
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            return {"dict": {key: pack(part) for key, part in value.items()}}
+        if value is None or type(value) in (bool, int, float, str):
+            return {"plain": value}
+        raise TypeError(type(value).__name__)
+
+    try:
+        if is_dataclass(condition):
+            layout = {"fields": {f.name: pack(getattr(condition, f.name)) for f in fields(condition) if f.init}}
+        else:
+            layout = pack(condition)
+    except TypeError:
+        return None
+    return tensors, json.dumps(layout)
+
+
+def _unpack(layout: str, tensors: Mapping[str, Tensor], model: Condition, device: torch.device) -> Condition:
+    """The condition that was packed; `model` is another one of its type."""
+
+    def unpack(part: Mapping[str, Any]) -> Any:
+        if "tensor" in part:
+            tensor = tensors[part["tensor"]]
+            return tensor.to(device) if part["on_device"] else tensor
+        if "dict" in part:
+            return {key: unpack(value) for key, value in part["dict"].items()}
+        return part["plain"]
+
+    packed = json.loads(layout)
+    if "fields" in packed:
+        return type(model)(**{name: unpack(value) for name, value in packed["fields"].items()})
+    return unpack(packed)

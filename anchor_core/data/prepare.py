@@ -1,0 +1,118 @@
+"""What a training is given: pictures and captions through the model's encoders, and class pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from ..checks import check_count, check_number
+from ..concept import Concept
+from ..denoiser import Denoiser
+from .cache import Cache
+from .captions import check_captions, prompt_pairs
+from .dataset import Dataset, Example, check_dropout
+from .pictures import References
+
+
+def build_dataset(
+    denoiser: Denoiser,
+    references: References,
+    concept: Concept,
+    *,
+    templates: Sequence[str] = (),
+    shuffle: bool = False,
+    caption_dropout: float = 0.0,
+    flip: bool = False,
+    cache: Cache | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """The references, encoded, each with what may be said of it.
+
+    Args:
+        references: at the sizes to train on (`bucket_sizes`, or one size); each size is a bucket.
+        templates: prompts with {} for the subject's words, in place of the concept's own prompts.
+        shuffle: take the comma-separated tags of each prompt in up to 8 orders, drawn from `seed`.
+        caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
+        flip: encode the mirrored pictures too, which are drawn half of the time.
+        cache: latents that are known already; without it, none are.
+
+    Raises:
+        ValueError: before any encoding, for prompts that do not fit (see `prompt_pairs`) or a share out of range;
+            after it, for a masked picture whose edges are no multiples of the autoencoder's.
+    """
+    check_dropout(caption_dropout)
+    pairs = prompt_pairs(concept, references.names, references.captions, templates, shuffle, seed)
+    if denoiser.token_limit is not None:
+        longest = {name: max((subject for subject, _ in told), key=len) for name, told in zip(references.names, pairs)}
+        check_captions(longest, denoiser.count_tokens, denoiser.token_limit)
+    cache = cache or Cache(denoiser)
+    latents = cache.latents(references.pixels)
+    flipped = cache.latents([picture.flip(-1) for picture in references.pixels]) if flip else [None] * len(latents)
+    masks = references.masks or [None] * len(latents)
+    examples = []
+    for name, own, mirrored, mask, told in zip(references.names, latents, flipped, masks, pairs):
+        subject, class_ = zip(*told)
+        small = None if mask is None else _latent_mask(name, mask, own)
+        examples.append(Example(own, subject, class_, small, mirrored, name))
+    return Dataset(examples, caption_dropout)
+
+
+def of_one_size(dataset: Dataset) -> Tensor:
+    """Latents (N, C, h, w) of the examples that are of the first one's size, for what takes a stack."""
+    first = dataset.examples[0].latents
+    return torch.stack([example.latents for example in dataset.examples if example.latents.shape == first.shape])
+
+
+def _latent_mask(name: str, mask: Tensor, latents: Tensor) -> Tensor:
+    """(1, H, W) to (1, h, w): the mean over the pixels of each latent."""
+    height, width = latents.shape[1:]
+    if mask.shape[1] % height or mask.shape[2] % width:
+        raise ValueError(
+            f"reference {name} is {mask.shape[2]}x{mask.shape[1]} and its latents {width}x{height}, but a mask takes "
+            "pictures of whole latents; give a size that is a multiple of 8"
+        )
+    return adaptive_avg_pool2d(mask.detach().to("cpu", torch.float32), (height, width))
+
+
+@torch.no_grad()
+def sample_class_latents(
+    denoiser: Denoiser,
+    concept: Concept,
+    count: int,
+    shape: tuple[int, int, int],
+    *,
+    seed: int = 0,
+    steps: int = 30,
+    guidance: float = 5.0,
+    batch_size: int = 8,
+    cache: Cache | None = None,
+) -> Tensor:
+    """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
+
+    `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
+    through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
+    their noise, the sampling, and what two steps make of the first one, in every bit.
+    """
+    check_count("count", count)
+    check_number("guidance", guidance, minimum=0)
+    generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
+    noise = torch.randn((count, *shape), generator=generator).to(denoiser.device)
+    class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
+
+    def make() -> Tensor:
+        pictures = [
+            denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance)
+            for part in noise.split(batch_size)
+        ]
+        return torch.cat(pictures)
+
+    with denoiser.adapter_disabled():
+        if cache is None:
+            return make()
+        # The network, both prompts and the schedule: a step alone would not tell schedules of the same ends apart.
+        begun = denoiser.sample([class_], negative, noise[:1], steps=2, guidance=guidance)
+        parts = [noise, begun, f"{steps} steps, guidance {guidance}, {batch_size} at once"]
+        return cache.made("class-pictures", parts, make).to(denoiser.device)

@@ -1,0 +1,1 @@
+"""Scores of pictures of any system, and how results are drawn."""

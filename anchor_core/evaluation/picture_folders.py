@@ -1,0 +1,207 @@
+"""The folders of a comparison: subjects, the pictures that systems made of them, and the prompt of each picture."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.captions import read_caption
+from ..data.pictures import PICTURE_SUFFIXES, picture_files
+
+_LIVE = ("cat", "dog")
+_NUMBERED = re.compile(r"(\d+)[_-]\d+")
+_SUBJECT_ROW = re.compile(r"^(\w+),([\w ]+)$", re.MULTILINE)
+_QUOTED = re.compile(r"'(.*)'\.format")
+
+
+@dataclass(frozen=True)
+class SubjectFiles:
+    """What there is of one subject.
+
+    Args:
+        folder: that of the references.
+        references: their files.
+        made: system -> files of its pictures, and their class-only prompts (empty where none are told).
+    """
+
+    folder: Path
+    references: list[Path]
+    made: dict[str, tuple[list[Path], list[str]]]
+
+
+def gather(
+    references: str | Path, systems: Mapping[str, str], prompts: str | Path | None, token: str
+) -> dict[str, SubjectFiles]:
+    """Subject -> its files, for the subjects that the systems made pictures of.
+
+    Args:
+        references: a folder of one subject's pictures, or of a folder for each subject.
+        systems: name -> folder, laid out in the same way.
+        prompts: a file as `read_prompts` takes; None for the prompts that the folders hold.
+        token: the subject's word, which is taken out of prompts.
+
+    Raises:
+        ValueError: for folders without pictures, systems that lack a subject, and prompts that do not fit.
+    """
+    folders = _subject_folders(Path(references), "references")
+    found = {name: _subject_folders(Path(path), f"pictures of {name}:") for name, path in systems.items()}
+    if len(folders) == 1:  # folders of one subject may have any name
+        (subject,) = folders
+        found = {name: {subject: next(iter(own.values()))} if len(own) == 1 else own for name, own in found.items()}
+    first, wanted = next(iter(found.items()))
+    for name, own in found.items():
+        for subject in own:
+            if subject not in folders:
+                raise ValueError(f"pictures of {name} has a subject {subject!r}, but references {', '.join(folders)}")
+        if own.keys() != wanted.keys():
+            odd = min(own.keys() ^ wanted.keys())
+            raise ValueError(f"pictures of {first} and of {name} must be of the same subjects; {odd!r} is in one alone")
+    told = read_prompts(prompts) if prompts is not None else lambda subject: _listed_prompts(folders[subject])
+    gathered = {}
+    for subject in wanted:
+        listed, made = told(subject), {}
+        for name, own in found.items():
+            files, texts = _pictures_and_prompts(own[subject], listed, name)
+            made[name] = files, [class_only(text, token) for text in texts]
+        gathered[subject] = SubjectFiles(folders[subject], picture_files(folders[subject]), made)
+    return gathered
+
+
+def _subject_folders(folder: Path, option: str) -> dict[str, Path]:
+    """Name -> folder of each subject: the folder itself if it holds pictures, else every folder in it that does.
+
+    Raises:
+        ValueError: naming `option`, if no picture is found.
+    """
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    if _holds_pictures(folder) or not any(map(_holds_pictures, inside)):
+        picture_files(folder, option)
+        return {folder.resolve().name: folder}
+    return {path.name: path for path in inside if _holds_pictures(path)}
+
+
+def _holds_pictures(folder: Path) -> bool:
+    return folder.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in folder.iterdir())
+
+
+def class_only(prompt: str, token: str) -> str:
+    """A prompt without the subject's token, which CLIP does not know: "a sks dog in the snow" without "sks"."""
+    without = re.sub(rf"(?<!\w){re.escape(token)}(?!\w)", "", prompt) if token else prompt
+    return " ".join(without.split())
+
+
+def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
+    """A file of prompts as a function from a subject's name to its prompts.
+
+    The file is DreamBench's `prompts_and_classes.txt`, which names each subject's class and has a list for objects and
+    one for cats and dogs; or a text with a prompt a line, for every subject.
+
+    Raises:
+        ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompts is {str(file)!r}, which cannot be read ({error}); give a text file") from error
+    if "prompt_list" not in text:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if not lines:
+            raise ValueError(f"prompts is {str(file)!r}, which is empty, but it takes a prompt a line")
+        return lambda _: lines
+    objects, _, live = text.partition("Live Subject Prompts")
+    lists = {True: _QUOTED.findall(live), False: _QUOTED.findall(objects)}
+    classes = {name: class_ for name, class_ in _SUBJECT_ROW.findall(objects) if name != "subject_name"}
+
+    def of(subject: str) -> list[str]:
+        if subject not in classes:
+            raise ValueError(f"prompts has no subject {subject!r}, but {', '.join(classes)}; name the folder as there")
+        return [class_only(p.format("", classes[subject]), "") for p in lists[classes[subject] in _LIVE]]
+
+    return of
+
+
+def _listed_prompts(folder: Path) -> list[str] | None:
+    """The prompts in the `report.json` of a references' folder, as `semantic-anchor sandbox subject` writes it."""
+    found = _read_report(folder).get("prompts")
+    return found if isinstance(found, list) and all(isinstance(prompt, str) for prompt in found) else None
+
+
+def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: str) -> tuple[list[Path], list[str]]:
+    """The pictures of a folder, each with its prompt; without any, the prompts are empty.
+
+    A picture's prompt is, by the first that is there: what `report.json` says, whose `pictures` are {"file",
+    "prompt"} as `semantic-anchor sample` writes it; `name.txt` beside each picture; the prompt of its number, for
+    pictures `<prompt>_<number>.png`, prompts counted from 0; and the prompts in their order, for pictures in natural
+    order of which each prompt has the same number.
+
+    Raises:
+        ValueError: naming the system, for a picture without a prompt, a prompt without a picture, or a missing file.
+    """
+    files = picture_files(folder, f"pictures of {system}:")
+    entries = _read_report(folder).get("pictures")
+    if isinstance(entries, list) and entries:
+        listed = (entry for entry in entries if isinstance(entry, dict) and {"file", "prompt"} <= entry.keys())
+        told = {str(entry["file"]): str(entry["prompt"]) for entry in listed}
+        odd = {file.name for file in files} ^ told.keys()
+        if odd:
+            raise ValueError(f"pictures of {system}: {min(odd)} is in one alone of {folder} and its report.json")
+        return files, [told[file.name] for file in files]
+    texts = [file.with_suffix(".txt") for file in files]
+    if any(text.is_file() for text in texts):
+        bare = next((text for text in texts if not text.is_file()), None)
+        if bare is not None:
+            raise ValueError(f"pictures of {system}: {bare} is missing, while others have a text; add it")
+        try:
+            return files, [read_caption(file) for file in files]
+        except ValueError as error:
+            raise ValueError(f"pictures of {system}: {error}") from error
+    if prompts is None:
+        return files, []
+    numbers = [_NUMBERED.fullmatch(file.stem) for file in files]
+    if all(numbers):
+        which = [int(number[1]) for number in numbers]
+        if set(which) != set(range(len(prompts))):
+            odd = min(set(which) ^ set(range(len(prompts))))
+            what = "has no picture" if odd < len(prompts) else f"is none of the {len(prompts)} from 0"
+            raise ValueError(f"pictures of {system}: prompt {odd} {what} in {folder}; name them <prompt>_<number>.png")
+        return files, [prompts[index] for index in which]
+    return files, in_order(prompts, len(files), f"pictures of {system}: {folder}")
+
+
+def in_order(prompts: Sequence[str], count: int, what: str) -> list[str]:
+    """One prompt a picture of `count`, where each prompt has the same number of pictures, one after another.
+
+    Raises:
+        ValueError: naming `what`, if `count` is no multiple of the number of prompts.
+    """
+    if not prompts or count % len(prompts):
+        raise ValueError(f"{what} has {count} pictures, but it takes as many for each of {len(prompts)} prompts")
+    return [prompt for prompt in prompts for _ in range(count // len(prompts))]
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    file = folder / "report.json"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); repair it or take it away") from error
+    return found if isinstance(found, dict) else {}
+
+
+def adapter_file(path: str | Path, subject: str, alone: bool, system: str) -> Path:
+    """The adapter of a subject: the file itself if the subject is `alone`, else of a folder, by the subject's name.
+
+    Raises:
+        ValueError: naming the system, if there is none.
+    """
+    path = Path(path)
+    places = [path] if alone and path.is_file() else [path / f"{subject}.safetensors"]
+    places.append(path / subject / "adapter.safetensors")
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise ValueError(f"adapters of {system}: there is no {' and no '.join(map(str, places))}; give that file")
+    return found

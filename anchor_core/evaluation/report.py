@@ -1,0 +1,79 @@
+"""What a run leaves behind: `report.json`, and figures of pictures and curves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..data.pictures import as_picture
+from ..drift import ProbeResult
+from ..training.history import History
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Atomically; NaN and infinity are refused, because other readers of JSON would not take them."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_picture(path: Path, picture: Tensor) -> None:
+    """(3, H, W) in [0, 1] as a PNG file."""
+    from PIL import Image
+
+    Image.fromarray(as_picture(picture)).save(path)
+
+
+def new_figure(width: float, height: float):
+    """A matplotlib figure that needs no screen and leaves matplotlib's global state alone."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_pictures(axes_row, pictures: Sequence[Tensor], title: str) -> None:
+    """Pictures (3, H, W) in a row of axes, the title beside the first; the other axes stay empty."""
+    for axes in axes_row:
+        axes.set_axis_off()
+    for axes, picture in zip(axes_row, pictures):
+        axes.imshow(as_picture(picture), interpolation="nearest")
+    axes_row[0].set_title(title, fontsize=9, loc="left")
+
+
+def draw_drift(axes, histories: Mapping[str, History]) -> None:
+    """Fig. 8b: drift from the class anchor over the steps, a line for each history."""
+    for name, history in histories.items():
+        axes.plot([step for step, _ in history.probes], [result.drift for _, result in history.probes], label=name)
+    axes.set(xlabel="step", ylabel="L2 distance in epsilon", title="drift from the class anchor (Fig. 8b)")
+    axes.legend(fontsize=8)
+
+
+def draw_by_timestep(axes, results: Mapping[str, ProbeResult], quantity: str = "drift") -> None:
+    """`drift` or `reconstruction` of probe results over the timesteps, a line for each result."""
+    column = {"drift": 1, "reconstruction": 2}[quantity]
+    for (label, result), style in zip(results.items(), ("o--", "o-", "s-", "^-")):
+        rows = result.by_timestep
+        axes.plot([row[0] for row in rows], [row[column] for row in rows], style, markersize=3, label=label)
+    title = {"drift": "drift from the class anchor", "reconstruction": "error on the pictures"}[quantity]
+    axes.set(title=title, xlabel="timestep", ylabel="L2 distance in epsilon", ylim=(0, None))
+    axes.legend(fontsize=8)
+
+
+def draw_loss(axes, histories: Mapping[str, History], window: int = 15) -> None:
+    """The reconstruction term over the steps (the one term that every objective has), smoothed over `window` steps."""
+    for name, history in histories.items():
+        values = np.asarray(next(iter(history.terms.values()), []))
+        width = max(1, min(window, len(values)))
+        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(np.arange(width, len(values) + 1), smooth, label=name)
+    axes.set(xlabel="step", ylabel="mean squared error", title=f"reconstruction loss, mean of {window} steps")
+    axes.legend(fontsize=8)

@@ -1,0 +1,90 @@
+"""Checkpoints: the whole state of a training in one file, so that a resumed run goes on as if never broken off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.torch_file import UnreadableFile, read_torch
+
+logger = logging.getLogger(__name__)
+
+KEPT = 2
+"""Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
+
+_NAME = re.compile(r"step-(\d+)\.ckpt")
+
+
+class Checkpoints:
+    """The checkpoints of one training in a folder, `step-000100.ckpt` and so on.
+
+    Raises:
+        ValueError: if the folder cannot be written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            trial = self.folder / f".{os.getpid()}.part"
+            trial.write_bytes(b"")
+            trial.unlink()
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def files(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted((f for f in self.folder.iterdir() if _NAME.fullmatch(f.name)), key=_step)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the state after `step`, whole or not at all, and take away all but the newest `KEPT`.
+
+        Raises:
+            ValueError: if it cannot be written.
+        """
+        path = self.folder / f"step-{step:06}.ckpt"
+        part = path.with_suffix(f".{os.getpid()}.part")
+        try:
+            with part.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise self._unwritable(error) from error
+        finally:
+            part.unlink(missing_ok=True)
+        for old in self.files()[:-KEPT]:
+            old.unlink(missing_ok=True)
+        for left in self.folder.glob("*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state that can be read, or None where there is no checkpoint.
+
+        Raises:
+            ValueError: if there are checkpoints, and none can be read.
+        """
+        files = self.files()
+        for path in reversed(files):
+            try:
+                return read_torch(path)
+            except UnreadableFile as error:
+                logger.warning("checkpoint %s cannot be read (%s)", path, error)
+        if files:
+            raise ValueError(f"checkpoint: none of the {len(files)} in {self.folder} can be read; remove them")
+        return None
+
+    def _unwritable(self, error: Exception) -> ValueError:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+        return ValueError(f"checkpoint folder {self.folder} cannot be written ({reason}); choose another place")
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])

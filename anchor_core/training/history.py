@@ -1,0 +1,53 @@
+"""What happened in a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..drift import ProbeResult
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One finished step, counted from 1. `loss` is the sum of `terms`; `drift` is set when the probe has just run."""
+
+    step: int
+    steps: int
+    loss: float
+    terms: dict[str, float]
+    drift: float | None = None
+
+
+@dataclass
+class History:
+    """What happened: a loss and its weighted terms for each step made, and the probes as (steps made, result).
+
+    Attributes:
+        kept: the step whose weights the adapter was left with.
+        cancelled: `should_stop` ended the training.
+        over_budget: `stop_on_drift` ended it.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    terms: dict[str, list[float]] = field(default_factory=dict)
+    probes: list[tuple[int, ProbeResult]] = field(default_factory=list)
+    seconds: float = 0.0
+    kept: int = 0
+    cancelled: bool = False
+    over_budget: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers that JSON holds."""
+        return {
+            **self.__dict__,
+            "losses": list(self.losses),
+            "terms": {name: list(values) for name, values in self.terms.items()},
+            "probes": [{"step": step, **result.to_dict()} for step, result in self.probes],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> History:
+        """What `to_dict` gave."""
+        probes = [(probe["step"], ProbeResult.from_dict(probe)) for probe in values["probes"]]
+        return cls(**{**values, "probes": probes})

@@ -1,0 +1,114 @@
+"""The file of a training: the adapter, and what it says of how it was made."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from ..adapters.config import AdapterConfig
+from ..adapters.file import EMBEDDING_FILE, save_adapter, to_file_keys
+from ..adapters.formats import convert
+from ..adapters.kinds import KINDS, NO_LAYERS
+from ..adapters.metadata import base_fingerprint, embedding_metadata
+from ..adapters.tokens import to_embedding
+from ..concept import Concept
+from .settings import TrainSettings
+
+_BASE_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+    "stable-diffusion-v3-medium": "sd3",
+    "flux-1-dev": "flux1",
+}
+"""modelspec's architecture -> kohya's `ss_base_model_version`."""
+
+
+def adapter_metadata(
+    denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
+) -> dict[str, str]:
+    """Metadata of a trained adapter: `modelspec.`, kohya's `ss_`, and all settings of the training under `anchor.`.
+
+    No date, so that the same training makes the same file.
+    """
+    config, made = denoiser.adapter.config, settings.steps if steps is None else steps
+    architecture = getattr(denoiser, "architecture", "stable-diffusion-v1")
+    diffusers_names = any("transformer_blocks" in name for name in denoiser.adapter.module_names)
+    name = "textual-inversion" if config.kind == NO_LAYERS else config.kind
+    modelspec = {
+        "sai_model_spec": "1.0.0",
+        "architecture": f"{architecture}/{name}",
+        "implementation": "diffusers" if diffusers_names else "https://github.com/comfyanonymous/ComfyUI",
+        "title": concept.subject_prompt,
+        "trigger_phrase": concept.subject_prompt,
+        "resolution": _resolution(getattr(denoiser, "default_resolution", None)),
+        "prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}.get(denoiser.prediction_type),
+    }
+    kohya = {
+        **(_kohya_network(config) if config.kind in KINDS else {}),
+        "base_model_version": _BASE_VERSIONS.get(architecture),
+        "learning_rate": settings.learning_rate,
+        "max_train_steps": settings.steps,
+        "steps": made,
+        "batch_size_per_device": settings.batch_size,
+        "seed": settings.seed,
+    }
+    anchor = {
+        **{option.name: getattr(settings, option.name) for option in fields(settings)},
+        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
+        "subject_prompt": concept.subject_prompt,
+        "class_prompt": concept.class_prompt,
+        "steps": made,
+        "base_model": base_fingerprint(denoiser),
+        "version": __version__,
+    }
+    groups = {"modelspec.": modelspec, "ss_": kohya, "anchor.": anchor}
+    return {
+        f"{prefix}{name}": str(value)
+        for prefix, group in groups.items()
+        for name, value in group.items()
+        if value is not None
+    }
+
+
+def _kohya_network(config: AdapterConfig) -> dict[str, Any]:
+    ranked = KINDS[config.kind].ranked
+    return {
+        "network_module": "networks.lora" if config.kind == "lora" else "lycoris.kohya",
+        "network_args": None if config.kind == "lora" else json.dumps({"algo": config.kind}),
+        "network_dim": config.rank if ranked else None,
+        "network_alpha": config.alpha if ranked else None,
+    }
+
+
+def _resolution(size: int | tuple[int, int] | None) -> str | None:
+    """modelspec's `<width>x<height>` of one side, or of (height, width)."""
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return None if size is None else f"{width}x{height}"
+
+
+def save_trained(
+    path: str | Path, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
+) -> list[Path]:
+    """Write the adapter attached to `denoiser` with what it was trained on, and its token vectors beside it.
+
+    Args:
+        steps: if fewer than planned were made.
+
+    Returns:
+        the files: of the adapter, and of the embedding where it is another.
+    """
+    adapter, files = denoiser.adapter, [Path(path)]
+    metadata = adapter_metadata(denoiser, concept, settings, steps)
+    tensors = to_file_keys(adapter, denoiser.file_keys())
+    if adapter.config.kind == "full":
+        # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
+        tensors = convert(tensors, metadata, to="comfyui")
+    save_adapter(path, tensors, metadata)
+    if adapter.tokens is not None and adapter.config.kind != NO_LAYERS:
+        files.append(files[0].with_name(EMBEDDING_FILE))
+        save_adapter(files[1], to_embedding(adapter.tokens), embedding_metadata(metadata))
+    return files

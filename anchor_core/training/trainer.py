@@ -1,0 +1,377 @@
+"""The training loop: an objective, an adapter, a history, and checkpoints to go on from."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.adapter import Adapter
+from ..adapters.metadata import base_fingerprint
+from ..concept import Concept
+from ..data.cache import Cache
+from ..data.dataset import Dataset, Example
+from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
+from ..drift import DriftProbe
+from .checkpoint import Checkpoints
+from .gradient_checkpointing import checkpointed
+from .history import History, StepReport
+from .keeping import Candidates
+from .methods import check_combination
+from .noise_levels import min_snr_weights, sample_levels
+from .optimizers import AveragedWeights, make_optimizer, make_schedule
+from .parallel import ALONE, Workers
+from .settings import TrainSettings
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
+"""Settings that a resumed training may have otherwise: they do not enter the steps already made."""
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
+
+
+def train(
+    denoiser: Denoiser,
+    adapter: Adapter,
+    references: Dataset | Tensor,
+    concept: Concept,
+    settings: TrainSettings,
+    *,
+    class_latents: Tensor | None = None,
+    probe: DriftProbe | None = None,
+    on_step: Callable[[StepReport], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    checkpoints: Checkpoints | None = None,
+    cache: Cache | None = None,
+    workers: Workers = ALONE,
+) -> History:
+    """Train `adapter`, which is attached to `denoiser`, in place.
+
+    Every draw comes from one CPU generator in a fixed order (references, noise levels, noise; then, for an objective
+    that reads class pictures, the same three for those), so that two backends see the same training. The global
+    random state is left as it was.
+
+    Args:
+        references: a dataset, or scaled latents (N, C, h, w) that all have the concept's two prompts.
+        class_latents: (M, C, h, w), for prior preservation.
+        probe: measured before the first step, every `settings.probe_every` steps, and after the last.
+        on_step: called after each step; what it raises ends the training and is passed on.
+        should_stop: asked before each step; True ends the training with what has been learnt.
+        checkpoints: written every `settings.checkpoint_every` steps and at the end; where it holds one already, the
+            training goes on from there.
+        cache: of encoded prompts.
+        workers: the processes that train together.
+
+    Raises:
+        TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
+        ValueError: for latents of a wrong shape, an objective whose class pictures are missing, a probe that the
+            settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
+            prompts that do not go together.
+    """
+    objective = settings.make_objective()
+    settings.check_model(denoiser.prediction_type)
+    if not isinstance(references, Dataset):
+        _check_latents("references", references)
+        references = Dataset.of_latents(references, concept)
+    pairs = {pair for each in references.examples for pair in zip(each.subject_prompts, each.class_prompts)}
+    check_combination(settings, adapter.config, sorted(pairs), references.caption_dropout)
+    classes = None
+    if objective.reads_class_pictures:
+        if class_latents is None:
+            raise ValueError(f"objective {objective.name!r} reads class pictures, but class_latents is None; pass them")
+        _check_latents("class_latents", class_latents)
+        own = class_latents.detach().to("cpu", torch.float32, copy=True)
+        classes = Dataset([Example(row, (concept.class_prompt,), (concept.class_prompt,)) for row in own])
+    if probe is None and (settings.keep == "best" or settings.stop_on_drift):
+        raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; set probe_every above 0")
+    with ExitStack() as stack:
+        # ComfyUI runs nodes in inference mode, where nothing can be trained.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        if settings.gradient_checkpointing:
+            stack.enter_context(checkpointed(denoiser.blocks))
+        datasets = [references] if classes is None else [references, classes]
+        cache = cache or Cache(denoiser)
+        run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
+        try:
+            run.loop(on_step, should_stop)
+        finally:
+            run.average.apply()
+        run.keep()
+        return run.history
+
+
+class _Run:
+    """One training: all that changes while it goes on is in its checkpoints."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        adapter: Adapter,
+        datasets: list[Dataset],
+        concept: Concept,
+        settings: TrainSettings,
+        probe: DriftProbe | None,
+        checkpoints: Checkpoints | None,
+        cache: Cache,
+        workers: Workers,
+    ):
+        self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
+        self.objective, self.probe, self.checkpoints = settings.make_objective(), probe, checkpoints
+        self.datasets, self.concept = datasets, concept
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.parameters = adapter.parameters()
+        self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
+        self.schedule = make_schedule(self.optimizer, settings)
+        self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
+        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.history, self.started = History(), time.perf_counter()
+        self.candidates = Candidates(settings.keep)  # of the probes within the budget
+        prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
+        prompts += [""] if self.objective.reads_unconditional else []
+        self.conditions = dict(zip(prompts, cache.conditions(prompts)))
+        reads_pooled = self.objective.reads_pooled
+        self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
+        if checkpoints is not None:
+            self._resume()
+
+    @property
+    def made(self) -> int:
+        return len(self.history.losses)
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def loop(self, on_step: Callable[[StepReport], None] | None, should_stop: Callable[[], bool] | None) -> None:
+        settings, history = self.settings, self.history
+        if self.probe is not None and not history.probes:
+            self._measure()
+        while self.made < settings.steps and not history.over_budget:
+            if should_stop is not None and should_stop():
+                history.cancelled = True
+                break
+            terms = self._optimize()
+            history.losses.append(sum(terms.values()))
+            for name, value in terms.items():
+                history.terms.setdefault(name, []).append(value)
+            measured = self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps)
+            if measured:
+                self._measure()
+            history.seconds += time.perf_counter() - self.started
+            self.started = time.perf_counter()
+            if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
+                self._save()
+            if on_step is not None:
+                drift = history.probes[-1][1].drift if measured else None
+                on_step(StepReport(self.made, settings.steps, history.losses[-1], terms, drift))
+        if self.probe is not None and history.probes[-1][0] != self.made:
+            self._measure()
+        if self.made and (settings.checkpoint_every and self.made % settings.checkpoint_every):
+            self._save()
+        history.seconds += time.perf_counter() - self.started
+        logger.info("trained %d of %d steps in %.1f s", self.made, settings.steps, history.seconds)
+
+    def _optimize(self) -> dict[str, float]:
+        """One step of the optimizer; gives the weighted terms of the loss."""
+        settings = self.settings
+        self.optimizer.zero_grad(set_to_none=True)
+        for vectors in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
+            # Rows without a caption do not reach them, and all processes average the same gradients.
+            vectors.grad = torch.zeros_like(vectors)
+        sums: dict[str, Tensor] = {}
+        for _ in range(settings.accumulation):
+            with self.adapter.dropout(), self._autocast():
+                terms = self.objective(self._draw())
+            self.scaler.scale(sum(terms.values()) / settings.accumulation).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
+        self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
+        values = {name: value.item() for name, value in sums.items()}
+        self._check_finite("loss", sum(values.values()))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
+            self._check_finite("gradient", norm)
+        scale = self.scaler.get_scale()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.scaler.get_scale() >= scale:
+            self.schedule.step()
+            self.average.update()
+        return values
+
+    def _autocast(self):
+        dtype = _DTYPES[self.settings.precision]
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+
+    def _draw(self) -> Step:
+        (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
+        prior = None
+        if len(self.datasets) > 1:
+            drawn, class_rows, share = self._rows(self.datasets[1])
+            prior = PriorBatch(*drawn, self._encoded(class_rows.class_prompts[share], adapted=True))
+        masks = None if rows.masks is None else rows.masks[mine].to(latents)
+        encode = partial(self._encoded, adapted=True)
+        texts = Texts(rows.class_prompts[mine], encode, self.concept.subject_prompt, self.class_pooled)
+        return Step(
+            self.denoiser,
+            latents,
+            noise,
+            timesteps,
+            self._encoded(rows.subject_prompts[mine], adapted=True),
+            self._encoded(rows.class_prompts[mine]),
+            prior,
+            weights,
+            masks,
+            texts,
+        )
+
+    def _rows(self, dataset: Dataset):
+        """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None: of all workers, then this one's share."""
+        count, device = self.settings.batch_size * self.workers.count, self.denoiser.device
+        rows = dataset.draw(count, self.generator)
+        levels = sample_levels(count, self.generator, self.settings)
+        noise = torch.randn(rows.latents.shape, generator=self.generator)
+        mine = self.workers.share(count)
+        timesteps = self.denoiser.timesteps(levels[mine]).to(device)
+        weights = None
+        if self.settings.min_snr:
+            snr = self.denoiser.snr(timesteps)
+            weights = min_snr_weights(snr, self.settings.min_snr, self.denoiser.prediction_type)
+        return (rows.latents[mine].to(device), noise[mine].to(device), timesteps, weights), rows, mine
+
+    def _encoded(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
+        """A condition a prompt: the pretrained encoder's, or that of the adapter on it if there is one."""
+        if not (adapted and self.adapter.config.trains_text):
+            return [self.conditions[prompt] for prompt in prompts]
+        different = list(dict.fromkeys(prompts))
+        encoded = dict(zip(different, self.denoiser.encode_prompts(different, adapted=True)))
+        return [encoded[prompt] for prompt in prompts]
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise TrainingDiverged(
+                f"the {what} became {value} at step {self.made + 1} of {self.settings.steps}; take a learning_rate "
+                f"below {self.settings.learning_rate:g}, and pictures and latents without NaN"
+            )
+
+    # --- when to stop and what to keep --------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Measure the probe on the weights that would be kept now, and offer them as what to keep.
+
+        Their score is the value of Eq. 5 on the probe, reconstruction + keep_w * drift, each a mean squared error in
+        epsilon. Its points are fixed, so that unlike the training's loss it can be compared between steps.
+        """
+        settings = self.settings
+        with self.average:
+            result = self.probe.measure()
+            self.history.probes.append((self.made, result))
+            if settings.stop_on_drift and result.drift > settings.stop_on_drift:
+                if self.made == 0:
+                    raise ValueError(
+                        f"stop_on_drift is {settings.stop_on_drift:g}, but the model alone measures "
+                        f"{result.drift:.4g}; take more than that"
+                    )
+                self.history.over_budget = True
+                return
+            if settings.keep == "best" or settings.stop_on_drift:
+                self.candidates.offer(self.made, result.objective(settings.keep_w), self.adapter.state_dict)
+
+    def keep(self) -> None:
+        """Leave the adapter with the weights to keep; with `keep="last"`, over the budget, the last within it."""
+        self.history.kept, chosen = self.made, self.candidates.kept
+        if chosen is not None and (self.settings.keep == "best" or self.history.over_budget):
+            self.adapter.load_state_dict(chosen["weights"])
+            self.history.kept = chosen["step"]
+
+    # --- checkpoints --------------------------------------------------------------------------------------------
+
+    def _about(self) -> dict[str, Any]:
+        """What a checkpoint must agree in with the training that goes on from it."""
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in _MAY_CHANGE}
+        return {
+            "base model": base_fingerprint(self.denoiser),
+            "adapter": asdict(self.adapter.config),
+            "number of processes": self.workers.count,
+            "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in self.datasets[0].examples],
+            "prompts": self.datasets[0].prompts(),
+            **settings,
+        }
+
+    def _save(self) -> None:
+        if self.checkpoints is None or not self.workers.is_first:
+            return
+        devices = [self.denoiser.device] if self.denoiser.device.type == "cuda" else []
+        state = {
+            "about": self._about(),
+            "adapter": self.adapter.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "average": self.average.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "generator": self.generator.get_state(),
+            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
+            "datasets": [dataset.state_dict() for dataset in self.datasets],
+            "history": self.history.to_dict(),
+            "candidates": self.candidates.state_dict(),
+        }
+        self.checkpoints.save(self.made, state)
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load()
+        if state is None:
+            return
+        for name, value in self._about().items():
+            saved = state["about"].get(name)
+            if saved != value:
+                raise ValueError(
+                    f"checkpoint in {self.checkpoints.folder} is of another training: its {name} is "
+                    f"{_short(saved)}, and {_short(value)} here; give another folder or the same settings"
+                )
+        self.adapter.load_state_dict(state["adapter"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.average.load_state_dict(state["average"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        torch.set_rng_state(state["random"][0])
+        for random in state["random"][1:]:
+            torch.cuda.set_rng_state(random, self.denoiser.device)
+        for dataset, saved in zip(self.datasets, state["datasets"], strict=True):
+            dataset.load_state_dict(saved)
+        self.candidates.load_state_dict(state["candidates"])
+        self.history = History.from_dict(state["history"])
+        self.history.cancelled = False
+        logger.info("going on from step %d of %d", self.made, self.settings.steps)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _check_latents(name: str, latents: Tensor) -> None:
+    if latents.ndim != 4 or not len(latents):
+        raise ValueError(f"{name} is {tuple(latents.shape)}, but it takes (N, C, h, w) with at least one picture")
+
+
+@contextmanager
+def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """A random state of the training's own, which only dropout uses."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

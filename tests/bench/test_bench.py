@@ -1,0 +1,63 @@
+"""The demo and the tables, run for a few steps."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from anchor_core.adapters.file import load_adapter
+from anchor_core.bench import ablation, demo, personalise
+from anchor_core.evaluation import metrics
+
+
+def test_mean_pairwise_cosine_counts_every_pair():
+    generated = torch.tensor([[2.0, 0.0], [0.0, 1.0]])
+    references = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 3.0]])
+    expected = (1 + 0.5**0.5 + 0 + 0 + 0.5**0.5 + 1) / 6
+    assert metrics.mean_pairwise_cosine(generated, references) == pytest.approx(expected)
+
+
+def test_text_alignment_pairs_row_with_row():
+    pictures, prompts = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[3.0, 0.0], [1.0, 0.0]])
+    assert metrics.text_alignment(pictures, prompts) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="go in pairs"):
+        metrics.text_alignment(pictures, prompts[:1])
+
+
+def test_demo_writes_what_it_promises(tmp_path):
+    result = demo.run(tmp_path, "bolt", seed=1, steps=2)
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert set(written["methods"]) == {"dreambooth", "prior_preservation", "anchored"}
+    for row in written["methods"].values():
+        assert {"subject_fidelity", "text_alignment", "drift", "seconds", "adapter"} <= set(row)
+        load_adapter(tmp_path / row["adapter"])
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert demo.table(result).count("\n") == 3
+
+
+def test_tables_leave_the_tuning_subjects_out():
+    assert not set(personalise.TABLE_SUBJECTS) & set(personalise.TUNING_SUBJECTS)
+    assert len(personalise.TABLE_SUBJECTS) >= 4
+
+
+def test_a_table_has_mean_and_spread_of_its_cells():
+    def row(method: str, subject: str, value: float) -> dict:
+        scores = {"10": dict.fromkeys(ablation.COLUMNS, value)}
+        return {"method": method, "subject": subject, "seed": 0, "scores": scores}
+
+    rows = [row("dreambooth", "pip", 0.25), row("dreambooth", "momo", 0.75)]
+    rows += [row("w = 0.5", "pip", 0.375), row("w = 0.5", "momo", 0.875)]
+    text = ablation.markdown(rows)
+    assert "### After 10 steps" in text
+    assert "| dreambooth | 2 | 0.500 ± 0.354 |" in text
+    assert "| w = 0.5 | 2 | 0.625 ± 0.354 |" in text
+    assert "| w = 0.5 | 2 | 0.125 ± 0.000 |" in text  # run by run
+
+
+def test_methods_differ_in_what_they_say():
+    settings = {method.name: method.settings(personalise.SETTINGS) for method in ablation.METHODS}
+    assert settings["w = 0.5"].w == 0.5 and settings["w = 0.5"].objective == "anchor"
+    base = personalise.SETTINGS.learning_rate
+    assert settings["DreamBooth, rate x 1.5"].learning_rate == pytest.approx(1.5 * base)

@@ -1,0 +1,401 @@
+"""Run under ComfyUI's interpreter: the contract, and what only ComfyUI's backend promises, for each family of models.
+
+Usage: check_contract.py COMFYUI PACK OUTPUT [FAMILY ...]. OUTPUT becomes a JSON object: family to check to what is
+wrong, or "", and under `refused` what is said of models that cannot be trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
+PATCHED = ("sd1", "sd2_v", "sdxl", "sdxl_v", "flux")
+OTHERS = ("lora", "loha", "lokr")
+REFUSED = ("dynamic_vram", "fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_encoder", "dora_on_fp8")
+
+if __name__ == "__main__":
+    comfyui, pack, output, *chosen = sys.argv[1:]
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
+
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+    import comfy.sample
+    import comfy.sampler_helpers
+    import comfy.samplers
+    import comfy.sd
+    import comfy_models as models
+    import contract
+    import torch
+    from comfy_models import fingerprint, same
+    from torch import Tensor
+    from torch.utils.checkpoint import checkpoint
+
+    from anchor_core.adapters.config import AdapterConfig
+    from anchor_core.adapters.file import to_file_keys
+    from anchor_core.backends.comfyui.apply import apply_adapter
+    from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+    from anchor_core.training.settings import TrainSettings
+    from anchor_core.training.trainer import train
+
+
+def check_prediction_is_native(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """z_0 by our prediction of z_t is z_0 by ComfyUI's own code, and so is the noise process around it."""
+    noisy, timesteps = contract.draw(denoiser, shape, 1), contract.times(denoiser, (0.4,))
+    condition = denoiser.encode_prompt("a photo of a dog")
+    one = torch.ones_like(noisy)
+    alpha, sigma = denoiser.add_noise(one, 0 * one, timesteps), denoiser.add_noise(0 * one, one, timesteps)
+    with torch.no_grad():
+        prediction = denoiser.predict(noisy, timesteps, [condition])
+        flow = denoiser.prediction_type == "flow"
+        ours = {
+            "epsilon": lambda: (noisy - sigma * prediction) / alpha,
+            "v_prediction": lambda: alpha * noisy - sigma * prediction,
+            "flow": lambda: noisy - sigma * prediction,
+        }[denoiser.prediction_type]()
+        # ComfyUI's own x and sigma; the guidance is the training's, which the sampler would not give by itself.
+        x, own_sigma = (noisy, sigma) if flow else (noisy / alpha, sigma / alpha)
+        x = x.unsqueeze(2) if name in ("wan", "qwen_image") else x
+        model = denoiser.model
+        conds = comfy.sampler_helpers.convert_cond([[condition.cross_attention, condition.extras | {"guidance": 1.0}]])
+        if name == "chroma":
+            conds[0].pop("guidance")
+        conds = comfy.samplers.process_conds(model.model, x, {"positive": conds}, denoiser.device)["positive"]
+        sigmas = own_sigma.flatten()[:1]
+        (theirs,) = comfy.samplers.calc_cond_batch(model.model, [conds], x, sigmas, model.model_options)
+    torch.testing.assert_close(ours, theirs.reshape(ours.shape), atol=1e-4, rtol=1e-4)
+
+
+def check_what_the_network_is_given(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """Time on the network's own axis, z_t itself, SDXL's vector of sizes, Flux's guidance in training and sampling."""
+    seen: list[tuple] = []
+    hook = denoiser.network.register_forward_pre_hook(
+        lambda module, arguments, options: seen.append((arguments, options)), with_kwargs=True
+    )
+    try:
+        noisy, timesteps = contract.draw(denoiser, shape, 1), contract.times(denoiser, (0.4,))
+        condition = denoiser.encode_prompt("a photo of a dog")
+        with torch.no_grad():
+            denoiser.predict(noisy, timesteps, [condition])
+        denoiser.sample([condition], condition, noisy, steps=1, guidance=2.0)
+    finally:
+        hook.remove()
+    (x, time), options = seen[0]
+    axis = {"sd3": 1000, "wan": 1000}.get(name, 1) if denoiser.prediction_type == "flow" else 1000
+    torch.testing.assert_close(time.float(), torch.tensor([0.4 * axis]))
+    torch.testing.assert_close(x.reshape(noisy.shape), noisy, atol=1e-5, rtol=1e-5)
+    if name.startswith("sdxl"):
+        sizes = torch.tensor([64.0, 64, 0, 0, 64, 64])
+        expected = torch.cat(
+            [condition.extras["pooled_output"].flatten(), denoiser.model.model.embedder(sizes).flatten()]
+        )
+        torch.testing.assert_close(options["y"][0], expected)
+    if name == "flux":
+        assert options["guidance"].tolist() == [1.0], f"in training the guidance is {options['guidance']}"
+        assert set(seen[1][1]["guidance"].tolist()) == {3.5}, f"in sampling it is {seen[1][1]['guidance']}"
+
+
+@contextmanager
+def checkpointed(blocks) -> Iterator[None]:
+    """As the trainer does it: the blocks keep their inputs only."""
+    for block in blocks:
+
+        def run(*arguments, forward=block.forward, **options):
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **options)
+            return checkpoint(forward, *arguments, use_reentrant=False, **options)
+
+        block.forward = run
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def loss_of(denoiser: ComfyDenoiser, step) -> Tensor:
+    prediction = denoiser.predict(step.noisy, step.timesteps, step.subject_conditions)
+    return (prediction.double() - step.target).square().mean()
+
+
+def gradients(denoiser: ComfyDenoiser, step, blocks=()) -> list[Tensor]:
+    """Of a stirred adapter in every linear layer."""
+    with contract.attached(denoiser) as adapter, checkpointed(blocks):
+        return list(torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True))
+
+
+def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-4) -> None:
+    ours, theirs = (torch.cat([part.flatten().double() for part in parts]) for parts in (ours, theirs))
+    off = ((ours - theirs).norm() / theirs.norm()).item()
+    assert theirs.norm() > 0 and off < limit, f"gradients are off by {off:.2g} of their norm"
+
+
+def check_gradient_checkpointing(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """Gradients with and without it are the same."""
+    step = contract.make_step(denoiser, shape)
+    assert_near(gradients(denoiser, step, denoiser.blocks), gradients(denoiser, step))
+
+
+def check_gradients_are_slopes(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """The gradient along itself is the slope of the loss there, by finite differences."""
+    with contract.attached(denoiser) as adapter:
+        step = contract.make_step(denoiser, shape)
+        parts = torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True)
+        norm = torch.cat([part.flatten() for part in parts]).norm()
+        sides = []
+        with torch.no_grad():
+            for distance in (3e-3, -6e-3):
+                for parameter, part in zip(adapter.parameters(), parts):
+                    parameter += distance * part / norm
+                sides.append(loss_of(denoiser, step))
+        slope = (sides[0] - sides[1]) / 6e-3
+    torch.testing.assert_close(slope.float(), norm, rtol=0.03, atol=0)
+
+
+def check_prompts_in_one_go(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """`encode_prompts` is `encode_prompt` of each."""
+    prompts = ["a dog", "", "a photo of a dog"]
+    for one, other in zip(denoiser.encode_prompts(prompts), map(denoiser.encode_prompt, prompts), strict=True):
+        assert torch.equal(one.cross_attention, other.cross_attention)
+        assert torch.equal(one.extras["pooled_output"], other.extras["pooled_output"])
+
+
+def predict(model, clip, vae, shape) -> Tensor:
+    with ComfyDenoiser(model, clip, vae) as denoiser, torch.no_grad():
+        condition = denoiser.encode_prompt("a photo of a dog")
+        return denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
+
+
+def trained(model, clip, vae, shape, **options) -> tuple[dict[str, Tensor], Tensor, int]:
+    """An adapter's tensors as its file has them, what it predicts, and its number of layers."""
+    with (
+        ComfyDenoiser(model, clip, vae) as denoiser,
+        contract.attached(denoiser, **options) as adapter,
+        torch.no_grad(),
+    ):
+        condition = denoiser.encode_prompt("a photo of a dog")
+        prediction = denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
+        return to_file_keys(adapter, denoiser.file_keys()), prediction, len(adapter.module_names)
+
+
+def check_stock_loader(name: str, model, clip, vae, shape) -> None:
+    """The adapter's file through ComfyUI's own loader, and through ours, predicts what the adapter did."""
+    for kind in ("lora", "loha", "lokr", "full", "svdiff"):
+        tensors, prediction, layers = trained(model, clip, vae, shape, kind=kind, alpha=1.0)
+        stock, _ = comfy.sd.load_lora_for_models(model, None, dict(tensors), 1.0, 0.0)
+        read = sum(key.endswith(".weight") for key in stock.patches)
+        assert read == layers, f"ComfyUI reads {read} of {layers} layers ({kind})"
+        for on in (stock, apply_adapter(model, tensors, 1.0)[0]):
+            torch.testing.assert_close(predict(on, clip, vae, shape), prediction, atol=1e-4, rtol=0)
+
+
+def picture(model, clip, shape) -> Tensor:
+    """By ComfyUI alone, as a KSampler node makes it."""
+    (positive,), (negative,) = (clip.encode_from_tokens_scheduled(prompt) for prompt in ("a dog in the snow", ""))
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(8))
+    noise = noise.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else noise
+    return comfy.sample.sample(
+        model,
+        noise,
+        2,
+        3.0,
+        "euler",
+        "simple",
+        [positive],
+        [negative],
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+
+
+def check_untouched(name: str, model, clip, vae, shape) -> None:
+    """However a training ends, with and without a LoRA on the MODEL: the same model, the same next picture."""
+    tensors, *_ = trained(model, clip, vae, shape)
+    endings = (None, RuntimeError, comfy.model_management.InterruptProcessingException, torch.OutOfMemoryError)
+    for on in (model, apply_adapter(model, tensors, 0.5)[0]):
+        first = picture(on, clip, shape)
+        before = fingerprint(on)
+        for ending in endings:
+            ended = run_training(on, clip, vae, shape, ending)
+            assert ended is ending, f"the training ended by {ended} instead of {ending}"
+            assert same(before, fingerprint(on)), f"after {ending} the model is another one"
+            assert torch.equal(picture(on, clip, shape), first), f"after {ending} the picture is another one"
+
+
+def run_training(model, clip, vae, shape, ending: type[BaseException] | None) -> type[BaseException] | None:
+    """Two steps; an error comes up inside the network, in the second one's backward pass."""
+    try:
+        with ComfyDenoiser(model, clip, vae) as denoiser:
+            adapter = denoiser.attach(AdapterConfig(rank=2, layers="all_linear"), 0)
+            calls = []
+
+            def stop(gradient: Tensor) -> None:
+                calls.append(gradient)
+                if ending is not None and len(calls) == 2:
+                    raise ending("in the middle of a step")
+
+            adapter.parameters()[-1].register_hook(stop)
+            train(denoiser, adapter, contract.draw(denoiser, shape, 1), contract.CONCEPT, TrainSettings(steps=2))
+    except BaseException as error:
+        if type(error) is not ending:
+            raise
+        return type(error)
+    return None
+
+
+def check_lora_on_model_is_pretrained(name: str, model, clip, vae, shape) -> None:
+    """Gradients on a MODEL with a LoRA are those on one whose weights were merged beforehand."""
+    tensors, *_ = trained(model, clip, vae, shape)
+    patched = apply_adapter(model, tensors, 0.5)[0]
+    comfy.model_management.load_models_gpu([patched])
+    values = {key: value.clone() for key, value in patched.model.state_dict().items()}
+    base, _, _ = models.build(name)
+    base.model.load_state_dict(values)
+    with ComfyDenoiser(patched, clip, vae) as denoiser:
+        ours = gradients(denoiser, contract.make_step(denoiser, shape))
+    with ComfyDenoiser(base, clip, vae) as denoiser:
+        assert_near(ours, gradients(denoiser, contract.make_step(denoiser, shape)), 1e-6)
+    assert not torch.equal(predict(patched, clip, vae, shape), predict(model, clip, vae, shape))
+
+
+def check_fp8(name: str, model, clip, vae, shape) -> None:
+    """Weights in fp8, cast where they are used: predictions, gradients and the end are those of what they stand for."""
+    stored, _, _ = models.build(name, torch.float8_e4m3fn, torch.float32)
+    plain, _, _ = models.build(name)
+    plain.model.load_state_dict({key: value.float() for key, value in stored.model.state_dict().items()})
+    before, found = fingerprint(stored), []
+    for on in (stored, plain):
+        with ComfyDenoiser(on, clip, vae) as denoiser:
+            step = contract.make_step(denoiser, shape)
+            found.append((gradients(denoiser, step), gradients(denoiser, step, denoiser.blocks)))
+    assert_near(found[0][0], found[1][0])
+    assert_near(found[0][1], found[1][0])
+    assert same(before, fingerprint(stored)), "the model in fp8 is another one"
+    run_training(stored, clip, vae, shape, RuntimeError)
+    assert same(before, fingerprint(stored)), "after a training the model in fp8 is another one"
+
+
+def check_patches_by_block(name: str, model, clip, vae, shape) -> None:
+    """Patches of attention that look at the block they are in do the same when it is computed again."""
+    patched = model.clone()
+
+    def scale(attended: Tensor, options: dict) -> Tensor:
+        return attended * (1 + zlib.crc32(repr((options.get("block"), options.get("block_index"))).encode()) / 2**32)
+
+    patched.set_model_attn1_output_patch(scale)
+    with ComfyDenoiser(patched, clip, vae) as denoiser:
+        step = contract.make_step(denoiser, shape)
+        assert_near(gradients(denoiser, step, denoiser.blocks), gradients(denoiser, step))
+    if name in PATCHED:
+        assert not torch.equal(predict(patched, clip, vae, shape), predict(model, clip, vae, shape))
+
+
+def check_low_vram(name: str, model, clip, vae, shape) -> None:
+    """ComfyUI offloads half of a model with a LoRA meanwhile: layers patched at each use have the whole's gradients."""
+    tensors, *_ = trained(model, clip, vae, shape)
+    patched = apply_adapter(model, tensors, 0.5)[0]
+    first = picture(patched, clip, shape)
+    kinds = [(id(p), p.is_inference()) for p in patched.model.parameters()]
+    with ComfyDenoiser(patched, clip, vae) as denoiser:
+        step = contract.make_step(denoiser, shape)
+        whole = gradients(denoiser, step)
+        patched.partially_unload(patched.offload_device, patched.model_size() // 2)
+        assert_near(gradients(denoiser, step), whole)
+        assert_near(gradients(denoiser, step, denoiser.blocks), whole)
+        assert patched.model.model_lowvram
+        assert any(getattr(module, "weight_function", ()) for module in patched.model.modules())
+        told = ""
+        try:
+            denoiser.attach(AdapterConfig(kind="dora"))
+        except ValueError as error:
+            told = str(error)
+        assert "take lora" in told, "a kind that reads weights is not refused"
+    assert [(id(p), p.is_inference()) for p in patched.model.parameters()] == kinds, "parameters are others"
+    assert torch.equal(picture(patched, clip, shape), first), "the picture is another one"
+
+
+def refusal(kind: str) -> str:
+    """What is said of a model that cannot be trained on."""
+    model, clip, vae = models.build("flux" if kind == "packed_latents" else "sd1")
+    if kind == "dynamic_vram":
+        model.__class__ = comfy.model_patcher.ModelPatcherDynamic  # which needs a GPU to be made
+    elif kind == "fp8_matrix_mult":
+        model.model.diffusion_model.time_embed[0].__class__ = comfy.ops.fp8_ops.Linear
+    elif kind == "quantised":
+        layout = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout")
+        model.model.diffusion_model.quantised = torch.nn.Parameter(layout, requires_grad=False)
+    elif kind == "integers":
+        layer = model.model.diffusion_model.out[2]
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    elif kind == "packed_latents":
+        bases = (comfy.model_sampling.ModelSamplingAV, comfy.model_sampling.CONST)
+        model.add_object_patch("model_sampling", type("ModelSampling", bases, {})(model.model.model_config))
+    elif kind == "dora_on_fp8":
+        model, clip, vae = models.build("sd1", torch.float8_e4m3fn, torch.float32)
+    try:
+        with ComfyDenoiser(model, clip, vae) as denoiser:
+            denoiser.attach(AdapterConfig(kind="dora", text_encoder=kind == "text_encoder"))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def refusal_of_adapter(kind: str) -> str:
+    """What is said of an adapter for another size of the same architecture."""
+    other = models.UNET | {"context_dim": 2 * models.WIDTH}
+    tensors, *_ = trained(*models.build("sd1"), models.latent_shape("sd1"), kind=kind)
+    models.FAMILIES["other"] = models.Family(models.supported.SD15, other)
+    try:
+        apply_adapter(models.build("other")[0], tensors, 1.0)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+INSIDE = (
+    "check_prediction_is_native",
+    "check_what_the_network_is_given",
+    "check_gradient_checkpointing",
+    "check_gradients_are_slopes",
+    "check_prompts_in_one_go",
+)
+AROUND = (
+    "check_stock_loader",
+    "check_untouched",
+    "check_lora_on_model_is_pretrained",
+    "check_fp8",
+    "check_low_vram",
+    "check_patches_by_block",
+)
+
+
+def main() -> None:
+    results: dict[str, dict[str, str]] = {"refused": {}}
+    with torch.inference_mode():  # as ComfyUI runs every prompt
+        for kind in REFUSED:
+            results["refused"][kind] = refusal(kind)
+        for kind in OTHERS:
+            results["refused"][f"{kind}_of_another_model"] = refusal_of_adapter(kind)
+        for name in chosen or FAMILIES:
+            model, clip, vae = models.build(name)
+            shape, found = models.latent_shape(name), results.setdefault(name, {})
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                for check in contract.CHECKS:
+                    found[check.__name__] = contract.outcome(check, denoiser, shape)
+                for check in INSIDE:
+                    found[check] = contract.outcome(globals()[check], name, denoiser, shape)
+            for check in AROUND:
+                found[check] = contract.outcome(globals()[check], name, model, clip, vae, shape)
+    Path(output).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

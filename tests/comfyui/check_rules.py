@@ -1,0 +1,550 @@
+"""Run under ComfyUI's interpreter: the guidance rules against predictions of ComfyUI's own LoRA loader and CFG.
+
+Usage: check_rules.py COMFYUI PACK OUTPUT. OUTPUT becomes a JSON object: check to family to what is wrong, or
+"", under `alone` the checks on SD1's classes, and under `refused` what is said of input that does not fit.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+FAMILIES = ("sd1", "sd2_v", "sdxl", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
+LIMITS = ("sd1", "sdxl", "sd3")
+KINDS = ("lora", "dora", "lokr", "loha", "difference")
+
+if __name__ == "__main__":
+    comfyui, pack, output = sys.argv[1:]
+    sys.argv = [sys.argv[0], "--cpu"]
+    sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
+
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+
+    import comfy.hooks
+    import comfy.lora
+    import comfy.model_management
+    import comfy.patcher_extension
+    import comfy.sample
+    import comfy.samplers
+    import comfy.sd
+    import comfy_models as models
+    import torch
+    from contract import outcome
+    from torch import Tensor, nn
+
+    from anchor_core.backends.comfyui.guidance import guide_model, make_guider
+    from anchor_core.guidance import make_rule, step_at
+
+SUBJECT, CLASS, NULL = "a photo of a sks dog", "a photo of a dog", ""
+STRENGTH, SCALE = 0.8, 3.0
+
+
+def make_lora(model, kind: str = "lora", seed: int = 0, size: float = 0.3) -> dict[str, Tensor]:
+    """A file's tensors for every linear and convolution layer; `difference` changes norms and biases as well."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return size * torch.randn(shape, generator=draw)
+
+    tensors = {}
+    for name, layer in model.model.diffusion_model.named_modules():
+        key = f"diffusion_model.{name}"
+        if kind == "difference" and isinstance(layer, (nn.GroupNorm, nn.LayerNorm)) and layer.bias is not None:
+            tensors |= {f"{key}.w_norm": normal(*layer.weight.shape), f"{key}.b_norm": normal(*layer.bias.shape)}
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)):
+            continue
+        out, inside, *kernel = layer.weight.shape
+        fan = layer.weight[0].numel()
+        if kind in ("lora", "dora"):
+            down = normal(2, inside, *kernel) * fan**-0.5
+            tensors |= {f"{key}.lora_up.weight": normal(out, 2, *[1] * len(kernel)), f"{key}.lora_down.weight": down}
+            tensors[f"{key}.alpha"] = torch.tensor(3.0)
+        if kind == "dora":
+            tensors[f"{key}.dora_scale"] = 1 + normal(out, 1, *[1] * len(kernel)).abs()
+        if kind == "lokr" and out % 2 == 0 == inside % 2:
+            tensors |= {
+                f"{key}.lokr_w1": 5 * normal(2, 2) * fan**-0.5,
+                f"{key}.lokr_w2": normal(out // 2, inside // 2, *kernel),
+            }
+        if kind == "loha":
+            for side in ("hada_w1", "hada_w2"):
+                tensors |= {f"{key}.{side}_a": normal(out, 2), f"{key}.{side}_b": 3 * normal(2, fan) * fan**-0.25}
+        if kind == "difference":
+            tensors[f"{key}.diff"] = normal(*layer.weight.shape) * fan**-0.5
+            if layer.bias is not None:
+                tensors[f"{key}.diff_b"] = normal(*layer.bias.shape)
+    return tensors
+
+
+class Case:
+    """A family's model with a LoRA, an early checkpoint of it, prompts, and pictures of noise."""
+
+    def __init__(self, family: str, kind: str = "lora", steps: int = 2):
+        self.steps = steps
+        self.model, clip, _ = models.build(family)
+        self.lora, self.early = make_lora(self.model, kind), make_lora(self.model, kind, seed=1)
+        self.conds = {prompt: clip.encode_from_tokens_scheduled(prompt) for prompt in (SUBJECT, CLASS, NULL)}
+        if len(self.conds[SUBJECT][0][0][0]) == len(self.conds[CLASS][0][0][0]):  # as CLIP: alike up to the token
+            self.conds[CLASS][0][0][:, :5] = self.conds[SUBJECT][0][0][:, :5]
+        shape = (2, *models.latent_shape(family))
+        self.noise = torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        if self.model.model.latent_format.latent_dimensions == 3:
+            self.noise = self.noise.unsqueeze(2)
+
+    def stock(self, strength: float = STRENGTH, lora: Mapping[str, Tensor] | None = None):
+        lora = dict(self.lora if lora is None else lora)
+        return comfy.sd.load_lora_for_models(self.model, None, lora, strength, 0.0)[0]
+
+    def guided(self, rule: str, model=None, **options):
+        early = self.early if options.get("early") else None
+        return guide_model(
+            model or self.model,
+            self.lora,
+            make_rule(rule, **options),
+            strength=STRENGTH,
+            class_conditioning=self.conds[CLASS],
+            early_lora=early,
+        )
+
+    def denoised(self, model, prompt: str = SUBJECT, cfg: float = SCALE, negative: str = NULL) -> list[Tensor]:
+        """What a sampler is told of one noisy picture at each of its steps."""
+        said: list[Tensor] = []
+
+        def listen(denoise: Callable, x: Tensor, sigmas: Tensor, extra_args: dict, **_) -> Tensor:
+            start = 0.5 * x
+            for sigma in sigmas[:-1]:
+                said.append(denoise(start, sigma * x.new_ones(len(x)), **extra_args))
+            return x
+
+        sampler = comfy.samplers.KSAMPLER(lambda model, x, sigmas, extra_args, callback, disable: listen(
+            model, x, sigmas, extra_args
+        ))  # fmt: skip
+        self.sample(model, sampler, prompt, cfg, negative)
+        return said
+
+    def sample(self, model, sampler, prompt: str = SUBJECT, cfg: float = SCALE, negative: str = NULL) -> Tensor:
+        guider = make_guider(model, self.conds[prompt], self.conds[negative], cfg)
+        sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", self.steps)
+        return guider.sample(self.noise, torch.zeros_like(self.noise), sampler, sigmas, disable_pbar=True, seed=0)
+
+    def picture(self, model, **options) -> Tensor:
+        return self.sample(model, comfy.samplers.sampler_object("euler"), **options)
+
+    def branch(self, prompt: str = SUBJECT, strength: float = 1.0, early: bool = False) -> list[Tensor]:
+        """One branch's predictions, by ComfyUI's own loader."""
+        model = self.stock(strength * STRENGTH, self.early if early else None)
+        return self.denoised(model, prompt, cfg=1.0)
+
+
+def led(towards: list[Tensor], away: list[Tensor], scale: float = SCALE) -> list[Tensor]:
+    return [b + scale * (a - b) for a, b in zip(towards, away, strict=True)]
+
+
+def mixed(one: list[Tensor], other: list[Tensor], share: float) -> list[Tensor]:
+    return [(1 - share) * a + share * b for a, b in zip(one, other, strict=True)]
+
+
+def assert_same(ours: list[Tensor] | Tensor, theirs: list[Tensor] | Tensor, atol: float = 2e-4) -> None:
+    pairs = list(zip(ours, theirs, strict=True))
+    assert pairs
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, atol=atol * b.abs().max().item(), rtol=0)
+
+
+def far(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all((a - b).abs().max() > 1e-2 * b.abs().max() for a, b in zip(one, other, strict=True))
+
+
+# --- every family: the strength of a row is the strength at the stock loader ---------------------------------------
+
+
+def check_strengths(family: str) -> None:
+    """Personalization and autoguidance at several strengths, from pretrained to full."""
+    case = Case(family)
+    subject = case.branch()
+    for weak in (0.0, 0.3):
+        away = case.branch(NULL, weak)
+        assert_same(case.denoised(case.guided("personalization", weak=weak)), led(subject, away))
+    assert_same(case.denoised(case.guided("autoguidance", weak=0.4)), led(subject, case.branch(SUBJECT, 0.4)))
+    assert far(case.denoised(case.guided("autoguidance", weak=0.4)), subject)
+
+
+def check_limits(family: str) -> None:
+    """Limits of each rule that are ComfyUI's own CFG, or another rule."""
+    case = Case(family)
+    stock, subject = case.stock(), case.branch()
+    cfg, class_cfg = case.denoised(stock), case.denoised(stock, CLASS)
+    equal = {
+        ("cfg",): cfg,
+        ("personalization", "weak", 1.0): cfg,
+        ("personalization", "weak", 0.0): case.denoised(case.guided("unconditional_priors")),
+        ("autoguidance", "weak", 1.0): subject,
+        ("switching", "switch", 0.0): cfg,
+        ("switching", "switch", 1.0): class_cfg,
+        ("score_blend", "subject_share", 1.0): cfg,
+        ("mixed", "class_share", 0.25): mixed(cfg, class_cfg, 0.25),
+        ("multi_stage", "class_share", 0.0, "switch", 0.5): case.denoised(case.guided("switching", switch=0.5)),
+        ("rare_to_frequent", "level", 0): cfg,
+    }
+    for (rule, *option), expected in equal.items():
+        assert_same(case.denoised(case.guided(rule, **dict(zip(option[::2], option[1::2])))), expected)
+    assert far(cfg, case.denoised(case.guided("unconditional_priors")))
+    for rule in ("personalization", "unconditional_priors", "autoguidance"):
+        assert_same(case.denoised(case.guided(rule), cfg=1.0), subject)
+        assert_same(case.denoised(case.guided(rule, start=1.0)), subject)
+
+
+# --- SD1's classes -------------------------------------------------------------------------------------------------
+
+
+def check_kinds() -> None:
+    """Of every kind of adapter; and an early checkpoint in the adapter's place."""
+    for kind in KINDS:
+        case = Case("sd1", kind)
+        subject = case.branch()
+        assert far(subject, case.branch(strength=0.0)), kind
+        away = case.branch(NULL, 0.3)
+        assert_same(case.denoised(case.guided("personalization", weak=0.3)), led(subject, away))
+        away = case.branch(early=True)
+        assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, away))
+
+
+def make_sliced_lora(model, seed: int = 0) -> dict[str, Tensor]:
+    """In diffusers' names, of which several are slices of one weight, or are turned around."""
+    draw, tensors = torch.Generator().manual_seed(seed), {}
+    weights, keys = model.model.state_dict(), comfy.lora.model_lora_keys_unet(model.model, {})
+    for key, target in keys.items():
+        sliced = isinstance(target, tuple) and target[0] in weights and key.startswith("transformer.")
+        if not sliced or "mlp" in key:  # ComfyUI cuts the latter as for Flux's own ratio
+            continue
+        weight = weights[target[0]]
+        out, inside = (weight if target[1] is None else weight.narrow(*target[1])).shape
+        for part, shape in (("lora_A", (2, inside)), ("lora_B", (out, 2))):
+            tensors[f"{key}.{part}.weight"] = 0.3 * torch.randn(shape, generator=draw)
+    return tensors
+
+
+def check_slices() -> None:
+    """LoRAs over parts of fused weights, as diffusers' names have them for SD3 and Flux."""
+    for family in ("sd3", "flux"):
+        case = Case(family)
+        case.lora, case.early = make_sliced_lora(case.model), make_sliced_lora(case.model, seed=1)
+        assert len(case.lora) > 8, family
+        subject, away = case.branch(), case.branch(NULL, 0.3)
+        assert far(subject, case.branch(strength=0.0))
+        assert_same(case.denoised(case.guided("personalization", weak=0.3)), led(subject, away))
+        assert_same(case.denoised(case.guided("autoguidance", early=True)), led(subject, case.branch(early=True)))
+
+
+def check_other_loras() -> None:
+    """Those before and after the guidance are part of the pretrained network, whatever the kinds."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        before, after = (make_lora(case.model, other, seed) for other, seed in (("dora", 2), ("lora", 3)))
+
+        def around(strength: float, guided=None, case=case, before=before, after=after):
+            load = comfy.sd.load_lora_for_models
+            model = load(case.model, None, dict(before), 0.5, 0.0)[0]
+            middle = guided(model) if guided else load(model, None, dict(case.lora), strength, 0.0)[0]
+            return load(middle, None, dict(after), 0.5, 0.0)[0]
+
+        ours = case.denoised(around(0, lambda model, case=case: case.guided("personalization", model, weak=0.3)))
+        towards = case.denoised(around(STRENGTH), cfg=1.0)
+        away = case.denoised(around(0.3 * STRENGTH), NULL, cfg=1.0)
+        assert_same(ours, led(towards, away))
+
+
+def check_hook_loras() -> None:
+    """Those of ComfyUI's hooks, which patch weights while a prompt runs, are part of the pretrained network too."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        hook = comfy.hooks.create_hook_lora(make_lora(case.model, seed=2), 0.5, 0.0)
+        for prompt, ((embeddings, options),) in case.conds.items():
+            case.conds[prompt] = [[embeddings, {**options, "hooks": hook}]]
+        ours = case.denoised(case.guided("personalization", weak=0.3))
+        assert_same(ours, led(case.branch(), case.branch(NULL, 0.3)))
+
+
+def check_low_memory() -> None:
+    """Weights that ComfyUI patches anew at each use, and a step whose rows do not fit into one batch."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        expected = led(case.branch(), case.branch(NULL, 0.3))
+        guided = case.guided("personalization", weak=0.3)
+        load, network, calls = guided.load, case.model.model, []
+        guided.load = lambda device, *_, load=load, **__: load(device, lowvram_model_memory=1)
+        network.memory_required = lambda shape, **_: float("inf")
+        hook = network.diffusion_model.register_forward_pre_hook(
+            lambda _, given, calls=calls: calls.append(len(given[0]))
+        )
+        ours = case.denoised(guided)
+        hook.remove()
+        del network.memory_required
+        assert any(getattr(layer, "weight_function", []) for layer in network.modules()) and calls == [2] * 4
+        assert_same(ours, expected)
+
+
+def check_steps() -> None:
+    """Rules that change with the step, step by step; outside of the interval the pass is saved."""
+    case = Case("sd1", steps=10)
+    cfg, class_cfg = case.denoised(case.stock()), case.denoised(case.stock(), CLASS)
+    steps = range(case.steps)
+    switching = [class_cfg[i] if i < 3 else cfg[i] for i in steps]
+    assert_same(case.denoised(case.guided("switching", switch=0.3)), switching)
+    alternating = [class_cfg[i] if i < 6 and i % 2 == 0 else cfg[i] for i in steps]
+    assert_same(case.denoised(case.guided("rare_to_frequent", level=5)), alternating)
+    rows: list[int] = []
+    subject, guided = case.branch(), case.guided("cfg", start=0.2, stop=0.5)
+    hook = case.model.model.diffusion_model.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    ours = case.denoised(guided)
+    hook.remove()
+    assert_same(ours, [cfg[i] if 2 <= i < 5 else subject[i] for i in steps])
+    assert rows == [4 if 2 <= i < 5 else 2 for i in steps], rows
+    sigmas = [8.0, 4.0, 2.0, 0.0]
+    found = [step_at(sigma, sigmas) for sigma in (9.0, 8.0, 5.0, 4.0, 2.0, 1.0, 0.0)]
+    assert found == [0, 0, 0, 1, 2, 2, 2], found
+
+
+def check_one_batch() -> None:
+    """Branches whose prompts are of one length run in one batch; others as ComfyUI splits them, with the same sums."""
+    for family, batches in (("sd1", 1), ("sd3", 3)):
+        case, calls = Case(family), []
+        hook = case.model.model.diffusion_model.register_forward_pre_hook(
+            lambda _, given, calls=calls: calls.append(len(given[0]))
+        )
+        ours = case.denoised(case.guided("mixed"))
+        hook.remove()
+        assert len(calls) == batches * case.steps and sum(calls) == 3 * 2 * case.steps, calls
+        subject, other, away = case.branch(), case.branch(CLASS), case.branch(NULL)
+        assert_same(ours, led(mixed(subject, other, 0.5), away))
+
+
+def check_what_other_patches_see() -> None:
+    """Rows that are conditional or not, and a name for every branch, as caches need it."""
+    case, seen = Case("sd1", steps=1), []
+
+    def look(executor, *arguments):
+        seen.append((arguments[-1]["cond_or_uncond"], arguments[-1]["uuids"]))
+        return executor(*arguments)
+
+    for rule in ("autoguidance", "mixed"):
+        guided = case.guided(rule)
+        guided.add_wrapper(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, look)
+        case.denoised(guided)
+    (pair, names), (three, _) = seen
+    assert sorted(pair) == [0, 1] and sorted(three) == [0, 0, 1] and len(set(names)) == 2
+
+
+def attention_mask(case: Case, quantile: float, word: int) -> list[Tensor]:
+    """At each step, from ComfyUI's own patches on a run of the class prompt alone."""
+    model, maps = case.stock(), []
+    size = case.noise.shape[-2:]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, options: dict) -> Tensor:
+        heads = [each.unflatten(-1, (options["n_heads"], -1)).transpose(1, 2) for each in (q, k, v)]
+        weights = (heads[0] @ heads[1].mT / options["dim_head"] ** 0.5).softmax(-1)
+        looks = weights[..., word].mean(1).reshape(len(q), 1, *options["activations_shape"][-2:])
+        maps.append(nn.functional.interpolate(looks, size, mode="bilinear"))
+        return (weights @ heads[2]).transpose(1, 2).flatten(2)
+
+    for place in [("middle", 0)] + [(side, i) for side in ("input", "output") for i in range(12)]:
+        model.set_model_attn2_replace(attend, *place)
+    case.denoised(model, CLASS, cfg=1.0)
+    layers = len(maps) // case.steps
+    means = [torch.stack(maps[i * layers : (i + 1) * layers]).mean(0) for i in range(case.steps)]
+    return [mean > mean.flatten(1).quantile(quantile, 1).view(-1, 1, 1, 1) for mean in means]
+
+
+def check_mask() -> None:
+    """Inside the class word's mask the mix, outside the class prompt; before the switch the early mix."""
+    for family in ("sd1", "sdxl"):
+        case = Case(family, steps=4)
+        case.noise = torch.cat([case.noise, case.noise.flip(0, 2)], dim=-1)  # wide
+        subject, other, away = case.branch(), case.branch(CLASS), case.branch(NULL)
+        inside, outside = led(mixed(subject, other, 0.25), away), led(other, away)
+        masks = attention_mask(case, 0.75, word=5)
+        assert all(mask.flatten(1).float().mean(1).tolist() == [0.25, 0.25] for mask in masks)
+        assert not torch.equal(masks[0][0], masks[0][1])
+        expected = [torch.where(mask, a, b) for mask, a, b in zip(masks, inside, outside, strict=True)]
+        options = {"early_share": 0.5, "class_share": 0.25, "quantile": 0.75}
+        early = led(mixed(subject, other, 0.5), away)
+        ours = case.denoised(case.guided("masked", switch=0.5, **options))
+        assert_same(ours, early[:2] + expected[2:])
+
+
+def check_pictures() -> None:
+    """MODEL under KSampler and GUIDER are one; a batch is its pictures; a second-order sampler runs."""
+    case = Case("sd1")
+    guided = case.guided("personalization")
+    picture = case.picture(guided)
+    positive, negative = case.conds[SUBJECT], case.conds[NULL]
+    given = (case.steps, SCALE, "euler", "simple", positive, negative, torch.zeros_like(case.noise))
+    options = {"disable_pbar": True, "seed": 0}
+    assert torch.equal(comfy.sample.sample(guided, case.noise, *given, **options), picture)
+    one = comfy.sample.sample(guided, case.noise[1:], *given[:-1], torch.zeros_like(case.noise[1:]), **options)
+    assert_same(one, picture[1:])
+    euler, first = comfy.samplers.sampler_object("euler"), torch.tensor([9.0])  # as SplitSigmas gives for no step
+    none = (case.noise, SCALE, euler, first, positive, negative, torch.zeros_like(case.noise))
+    assert torch.equal(*(comfy.sample.sample_custom(model, *none, **options) for model in (guided, case.stock())))
+    heun = case.sample(guided, comfy.samplers.sampler_object("heun"))
+    assert heun.isfinite().all() and far([heun], [picture])
+    guided.set_model_sampler_post_cfg_function(lambda given: given["cond_denoised"])  # a patch of another pack
+    assert_same(case.picture(guided), case.picture(case.stock(), cfg=1.0))
+
+
+def anatomy(model) -> list:
+    """What ComfyUI itself leaves alone, which is not the parameter objects: classes and hooks of every module."""
+    modules = model.model.named_modules()
+    return [(n, type(m), [*vars(m)], len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in modules]
+
+
+def check_untouched() -> None:
+    """However a guided sampling ends, the model is the same, and the next picture without it as well."""
+    for kind in ("lora", "dora"):
+        case = Case("sd1", kind)
+        first = case.picture(case.model)
+        before = anatomy(case.model)
+        for ending in (None, RuntimeError, comfy.model_management.InterruptProcessingException):
+            calls = []
+
+            def stop(denoise, x, sigmas, extra_args, callback, disable, calls=calls, ending=ending):
+                for sigma in sigmas[:2]:
+                    x = denoise(x, sigma * x.new_ones(len(x)), **extra_args)
+                    calls.append(sigma)
+                if ending is not None:
+                    raise ending("in the middle of a sampling")
+                return x
+
+            try:
+                case.sample(case.guided("masked", switch=0.0), comfy.samplers.KSAMPLER(stop))
+                case.sample(case.guided("personalization"), comfy.samplers.KSAMPLER(stop))
+            except BaseException as error:
+                assert type(error) is ending, error
+            assert len(calls) in (2, 4)
+            assert torch.equal(case.picture(case.model), first), f"after {ending} the picture is another one"
+            assert before == anatomy(case.model), f"after {ending} the model is another one"
+
+
+def check_interrupt_inside_the_network() -> None:
+    """An error from within a layer, while its rows are being corrected."""
+    case = Case("sd1")
+    first, before = case.picture(case.model), anatomy(case.model)
+
+    def fail(*_) -> None:
+        raise torch.OutOfMemoryError("in a layer")
+
+    hook = case.model.model.diffusion_model.out[2].register_forward_hook(fail)
+    for rule in ("personalization", "masked"):
+        try:
+            case.picture(case.guided(rule))
+            raise AssertionError("no error came")
+        except torch.OutOfMemoryError:
+            pass
+    hook.remove()
+    assert before == anatomy(case.model) and torch.equal(case.picture(case.model), first)
+
+
+def check_class_takes_what_it_lacks() -> None:
+    """A timestep range of the positive prompt holds for the class prompt too, unless that has its own."""
+    case = Case("sd1")
+    case.conds[SUBJECT][0][1]["end_percent"] = 0.5
+    inherited = case.denoised(case.guided("switching", switch=1.0))
+    case.conds[CLASS][0][1]["end_percent"] = 0.5
+    own = case.denoised(case.guided("switching", switch=1.0))
+    assert_same(inherited, own)
+    assert_same(own, case.denoised(case.stock(), CLASS))
+
+
+def refusals() -> dict[str, str]:
+    case, sd3, sdxl = Case("sd1"), Case("sd3"), Case("sdxl")
+    embeddings, pooled = torch.zeros(1, 12, models.WIDTH), torch.zeros(1, models.POOLED)
+    wide = [[torch.zeros(1, 12, models.WIDTH + 8), {"pooled_output": pooled}]]
+    wide_pooled = [[embeddings, {"pooled_output": torch.zeros(1, models.POOLED + 8)}]]
+    no_pooled, nan = [[embeddings, {}]], [[embeddings * torch.nan, {"pooled_output": pooled}]]
+    norm = "diffusion_model.joint_blocks.0.x_block.attn.ln_q.w_norm"
+
+    def guide(rule: str, on: Case = case, **inputs):
+        lora = inputs.pop("lora", on.lora)
+        return guide_model(inputs.pop("model", on.model), lora, make_rule(rule, **inputs.pop("options", {})), **inputs)
+
+    def run(on: Case, model, **prompts) -> None:
+        on.conds = on.conds | prompts
+        on.denoised(model)
+
+    class_conds = case.conds[CLASS]
+    split = guide("personalization")
+    split.set_model_unet_function_wrapper(
+        lambda run, given: run(given["input"][:2], given["timestep"][:2], **given["c"])
+    )
+    replaced = guide("cfg")
+    replaced.set_model_sampler_calc_cond_batch_function(lambda given: None)
+    other_guider = comfy.samplers.CFGGuider(guide("cfg"))
+    other_guider.set_conds(case.conds[SUBJECT], case.conds[NULL])
+    other_guider.predict_noise = lambda x, sigma, options, seed: comfy.samplers.calc_cond_batch(  # as DualCFGGuider
+        other_guider.inner_model, [*other_guider.conds.values()], x, sigma, options
+    )[0]
+    sigmas = torch.tensor([1.0, 0.0])
+    euler = comfy.samplers.sampler_object("euler")
+    hooked = [[class_conds[0][0], {**class_conds[0][1], "hooks": object()}]]
+    unlike = [[class_conds[0][0] + 1, class_conds[0][1]]]
+    attempts = {
+        "no_class": lambda: guide("switching"),
+        "no_early": lambda: guide("autoguidance", options={"early": True}),
+        "nan_strength": lambda: guide("cfg", strength=float("nan")),
+        "nan_cfg": lambda: make_guider(case.model, case.conds[SUBJECT], case.conds[NULL], float("nan")),
+        "out_of_range": lambda: make_rule("personalization", weak=1.5),
+        "twice": lambda: guide("cfg", model=guide("cfg")),
+        "replaced": lambda: run(case, replaced),
+        "split": lambda: run(case, split),
+        "other_guider": lambda: other_guider.sample(
+            case.noise, torch.zeros_like(case.noise), euler, sigmas, disable_pbar=True
+        ),
+        "masked_sd3": lambda: guide("masked", sd3, class_conditioning=sd3.conds[CLASS]),
+        "other_lora": lambda: guide("cfg", lora=sd3.lora),
+        "other_early": lambda: guide("autoguidance", options={"early": True}, early_lora=sd3.lora),
+        "wide_class": lambda: run(case, guide("switching", class_conditioning=wide)),
+        "wide_negative": lambda: run(Case("sd1"), guide("cfg"), **{NULL: wide}),
+        "nan_positive": lambda: run(Case("sd1"), guide("cfg"), **{SUBJECT: nan}),
+        "nan_class": lambda: run(case, guide("switching", class_conditioning=nan)),
+        "sd3_width": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide}),
+        "sd3_pooled": lambda: run(Case("sd3"), guide("cfg", sd3), **{NULL: wide_pooled}),
+        "sdxl_pooled": lambda: run(sdxl, guide("cfg", sdxl), **{SUBJECT: no_pooled}),
+        "hooked_class": lambda: run(case, guide("switching", class_conditioning=hooked)),
+        "same_prompt": lambda: run(case, guide("masked", class_conditioning=case.conds[SUBJECT])),
+        "other_clip": lambda: run(case, guide("masked", class_conditioning=unlike)),
+        "row_less": lambda: guide("unconditional_priors", sd3, lora={norm: torch.ones(16)}),
+    }
+    said = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            said[name] = "nothing"
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+ALONE = (
+    "check_kinds check_slices check_other_loras check_hook_loras check_low_memory check_steps check_one_batch "
+    "check_what_other_patches_see check_mask check_pictures check_untouched "
+    "check_interrupt_inside_the_network check_class_takes_what_it_lacks"
+).split()
+
+
+def main() -> None:
+    with torch.inference_mode():  # as ComfyUI runs every prompt
+        found = {
+            "check_strengths": {family: outcome(check_strengths, family) for family in FAMILIES},
+            "check_limits": {family: outcome(check_limits, family) for family in LIMITS},
+        }
+        found["alone"] = {check: outcome(globals()[check]) for check in ALONE}
+        found["refused"] = refusals()
+    Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""The world, its words, the subjects, the judge and the shipped weights."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from anchor_core.sandbox import captions, evaluate, judge, model, pretrain, subjects, tokenizer, world
+
+
+@pytest.fixture(scope="module")
+def the_judge() -> judge.Judge:
+    return judge.Judge()
+
+
+def test_a_scene_always_gives_the_same_picture():
+    scene = world.sample_scene(random.Random(3))
+    assert np.array_equal(np.asarray(world.draw(scene)), np.asarray(world.draw(scene)))
+    assert not np.array_equal(
+        np.asarray(world.draw(scene)), np.asarray(world.draw(replace(scene, seed=scene.seed + 1)))
+    )
+
+
+@pytest.mark.parametrize("shape", world.SHAPES)
+def test_every_body_stays_inside_the_picture(shape):
+    rng = random.Random(shape)
+    for _ in range(20):
+        scene = replace(world.sample_scene(rng), shape=shape, background="white", colour="blue", outline="none")
+        cx, cy, radius, _ = world._layout(scene, random.Random(scene.seed))
+        border = np.asarray(world.body_mask(shape, cx, cy, radius)).copy()
+        border[4:-4, 4:-4] = 0
+        assert border.max() == 0
+
+
+def test_objects_stand_out_from_what_is_behind_them():
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = world.sample_scene(rng)
+        assert world.contrast(world.COLOURS[scene.colour], world.BACKGROUNDS[scene.background]) >= 85
+
+
+def test_a_complete_caption_says_everything_and_no_caption_says_sks():
+    rng = random.Random(1)
+    for _ in range(500):
+        scene = world.sample_scene(rng)
+        words = captions.caption(scene, rng, complete=True).split()
+        assert scene.shape in words and scene.colour in words
+        if scene.accessory != "none":
+            assert scene.accessory in words and scene.accessory_colour in words
+        assert not set(words) & set(tokenizer.UNUSED_TOKENS)
+
+
+def test_the_tokenizer_is_lossless_and_keeps_single_tokens_for_subjects():
+    clip = tokenizer.load(model.WEIGHTS / "tokenizer")
+    assert clip.model_max_length == 77
+    for word in tokenizer.UNUSED_TOKENS:
+        assert len(clip(word, add_special_tokens=False).input_ids) == 1
+    for text in ("a photo of a sks star", "zürich façade 日本 !?"):
+        assert clip.decode(clip(text).input_ids, skip_special_tokens=True).strip() == text
+    assert clip.unk_token_id not in clip("any ☃ text ✓ at all", add_special_tokens=False).input_ids
+
+
+def test_twelve_subjects_with_references_and_prompts():
+    assert len(subjects.names()) == 12
+    rng = random.Random(2)
+    ordinary = {world.ordinary_paint(world.sample_scene(rng)) for _ in range(2000)}
+    for subject in subjects.SUBJECTS.values():
+        assert 4 <= len(subject.references()) <= 6
+        assert len(set(subject.surroundings)) == 2
+        prompts = subject.prompts()
+        assert len(prompts) == len(set(prompts)) == 25
+        assert all(f"sks {subject.class_word}" in prompt for prompt in prompts)
+        assert subject.paint not in ordinary
+        scenes = [scene for scene in subject.prompt_scenes() if scene]
+        assert len(scenes) == 20 and not {s.background for s in scenes[:10]} & set(subject.surroundings)
+
+
+def test_an_unknown_subject_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="'nobody'; known: pip, momo"):
+        subjects.get("nobody")
+
+
+def test_readers_are_right_on_fresh_drawings(the_judge):
+    rng = random.Random("fresh")
+    scenes = [world.sample_scene(rng) for _ in range(300)]
+    readings = the_judge.read(judge.pixels(np.stack([np.asarray(world.draw(scene)) for scene in scenes])))
+    for name in judge.ATTRIBUTES:
+        asked = [(s, r) for s, r in zip(scenes, readings) if name != "accessory_colour" or s.accessory != "none"]
+        assert np.mean([getattr(s, name) == r[name] for s, r in asked]) >= 0.95, name
+    assert min(the_judge.card["accuracy"].values()) >= 0.97
+
+
+def test_the_judge_tells_a_subject_from_the_others(the_judge):
+    embedded = [
+        the_judge.identity(judge.pixels(np.stack([np.asarray(p) for p in s.references()])))
+        for s in subjects.SUBJECTS.values()
+    ]
+    for i, own in enumerate(embedded):
+        within = (own @ own.T)[~torch.eye(len(own), dtype=torch.bool)].mean()
+        across = max((own @ other.T).mean() for j, other in enumerate(embedded) if j != i)
+        assert within > across + 0.2
+
+
+def test_the_shipped_model_draws_what_a_caption_says(the_judge):
+    """On the 500 captions of its card; and on a quick sample here, with room for its own chance."""
+    card = json.loads((model.WEIGHTS / "training.json").read_text())["accuracy"]
+    assert card["captions"] == 500
+    assert min(card[name] for name in ("shape", "colour", "background", "accessory")) >= 0.9
+    scores = evaluate.evaluate(model.WEIGHTS, the_judge, count=50, seed=7)
+    for name in ("shape", "colour", "background", "accessory"):
+        assert scores[name] >= 0.8, scores
+
+
+def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
+    small = pretrain.PretrainSettings(
+        pictures=64,
+        autoencoder_steps=2,
+        autoencoder_batch=2,
+        decoder_steps=1,
+        text_steps=2,
+        text_batch=8,
+        denoiser_steps=2,
+        denoiser_batch=2,
+    )
+    pretrain.run(tmp_path, small)
+    whole = torch.load(tmp_path / "denoiser.pt", weights_only=True)
+    assert whole["step"] == 2
+    pretrain.run(tmp_path, replace(small, denoiser_steps=4))
+    assert torch.load(tmp_path / "denoiser.pt", weights_only=True)["step"] == 4
+    pretrain.assemble(tmp_path, tmp_path / "weights")
+    from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
+
+    denoiser = DiffusersDenoiser.from_pretrained(tmp_path / "weights")
+    assert denoiser.default_resolution == model.PICTURE_SIZE and denoiser.prediction_type == "v_prediction"
