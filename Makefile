@@ -2,13 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+test-long: .venv/ready
+	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m long
 
 lint: .venv/ready
 	$(BIN)/ruff check .
