@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -37,6 +38,14 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in tuple(choices):
         raise ValueError(f"{name} is {value!r}, but it takes one of {', '.join(map(str, choices))}")
     return value
+
+
+def shown(text: Any, limit: int = 300) -> str:
+    """Text of strangers (file names, captions) for messages and logs: control characters as ?, the middle cut out."""
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join("?" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
