@@ -6,10 +6,21 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
+
+
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of a file as terminals, logs and messages may have it: no control characters, at most `limit` characters.
+
+    Line ends become spaces; what else moves a cursor, turns the direction of writing or has no character becomes `?`.
+    The middle of a longer text is left out, so that a path keeps its file's name.
+    """
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text)
 
 
 def check_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:
@@ -38,14 +49,6 @@ def check_choice(name: str, value: Any, choices: Any) -> Any:
     if value not in tuple(choices):
         raise ValueError(f"{name} is {value!r}, but it takes one of {', '.join(map(str, choices))}")
     return value
-
-
-def shown(text: Any, limit: int = 300) -> str:
-    """Text of strangers (file names, captions) for messages and logs: control characters as ?, the middle cut out."""
-    text = str(text)
-    if len(text) > limit:
-        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
-    return "".join("?" if unicodedata.category(c)[0] == "C" or c in "\u2028\u2029" else c for c in text)
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:

@@ -298,5 +298,5 @@ def test_control_characters_of_captions_and_names_reach_no_message(tmp_path):
 
 def test_shown():
     assert shown("plain ä 犬") == "plain ä 犬"
-    assert shown("a\nb\x1b\u202e\u2028\udc80") == "a?b????"
+    assert shown("a\nb\x1b\u202e\udc80") == "a b???"
     assert shown("a" * 50 + "b" * 50, 10) == "aaaaa...bbbbb"
