@@ -195,7 +195,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         pictures = _pictures(images, masks, references)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
-        checkpoints = open_checkpoints(resume, files.adapter.stem, settings.checkpoint_every)
+        checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
         with ComfyDenoiser(model, clip, vae) as denoiser:
             outcome = run(
                 denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
