@@ -20,7 +20,7 @@ from .tokens import from_embedding, is_embedding
 
 
 def from_file_keys(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors of a file, in any format of `adapter_formats`, under the module names of the network.
+    """Tensors of a file, in any format of `formats`, under the module names of the network.
 
     A missing alpha means alpha = rank, as everywhere else. LoKr factors are multiplied out to two full ones.
 

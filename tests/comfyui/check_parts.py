@@ -41,7 +41,7 @@ from anchor_core.sandbox.comfyui import load  # noqa: E402
 from anchor_core.training.settings import TrainSettings  # noqa: E402
 from anchor_core.training.trainer import train  # noqa: E402
 
-CONCEPT = contract.CONCEPT = Concept("a photo of a sks star", "a photo of a star")
+CONCEPT = Concept("a photo of a sks star", "a photo of a star")
 SHAPE = (4, 16, 16)
 EMBEDDINGS = Path(folder) / "embeddings"
 SETTINGS = TrainSettings(steps=4, batch_size=2, learning_rate=1e-2)
