@@ -29,17 +29,18 @@ from .methods import check_combination
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .parallel import ALONE, Workers
+from .precision import LOWEST_SCALE, autocast_dtype, make_scaler, resolve
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
 """Settings that a resumed training may have otherwise: they do not enter the steps already made."""
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
+    """The loss or its gradient became NaN or infinite, or in fp16 at every scale of the loss. The adapter still holds
+    its last finite weights."""
 
 
 def train(
@@ -80,6 +81,7 @@ def train(
             settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
             prompts that do not go together.
     """
+    settings = resolve(settings, denoiser)
     objective = settings.make_objective()
     settings.check_model(denoiser.prediction_type)
     if not isinstance(references, Dataset):
@@ -137,7 +139,8 @@ class _Run:
         self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
-        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.scaler = make_scaler(settings, denoiser)
+        self.autocast_dtype = autocast_dtype(settings, denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
@@ -210,11 +213,16 @@ class _Run:
         if self.scaler.get_scale() >= scale:
             self.schedule.step()
             self.average.update()
+        elif self.scaler.get_scale() < LOWEST_SCALE:
+            raise TrainingDiverged(
+                f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
+                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+            )
         return values
 
     def _autocast(self):
-        dtype = _DTYPES[self.settings.precision]
-        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
     def _draw(self) -> Step:
         (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
@@ -345,7 +353,10 @@ class _Run:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"] or not self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        else:
+            logger.info("the checkpoint has no scale of the loss, from before fp16 models had one; it starts anew")
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["random"][0])
         for random in state["random"][1:]:
