@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from ..adapters.torch_file import UnreadableFile, read_torch
-
-logger = logging.getLogger(__name__)
 
 KEPT = 2
 """Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
@@ -64,22 +59,6 @@ class Checkpoints:
         for left in self.folder.glob("*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         return path
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest state that can be read, or None where there is no checkpoint.
-
-        Raises:
-            ValueError: if there are checkpoints, and none can be read.
-        """
-        files = self.files()
-        for path in reversed(files):
-            try:
-                return read_torch(path)
-            except UnreadableFile as error:
-                logger.warning("checkpoint %s cannot be read (%s)", path, error)
-        if files:
-            raise ValueError(f"checkpoint: none of the {len(files)} in {self.folder} can be read; remove them")
-        return None
 
     def _unwritable(self, error: Exception) -> ValueError:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

@@ -54,7 +54,7 @@ def gradients(family: str, stored: torch.dtype, computing: torch.dtype, **settin
                 found[name] = torch.cat([gradient.double().flatten() for gradient in own])
 
         options = TrainSettings(steps=1, batch_size=1, grad_clip=0.0, **settings)
-        trainer.train(denoiser, adapter, latents, contract.CONCEPT, options, on_step=keep)
+        trainer.train(denoiser, adapter, latents, contract.CONCEPT, options, tell=keep)
     return found
 
 

@@ -63,7 +63,7 @@ def gradients(denoiser, concept, side: int, batch: int, precision: str = "auto")
             found[name] = torch.cat([gradient.double().flatten() for gradient in own])
 
     settings = TrainSettings(steps=1, batch_size=batch, grad_clip=0.0, precision=precision)
-    train(denoiser, adapter, pictures(batch, side), concept, settings, on_step=keep)
+    train(denoiser, adapter, pictures(batch, side), concept, settings, tell=keep)
     denoiser.detach()
     return found
 
@@ -127,7 +127,7 @@ def test_a_scale_that_collapses_ends_the_training_with_the_adapter_as_it_was(net
     adapter.parameters()[1].register_hook(lambda gradient: gradient * math.inf)
     settings = replace(QUICK, steps=60)
     with pytest.raises(TrainingDiverged, match="^the gradient overflows fp16 at step 17 of 60, .* times 1; take"):
-        train(denoiser, adapter, pictures(2, 8), concept, settings, on_step=seen.append)
+        train(denoiser, adapter, pictures(2, 8), concept, settings, tell=seen.append)
     assert len(seen) == 16  # 2^16 halved sixteen times
     assert all(torch.equal(before[name], value) for name, value in adapter.state_dict().items())
 
@@ -165,7 +165,7 @@ def test_out_of_memory_in_a_step_leaves_the_steps_before_it(networks, concept, w
             hook.remove()
             hook = adapter.parameters()[1].register_hook(out_of_memory)
         try:
-            train(denoiser, adapter, pictures(2, 8), concept, replace(QUICK, steps=steps), on_step=made.append)
+            train(denoiser, adapter, pictures(2, 8), concept, replace(QUICK, steps=steps), tell=made.append)
         except torch.OutOfMemoryError:
             assert fail and len(made) == 2
         finally:
