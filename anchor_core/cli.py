@@ -224,7 +224,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--config", metavar="DIR", help="for a checkpoint: a diffusers folder with its tokenizers")
     parser.add_argument("--resolution", type=int, help="of the pictures (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS[1:], help="of the model's weights (default fp32)")
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:
