@@ -45,11 +45,18 @@ def encoded(name: str, mode: str = "RGB", size: tuple[int, int] = (24, 20), **op
     return stream.getvalue()
 
 
+def told_of_the_camera() -> Image.Exif:
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "maker", 0x8298: "rights", 0x011A: 72.0, 0x0100: 24, 0x0132: "2026:01:01 00:00:00"})
+    exif.get_ifd(0x8769).update({0x9286: b"ASCII\0\0\0comment", 0x927C: b"maker's note", 0x829A: 0.01, 0xA002: 24})
+    exif.get_ifd(0x8825).update({1: "N", 2: (1.0, 2.0, 3.0), 29: "2026:01:01"})
+    return exif
+
+
 @cache
 def whole() -> list[bytes]:
     """Pictures to damage, of formats that are read, and of some that are not."""
-    exif = Image.Exif()
-    exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 72.0, 0x9286: b"ASCII\0\0\0comment"})
+    exif = told_of_the_camera()
     found = [encoded("PNG", mode) for mode in ("RGB", "RGBA", "L", "LA", "P", "1", "I;16")]
     found += [encoded("JPEG", mode, exif=exif) for mode in ("RGB", "L", "CMYK")]
     found += [encoded("PNG", exif=exif), encoded("JPEG", progressive=True), encoded("BMP"), encoded("GIF")]
@@ -125,6 +132,10 @@ def make(folder: Path, kind: str, draw: random.Random) -> None:
     suffix = draw.choice((".png", ".png", ".jpg", ".webp", ".tif", ".gif", ".bmp", ".avif"))
     if kind == "pictures":
         (folder / f"1{suffix}").write_bytes(damaged(sample, draw))
+    elif kind == "exif":
+        exif = b"Exif\0\0" + damaged(damaged(told_of_the_camera().tobytes()[6:], draw), draw)
+        name, suffix = draw.choice((("JPEG", ".jpg"), ("JPEG", ".jpg"), ("PNG", ".png"), ("WEBP", ".webp")))
+        (folder / f"1{suffix}").write_bytes(encoded(name, exif=exif))
     elif kind == "masks":
         (folder / "1.png").write_bytes(encoded("PNG", draw.choice(("RGB", "RGBA"))))
         (folder / f"1-masklabel{suffix}").write_bytes(damaged(sample, draw))
