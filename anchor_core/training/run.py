@@ -1,7 +1,7 @@
 """One training, from a model, pictures, a concept and settings to a saved file: the same for node, verb and bench.
 
-`run` is the whole; `fit` alone is for who trains several adapters on what `data.prepare` made once. What happens is told
-as `events`; what is wanted meanwhile comes as `orders`.
+`run` is the whole; `fit` alone is for who trains several adapters on what `data.prepare` made once. What happens is
+told as `events`; what is wanted meanwhile comes as `orders`.
 """
 
 from __future__ import annotations
