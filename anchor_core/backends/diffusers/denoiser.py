@@ -110,6 +110,8 @@ class DiffusersDenoiser:
     def dtype(self) -> torch.dtype:
         return next(self.network.parameters()).dtype
 
+    compute_dtype = dtype
+
     @property
     def architecture(self) -> str:
         """The modelspec name of the architecture."""
