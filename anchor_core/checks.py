@@ -6,9 +6,32 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
+
+
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of a file as terminals, logs and messages may have it: no control characters, cut at `limit` characters.
+
+    Line ends become spaces; what else moves a cursor, turns the direction of writing or has no character becomes `?`.
+    """
+    text = str(text)
+    rest = "..." if len(text) > limit else ""
+    return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text[:limit]) + rest
+
+
+@contextmanager
+def named(name: Any) -> Iterator[None]:
+    """A ValueError from inside begins with `name`, of the file or input that is at fault, if it does not yet."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(name)):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:

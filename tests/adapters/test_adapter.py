@@ -351,6 +351,7 @@ class WithText:
     def __init__(self, denoiser):
         self.denoiser, self.adapter, self.architecture = denoiser, None, "stable-diffusion-v1"
         self.networks = {"": denoiser.network, "te": denoiser.text_encoder}
+        self.network, self.text_encoders = denoiser.network, {"te": denoiser.text_encoder}
         names = [name for name, part in denoiser.text_encoder.named_modules() if isinstance(part, torch.nn.Linear)]
         inner = {name: name.removeprefix("text_model.").replace(".", "_") for name in names}
         keys = {f"te:{name}": f"lora_te_text_model_{inner[name]}" for name in names}
@@ -606,7 +607,7 @@ def test_a_lora_for_another_model_is_one_line_and_leaves_the_network_alone(
     before, untouched = snapshot(denoiser.network), predict(denoiser, make_step)
     for name, message in (
         ("other", "made for another model"),
-        ("text", "made for another model: lora_te_text_model_0"),
+        ("text", "not a whole LoRA: lora_te_text_model_0 lacks lora_down.weight"),
         ("none", "holds no LoRA"),
         ("broken", "not a readable safetensors file"),
         ("missing", "not a readable safetensors file"),
