@@ -58,7 +58,7 @@ def decomposed(scale: Tensor, made: Tensor, weight: Tensor, by_adapted_norm: boo
     kept = 0 if rows else 1
     others = [axis for axis in range(weight.ndim) if axis != kept]
     shape = [-1 if axis == kept else 1 for axis in range(weight.ndim)]
-    norm = divisor.norm(dim=others, keepdim=True) + torch.finfo(weight.dtype).eps
+    norm = torch.linalg.vector_norm(divisor, dim=others, keepdim=True) + torch.finfo(weight.dtype).eps
     return made * (scale.reshape(shape) / norm)
 
 
