@@ -14,13 +14,15 @@ from typing import Any
 
 
 def shown(text: Any, limit: int = 200) -> str:
-    """Text of a file as terminals, logs and messages may have it: no control characters, cut at `limit` characters.
+    """Text of a file as terminals, logs and messages may have it: no control characters, at most `limit` characters.
 
     Line ends become spaces; what else moves a cursor, turns the direction of writing or has no character becomes `?`.
+    The middle of a longer text is left out, so that a path keeps its file's name.
     """
     text = str(text)
-    rest = "..." if len(text) > limit else ""
-    return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text[:limit]) + rest
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text)
 
 
 @contextmanager

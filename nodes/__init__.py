@@ -8,12 +8,13 @@ from .compare import AnchorCompare
 from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
-from .references import AnchorConcept, AnchorLoadReferences
+from .references import AnchorConcept, AnchorImageReferences, AnchorLoadReferences
 from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
     AnchorSandboxModel,
     AnchorLoadReferences,
+    AnchorImageReferences,
     AnchorConcept,
     AnchorTrainLoRA,
     AnchorTrainOptions,

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from .types import CATEGORY, check_connected, embedding_file, embedding_word, new_embedding_file
+from .written import WRITTEN, claimed
 
 LENGTHS = ("norm_mix", "beta")
 
@@ -137,11 +138,12 @@ class AnchorAdjustEmbedding(io.ComfyNode):
                 io.String.Output(display_name="word", tooltip="embedding:name, to write into prompts."),
                 io.String.Output(display_name="file", tooltip="Where it was written."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, file: str, **_):
-        return embedding_file(file).stat().st_mtime_ns
+        return [embedding_file(file).stat().st_mtime_ns, WRITTEN.fingerprint(cls.hidden.unique_id)]
 
     @classmethod
     def execute(cls, file: str, clip, class_word: str, name: str, **how) -> io.NodeOutput:
@@ -153,6 +155,7 @@ class AnchorAdjustEmbedding(io.ComfyNode):
         adjustment = _adjustment(**how)
         vectors, metadata = read_embedding(embedding_file(file))
         adjusted = adjust_embedding(vectors, class_word, word_rows(clip, class_word), adjustment)
-        path = new_embedding_file(name)
-        save_adapter(path, adjusted, metadata)
+        with claimed(new_embedding_file(name)) as path:
+            save_adapter(path, adjusted, metadata)
+        WRITTEN.add(cls.hidden.unique_id, path)
         return io.NodeOutput(embedding_word(path), str(path), ui={"text": [embedding_word(path)]})

@@ -21,6 +21,7 @@ from .types import (
     new_embedding_file,
     new_lora_file,
 )
+from .written import WRITTEN, claimed
 
 NO_EMBEDDING = "[none]"
 
@@ -73,7 +74,12 @@ class AnchorSaveAdapter(io.ComfyNode):
                 ConceptType.Input("concept", optional=True, tooltip="Prompts to write into a LoRA that has none."),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(cls.hidden.unique_id)
 
     @classmethod
     def execute(cls, lora, name: str, concept=None) -> io.NodeOutput:
@@ -83,8 +89,9 @@ class AnchorSaveAdapter(io.ComfyNode):
         metadata = dict(getattr(checked_lora("lora", lora), "metadata", {}))
         if concept is not None:
             metadata |= {"anchor.subject_prompt": concept.subject_prompt, "anchor.class_prompt": concept.class_prompt}
-        path = (new_embedding_file if is_embedding(lora) else new_lora_file)(name)
-        save_adapter(path, lora, metadata)
+        with claimed((new_embedding_file if is_embedding(lora) else new_lora_file)(name)) as path:
+            save_adapter(path, lora, metadata)
+        WRITTEN.add(cls.hidden.unique_id, path)
         return io.NodeOutput(str(path), ui={"text": [str(path)]})
 
 

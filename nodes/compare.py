@@ -11,7 +11,7 @@ from ..anchor_core.data.pictures import from_images
 from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
 from ..anchor_core.evaluation.picture_folders import class_only, in_order
 from .plot import figure_image
-from .types import CATEGORY, ReferencesType
+from .types import CATEGORY, ReferencesType, one_each
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -39,9 +39,10 @@ class AnchorCompare(io.ComfyNode):
                 "(likeness to the references) and CLIP-T (what the prompt asks for). Real pictures with one another "
                 "are in the first row. What is not measured is n/a and does not count for the rank."
             ),
+            is_input_list=True,  # for lists of pictures
             inputs=[
                 ReferencesType.Input("references", tooltip="Real pictures of the subject."),
-                io.Autogrow.Input("pictures", pictures, tooltip="A batch of pictures of each system."),
+                io.Autogrow.Input("pictures", pictures, tooltip="A batch, or a list, of pictures of each system."),
                 io.String.Input("names", multiline=True, default="", tooltip="The systems' names, a line each."),
                 io.String.Input(
                     "prompts",
@@ -80,7 +81,11 @@ class AnchorCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._compare(**one_each(inputs, ("pictures",)))
+
+    @classmethod
+    def _compare(
         cls, references, pictures, names, prompts, token, clip, dino, clip_vision=None, dino_vision=None
     ) -> io.NodeOutput:
         named = _named(list(pictures.values()), names)

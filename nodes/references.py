@@ -9,12 +9,27 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.concept import Concept
+from ..anchor_core.data.folder import listed
 from ..anchor_core.data.pictures import bucket_sizes, from_images, load_references
 from ..anchor_core.sandbox import subjects
 from ..anchor_core.training.settings import DataSettings
-from .types import CATEGORY, ConceptType, ReferencesType, inputs_of
+from .types import CATEGORY, ConceptType, ReferencesType, inputs_of, one_each
 
 SANDBOX = "sandbox/"
+MASK_TOOLTIP = (
+    "1 (white) where the loss counts. The MASK of Load Image is 1 where the picture is transparent: switch "
+    "invert_masks on for that."
+)
+
+
+def invert_masks_input() -> io.Boolean.Input:
+    """The switch beside an input of masks; `from_images` takes it under the same name."""
+    return io.Boolean.Input(
+        "invert_masks",
+        default=False,
+        optional=True,
+        tooltip="The masks are those of Load Image, 1 where a picture is transparent: the loss counts where it is not.",
+    )
 
 
 class AnchorLoadReferences(io.ComfyNode):
@@ -62,7 +77,8 @@ class AnchorLoadReferences(io.ComfyNode):
         digest = hashlib.sha256(f"{references}:{size}:{options}".encode())
         if not references.startswith(SANDBOX) and _folder(references).is_dir():
             for file in sorted(_folder(references).iterdir()):
-                digest.update(f"{file.name}:{file.stat().st_mtime_ns}".encode())
+                state = file.lstat()  # links that lead out are not read, and others are files of the folder themselves
+                digest.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode(errors="replace"))
         return digest.hexdigest()
 
     @classmethod
@@ -76,9 +92,10 @@ class AnchorLoadReferences(io.ComfyNode):
             images = torch.from_numpy(numpy.stack(arrays)).float() / 255
             return io.NodeOutput(images, from_images(images))
         folder = _folder(references)
-        sizes = bucket_sizes(size) if buckets else size
-        own = load_references(folder, sizes, captions=captions, masks=masks)
-        return io.NodeOutput(load_references(folder, size).stack().movedim(1, -1), own)
+        own = load_references(folder, bucket_sizes(size) if buckets else size, captions=captions, masks=masks)
+        squares = load_references(folder, size) if buckets else own
+        told = [f"left out: {listed(list(own.left_out))}"] if own.left_out else []
+        return io.NodeOutput(squares.stack().movedim(1, -1), own, ui={"text": told})
 
 
 def _folder(name: str) -> Path:
@@ -87,6 +104,58 @@ def _folder(name: str) -> Path:
     if not folder_paths.is_within_directory(root, str(folder)):
         raise ValueError(f"references is {name!r}, but it takes a folder inside input/")
     return folder
+
+
+class AnchorImageReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorImageReferences",
+            display_name="References from Images",
+            category=CATEGORY,
+            description=(
+                "Pictures of other nodes, as batches or lists of any sizes, with their texts and masks, for one "
+                "training: such as those of Load Image-Text (from Folder)."
+            ),
+            is_input_list=True,
+            inputs=[
+                io.Image.Input("images", tooltip="A batch, or a list of pictures of several sizes."),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Side in pixels: the centre square of each picture is resized to it. 0 for as they are.",
+                ),
+                *inputs_of(
+                    DataSettings,
+                    ("buckets",),
+                    buckets="keep aspect ratios, at sizes of about size x size in area",
+                ),
+                io.Mask.Input("masks", optional=True, tooltip=f"One for each picture: {MASK_TOOLTIP}"),
+                invert_masks_input(),
+                io.String.Input(
+                    "captions",
+                    force_input=True,
+                    optional=True,
+                    tooltip="A text for each picture, which names the subject by its words. Plain text: (word:1.5) is "
+                    "no weight.",
+                ),
+            ],
+            outputs=[ReferencesType.Output(display_name="references", tooltip="For Train Anchored LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._gather(**one_each(inputs, ("images", "masks", "captions")))
+
+    @classmethod
+    def _gather(cls, images, size, buckets, invert_masks=False, masks=None, captions=None) -> io.NodeOutput:
+        if buckets and not size:
+            raise ValueError("buckets is on and size is 0; give the size that the buckets are of")
+        sizes = bucket_sizes(size) if buckets else size or None
+        return io.NodeOutput(from_images(images, sizes, masks, captions=captions, invert_masks=invert_masks))
 
 
 class AnchorConcept(io.ComfyNode):

@@ -15,7 +15,6 @@ from ..anchor_core.adapters.kinds import NO_LAYERS
 from ..anchor_core.adapters.layers import LAYERS
 from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
-from ..anchor_core.data.prepare import of_one_size
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
@@ -44,7 +43,7 @@ TRAIN_OPTIONS = (
     "stop_on_drift keep guidance checkpoint_every token_learning_rate"
 ).split()
 ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
-PREVIEW_STEPS, PREVIEW_SIDE = 12, 512
+PREVIEW_SIDE = 512
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -186,72 +185,48 @@ class AnchorTrainLoRA(io.ComfyNode):
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
         class_images=None, references=None, masks=None, options=None, **basic,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..anchor_core.adapters.file import save_adapter, to_file_keys
-        from ..anchor_core.adapters.metadata import embedding_metadata
-        from ..anchor_core.adapters.tokens import to_embedding
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
-        from ..anchor_core.backends.comfyui.families import check_size
-        from ..anchor_core.data.prepare import build_dataset
-        from ..anchor_core.training.methods import check_combination
-        from ..anchor_core.training.saving import adapter_metadata
-        from ..anchor_core.training.trainer import TrainingDiverged, train
+        from ..anchor_core.training.orders import Orders
+        from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        options = dict(options or {})
-        resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
-        if lam:
-            basic["w"] = w_from_lambda(lam)
-        data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
-        adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
-        settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
-        config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
-        prompts = [(concept.subject_prompt, concept.class_prompt)]
-        check_combination(settings, config, prompts, data.get("caption_dropout", 0.0))
+        resume, settings, config, data = _settings(basic, options, rank, layers, seed, probe_every)
         pictures = _pictures(images, masks, references)
-        embedding = new_embedding_file(name) if config.vectors else None
-        path = embedding if config.kind == NO_LAYERS else new_lora_file(name)
-        checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
-        diverged = None
+        classes = _class_pictures(settings, class_images, class_count)
+        files = _files(name, config)
+        checkpoints = open_checkpoints(resume, files.adapter.stem, settings.checkpoint_every)
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            settings.check_model(denoiser.prediction_type)
-            check_size(config, denoiser.network)
-            dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
-            latents = of_one_size(dataset)
-            class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
-            adapter = denoiser.attach(config, seed)
-            probe = _probe(denoiser, latents, concept) if probe_every else None
-            watch = _Watch(denoiser, concept, settings, preview_every, latents)
-            try:
-                history = train(
-                    denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe,
-                    on_step=watch.on_step, should_stop=comfy.model_management.processing_interrupted,
-                    checkpoints=checkpoints,
-                )  # fmt: skip
-                interrupted, watch.made = history.cancelled, history.kept
-            except comfy.model_management.InterruptProcessingException:
-                interrupted = True  # any layer of ComfyUI's raises it; the adapter is that of the last whole step
-            except TrainingDiverged as error:
-                interrupted, diverged = False, error
-            tensors = to_file_keys(adapter, denoiser.file_keys())
-            metadata = adapter_metadata(denoiser, concept, settings, watch.made)
-            vectors = to_embedding(adapter.tokens) if config.vectors else None
-        if watch.made:
-            save_adapter(path, tensors, metadata)
-            if embedding not in (None, path):
-                save_adapter(embedding, vectors, embedding_metadata(metadata))
-            logger.info("the LoRA of %d steps is in %s", watch.made, path)
-        if diverged is not None:
-            kept = f"; the LoRA of the {watch.made} steps before is in {path}" if watch.made else ""
-            raise TrainingDiverged(f"{diverged}{kept}")
-        if interrupted:
+            outcome = run(
+                denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
+                probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=_Watch(settings.steps),
+                orders=Orders(comfy.model_management.processing_interrupted), checkpoints=checkpoints,
+                picture_every=preview_every,
+            )  # fmt: skip
+        if outcome.how == "cancelled":
             comfy.model_management.interrupt_current_processing(False)
             raise comfy.model_management.InterruptProcessingException()
-        lora = AdapterTensors(tensors, metadata, vectors)
+        if outcome.trained is None:
+            raise ValueError("the training was stopped before its first step, so that there is no LoRA; run it again")
+        lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
-        word = config.token if embedding is None else embedding_word(embedding)
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), str(path), clip, word)
+        word = embedding_word(files.embedding) if config.vectors else config.token
+        history, path = outcome.history, str(outcome.files[0])
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word)
+
+
+def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: int):
+    """`resume`, and the three settings that the node's inputs and the options connected to it say."""
+    options = dict(options or {})
+    resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
+    if lam:
+        basic["w"] = w_from_lambda(lam)
+    data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
+    adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
+    settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
+    config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
+    return resume, settings, config, DataSettings(**data)
 
 
 def _pictures(images, masks, references):
@@ -262,66 +237,48 @@ def _pictures(images, masks, references):
     return from_images(images, masks=masks) if references is None else references
 
 
-def _class_latents(denoiser, concept, settings: TrainSettings, class_images, class_count: int, latents):
-    """Latents of the class pictures if the objective reads them: of those connected, else made by the model."""
-    from ..anchor_core.data.cache import Cache
-    from ..anchor_core.data.prepare import sample_class_latents
+def _class_pictures(settings: TrainSettings, class_images, class_count: int):
+    """Those connected, if the objective reads them, else how the model makes them."""
+    from ..anchor_core.training.run import ClassPictures
 
-    if not settings.make_objective().reads_class_pictures:
-        return None
-    if class_images is not None:
-        pictures = from_images(class_images, name="class_images").stack()
-        try:
-            return denoiser.encode_images(pictures)
-        except ValueError as error:
-            raise ValueError(f"class_images: {error}") from error
-    check_count("class_count", class_count)
+    if class_images is not None and settings.make_objective().reads_class_pictures:
+        return ClassPictures(pixels=from_images(class_images, name="class_images").stack())
     # ComfyUI empties its temporary folder when it starts.
-    cache = Cache(denoiser, Path(folder_paths.get_temp_directory()) / "anchor_class_pictures")
-    shape = tuple(latents.shape[1:])
-    return sample_class_latents(denoiser, concept, class_count, shape, seed=settings.seed, cache=cache)
+    folder = Path(folder_paths.get_temp_directory()) / "anchor_class_pictures"
+    return ClassPictures(check_count("class_count", class_count), folder=folder)
 
 
-def _probe(denoiser, latents, concept):
-    from ..anchor_core.drift import DriftProbe
+def _files(name: str, config: AdapterConfig):
+    """New files for what `config` trains: a LoRA's, an embedding's, or one of each."""
+    from ..anchor_core.training.saving import Files
 
-    return DriftProbe(denoiser, latents, concept, timesteps=5, noises=2)
+    embedding = new_embedding_file(name) if config.vectors else None
+    adapter = embedding if config.kind == NO_LAYERS else new_lora_file(name)
+    return Files(adapter, embedding or adapter)
 
 
 class _Watch:
-    """Progress bar and live preview of one training; `made` counts its whole steps."""
+    """A listener: the node's progress bar with its live picture, and the log."""
 
-    def __init__(self, denoiser, concept, settings: TrainSettings, preview_every: int, latents):
-        import torch
+    def __init__(self, steps: int):
+        self.bar, self.steps, self.step = comfy.utils.ProgressBar(steps), steps, 0
 
-        self.denoiser, self.every, self.made = denoiser, preview_every, 0
-        self.guidance = settings.guidance
-        self.bar = comfy.utils.ProgressBar(settings.steps)
-        if preview_every:
-            self.prompt = concept.subject_prompt
-            self.subject, self.negative = denoiser.encode_prompt(self.prompt), denoiser.encode_prompt("")
-            generator = torch.Generator().manual_seed(settings.seed)
-            self.noise = torch.randn((1, *latents.shape[1:]), generator=generator)
+    def __call__(self, event) -> None:
+        if event.event == "step":
+            self.step = event.step
+            if event.step % LOG_EVERY == 1:
+                logger.info("training: step %d of %d, loss %.4f", event.step, event.steps, event.loss)
+            self.bar.update_absolute(event.step, event.steps)
+        elif event.event == "picture":
+            self.bar.update_absolute(self.step, self.steps, ("JPEG", _enlarged(event.pixels), PREVIEW_SIDE))
 
-    def on_step(self, report) -> None:
-        if report.step % LOG_EVERY == 1:
-            logger.info("training: step %d of %d, loss %.4f", report.step, report.steps, report.loss)
-        self.made = report.step
-        wanted = self.every and (report.step % self.every == 0 or report.step == report.steps)
-        preview = ("JPEG", self._picture(), PREVIEW_SIDE) if wanted else None
-        self.bar.update_absolute(report.step, report.steps, preview)
 
-    def _picture(self):
-        import torch
-        from PIL import Image
+def _enlarged(pixels):
+    """A PIL picture of (3, H, W), small ones by whole factors so that their pixels stay square."""
+    from PIL import Image
 
-        if self.denoiser.adapter.config.trains_text:
-            with torch.no_grad():
-                self.subject, self.negative = self.denoiser.encode_prompts([self.prompt, ""], adapted=True)
-        latents = self.denoiser.sample(
-            [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=self.guidance
-        )
-        pixels = self.denoiser.decode_latents(latents)[0].movedim(0, -1)  # (H, W, 3)
-        picture = Image.fromarray((pixels * 255).round().byte().cpu().numpy())
-        scale = max(1, PREVIEW_SIDE // max(picture.size))
-        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    from ..anchor_core.data.pictures import as_picture
+
+    picture = Image.fromarray(as_picture(pixels))
+    scale = max(1, PREVIEW_SIDE // max(picture.size))
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,27 @@ def check_connected(**inputs: Any) -> None:
     for name, value in inputs.items():
         if value is None:
             raise ValueError(f"{name} is empty, as of a checkpoint that holds none; load it from a file of its own")
+
+
+def one_each(inputs: Mapping[str, Any], lists: Collection[str] = ()) -> dict[str, Any]:
+    """The inputs of a node with `is_input_list`, as other nodes have them: one value each, but for those in `lists`.
+
+    Other nodes run once for each entry of a list that reaches them.
+
+    Raises:
+        ValueError: an input that is not in `lists` has several values.
+    """
+    single = {}
+    for name, values in inputs.items():
+        if name in lists:
+            single[name] = values
+        elif isinstance(values, Mapping):  # of a dynamic input
+            single[name] = one_each(values)
+        elif values is None or len(values) == 1:
+            single[name] = None if values is None else values[0]
+        else:
+            raise ValueError(f"{name} is a list of {len(values)}, but it takes one; connect a single value")
+    return single
 
 
 def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:

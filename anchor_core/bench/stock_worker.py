@@ -61,7 +61,7 @@ def ours(model, latents, w: float) -> None:
     with ComfyDenoiser(model, Encoder(), None) as denoiser:
         adapter = denoiser.attach(AdapterConfig(rank=RANK), 0)
         concept = Concept("a photo of a sks dog", "a photo of a dog")
-        train(denoiser, adapter, latents, concept, settings, on_step=lambda _: bar.update(1))
+        train(denoiser, adapter, latents, concept, settings, tell=lambda event: bar.update(event.event == "step"))
 
 
 def main() -> None:

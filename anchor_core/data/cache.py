@@ -51,8 +51,10 @@ class Cache:
             self._write(probe, b"probe")
             (self.folder / probe).unlink()
 
-    def latents(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def latents(self, pictures: Sequence[Tensor], gap: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Scaled latents, (C, h, w) each, float32 on the CPU, of pictures (3, H, W) in [0, 1] of any sizes.
+
+        `gap` is called before each batch.
 
         Raises:
             ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
@@ -68,6 +70,7 @@ class Cache:
                     self._latents[name] = known[0]["latents"]
         for group in missing.values():
             for start in range(0, len(group), BATCH):
+                gap()
                 part = list(group)[start : start + BATCH]
                 encoded = self.denoiser.encode_images(torch.stack([group[name] for name in part]))
                 for name, row in zip(part, encoded.detach().to("cpu", torch.float32)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def build_dataset(
     flip: bool = False,
     cache: Cache | None = None,
     seed: int = 0,
+    gap: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """The references, encoded, each with what may be said of it.
 
@@ -38,6 +39,7 @@ def build_dataset(
         caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
         flip: encode the mirrored pictures too, which are drawn half of the time.
         cache: latents that are known already; without it, none are.
+        gap: called before each batch of the autoencoder; what it raises ends the preparation.
 
     Raises:
         ValueError: before any encoding, for prompts that do not fit (see `prompt_pairs`) or a share out of range;
@@ -49,8 +51,8 @@ def build_dataset(
         longest = {name: max((subject for subject, _ in told), key=len) for name, told in zip(references.names, pairs)}
         check_captions(longest, denoiser.count_tokens, denoiser.token_limit)
     cache = cache or Cache(denoiser)
-    latents = cache.latents(references.pixels)
-    flipped = cache.latents([picture.flip(-1) for picture in references.pixels]) if flip else [None] * len(latents)
+    latents = cache.latents(references.pixels, gap)
+    flipped = cache.latents([picture.flip(-1) for picture in references.pixels], gap) if flip else [None] * len(latents)
     masks = references.masks or [None] * len(latents)
     examples = []
     for name, own, mirrored, mask, told in zip(references.names, latents, flipped, masks, pairs):
@@ -89,12 +91,14 @@ def sample_class_latents(
     guidance: float = 5.0,
     batch_size: int = 8,
     cache: Cache | None = None,
+    gap: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
 
     `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
     through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
-    their noise, the sampling, and what two steps make of the first one, in every bit.
+    their noise, the sampling, and what two steps make of the first one, in every bit. `gap` is called before each
+    batch.
     """
     check_count("count", count)
     check_number("guidance", guidance, minimum=0)
@@ -103,10 +107,10 @@ def sample_class_latents(
     class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
 
     def make() -> Tensor:
-        pictures = [
-            denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance)
-            for part in noise.split(batch_size)
-        ]
+        pictures = []
+        for part in noise.split(batch_size):
+            gap()
+            pictures.append(denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance))
         return torch.cat(pictures)
 
     with denoiser.adapter_disabled():

@@ -1,16 +1,19 @@
-"""The file of a training: the adapter, and what it says of how it was made."""
+"""The files of a training: the adapter, its token vectors, and what they say of how they were made."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from .. import __version__
 from ..adapters.config import AdapterConfig
 from ..adapters.file import EMBEDDING_FILE, save_adapter, to_file_keys
-from ..adapters.formats import convert
+from ..adapters.formats import DIFFUSERS_PREFIXES, convert
 from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
 from ..adapters.tokens import to_embedding
@@ -90,6 +93,58 @@ def _resolution(size: int | tuple[int, int] | None) -> str | None:
     return None if size is None else f"{width}x{height}"
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where a training writes: `adapter`, and `embedding` for token vectors that are trained beside layers."""
+
+    adapter: Path
+    embedding: Path
+
+    @classmethod
+    def beside(cls, adapter: Path) -> Files:
+        """The token vectors in `embedding.safetensors` beside the adapter."""
+        return cls(adapter, adapter.with_name(EMBEDDING_FILE))
+
+    def at(self, step: int) -> Files:
+        """Files of their own for the weights after `step` steps."""
+        adapter, embedding = (
+            path.with_stem(f"{path.stem.rstrip('_')}_step{step:06}") for path in (self.adapter, self.embedding)
+        )
+        return Files(adapter, embedding)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter as its file has it: tensors on the CPU, metadata, and the token vectors that it was trained with."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    vectors: Mapping[str, Tensor] | None
+
+    @classmethod
+    def of(cls, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None) -> Trained:
+        """The adapter attached to `denoiser`; `steps` if fewer than planned were made."""
+        adapter = denoiser.adapter
+        metadata = adapter_metadata(denoiser, concept, settings, steps)
+        tensors = to_file_keys(adapter, denoiser.file_keys())
+        if adapter.config.kind == "full" and any(name.startswith(DIFFUSERS_PREFIXES) for name in tensors):
+            # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
+            tensors = convert(tensors, metadata, to="comfyui")
+        return cls(tensors, metadata, None if adapter.tokens is None else to_embedding(adapter.tokens))
+
+    def save(self, files: Files) -> tuple[Path, ...]:
+        """Write them, each whole or not at all; gives the files that were written, the adapter's first.
+
+        Raises:
+            ValueError: if one cannot be written.
+        """
+        save_adapter(files.adapter, self.tensors, self.metadata)
+        if self.vectors is None or self.vectors.keys() == self.tensors.keys():
+            return (files.adapter,)
+        save_adapter(files.embedding, self.vectors, embedding_metadata(self.metadata))
+        return files.adapter, files.embedding
+
+
 def save_trained(
     path: str | Path, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
 ) -> list[Path]:
@@ -101,14 +156,4 @@ def save_trained(
     Returns:
         the files: of the adapter, and of the embedding where it is another.
     """
-    adapter, files = denoiser.adapter, [Path(path)]
-    metadata = adapter_metadata(denoiser, concept, settings, steps)
-    tensors = to_file_keys(adapter, denoiser.file_keys())
-    if adapter.config.kind == "full":
-        # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
-        tensors = convert(tensors, metadata, to="comfyui")
-    save_adapter(path, tensors, metadata)
-    if adapter.tokens is not None and adapter.config.kind != NO_LAYERS:
-        files.append(files[0].with_name(EMBEDDING_FILE))
-        save_adapter(files[1], to_embedding(adapter.tokens), embedding_metadata(metadata))
-    return files
+    return list(Trained.of(denoiser, concept, settings, steps).save(Files.beside(Path(path))))

@@ -22,12 +22,14 @@ from ..data.dataset import Dataset, Example
 from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
 from ..drift import DriftProbe
 from .checkpoint import Checkpoints
+from .events import Measured, PhaseBegun, StepMade, Tell
 from .gradient_checkpointing import checkpointed
-from .history import History, StepReport
+from .history import History
 from .keeping import Candidates
 from .methods import check_combination
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
+from .orders import Orders
 from .parallel import ALONE, Workers
 from .settings import TrainSettings
 
@@ -51,8 +53,9 @@ def train(
     *,
     class_latents: Tensor | None = None,
     probe: DriftProbe | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    tell: Tell | None = None,
+    orders: Orders | None = None,
+    answer: Callable[[str, int], None] | None = None,
     checkpoints: Checkpoints | None = None,
     cache: Cache | None = None,
     workers: Workers = ALONE,
@@ -67,8 +70,11 @@ def train(
         references: a dataset, or scaled latents (N, C, h, w) that all have the concept's two prompts.
         class_latents: (M, C, h, w), for prior preservation.
         probe: measured before the first step, every `settings.probe_every` steps, and after the last.
-        on_step: called after each step; what it raises ends the training and is passed on.
-        should_stop: asked before each step; True ends the training with what has been learnt.
+        tell: is told `StepMade` after each step and `Measured` after each probe; what it raises ends the training
+            and is passed on.
+        orders: answered before each step and after the last.
+        answer: given `orders.PICTURE` or `orders.SAVE` and the steps made, while the adapter has the weights that would
+            be kept now.
         checkpoints: written every `settings.checkpoint_every` steps and at the end; where it holds one already, the
             training goes on from there.
         cache: of encoded prompts.
@@ -106,8 +112,9 @@ def train(
         datasets = [references] if classes is None else [references, classes]
         cache = cache or Cache(denoiser)
         run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
+        run.tell, run.orders, run.answer = tell or _ignore, orders or Orders(), answer or _ignore
         try:
-            run.loop(on_step, should_stop)
+            run.loop()
         finally:
             run.average.apply()
         run.keep()
@@ -154,34 +161,51 @@ class _Run:
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def loop(self, on_step: Callable[[StepReport], None] | None, should_stop: Callable[[], bool] | None) -> None:
+    def loop(self) -> None:
         settings, history = self.settings, self.history
         if self.probe is not None and not history.probes:
             self._measure()
         while self.made < settings.steps and not history.over_budget:
-            if should_stop is not None and should_stop():
-                history.cancelled = True
+            self._attend()
+            ending = self.orders.ending
+            history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
+            if ending:
                 break
             terms = self._optimize()
             history.losses.append(sum(terms.values()))
             for name, value in terms.items():
                 history.terms.setdefault(name, []).append(value)
-            measured = self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps)
-            if measured:
-                self._measure()
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
+            self.tell(StepMade(self.made, settings.steps, history.losses[-1], terms, history.seconds))
+            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps):
+                self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
                 self._save()
-            if on_step is not None:
-                drift = history.probes[-1][1].drift if measured else None
-                on_step(StepReport(self.made, settings.steps, history.losses[-1], terms, drift))
         if self.probe is not None and history.probes[-1][0] != self.made:
             self._measure()
         if self.made and (settings.checkpoint_every and self.made % settings.checkpoint_every):
             self._save()
+        self._attend()
         history.seconds += time.perf_counter() - self.started
         logger.info("trained %d of %d steps in %.1f s", self.made, settings.steps, history.seconds)
+
+    def _attend(self) -> None:
+        """Answer the orders of the time since the last step, and wait while it is paused, which counts no time."""
+        began, paused = time.perf_counter(), False
+        while True:
+            for what in self.orders.take():
+                with self.average:
+                    self.answer(what, self.made)
+            if not self.orders.paused or self.made == self.settings.steps:
+                break
+            if not paused:
+                self.tell(PhaseBegun("paused"))
+            paused = True
+            self.orders.wait()
+        if paused:
+            self.tell(PhaseBegun("training"))
+        self.started += time.perf_counter() - began
 
     def _optimize(self) -> dict[str, float]:
         """One step of the optimizer; gives the weighted terms of the loss."""
@@ -279,6 +303,7 @@ class _Run:
         with self.average:
             result = self.probe.measure()
             self.history.probes.append((self.made, result))
+            self.tell(Measured(self.made, result))
             if settings.stop_on_drift and result.drift > settings.stop_on_drift:
                 if self.made == 0:
                     raise ValueError(
@@ -354,8 +379,12 @@ class _Run:
             dataset.load_state_dict(saved)
         self.candidates.load_state_dict(state["candidates"])
         self.history = History.from_dict(state["history"])
-        self.history.cancelled = False
+        self.history.cancelled = self.history.stopped = False
         logger.info("going on from step %d of %d", self.made, self.settings.steps)
+
+
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _short(value: Any) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from anchor_core.adapters.attach import attach_tensors
-from tests.adapters.test_adapter_formats import Bare
+from tests.adapters.networks import Bare
 
 lycoris = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed")
 

@@ -16,6 +16,7 @@ import torch
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.drift import DriftProbe
 from anchor_core.training.checkpoint import KEPT, Checkpoints
+from anchor_core.training.orders import Orders
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import TrainingDiverged, train
 
@@ -26,11 +27,16 @@ def run(denoiser, latents, concept, folder=None, stop_after=None, config=None, w
     """Attach, train, detach: (history, adapter weights)."""
     adapter = denoiser.attach(config or AdapterConfig(rank=2, dropout=0.3))
     probe = DriftProbe(denoiser, latents, concept, timesteps=2, noises=1) if with_probe else None
-    made = []
+    made = 0
+
+    def count(event):
+        nonlocal made
+        made += event.event == "step"
+
     try:
         history = train(
             denoiser, adapter, latents, concept, TrainSettings(**{**SETTINGS, **settings}), probe=probe,
-            class_latents=latents.flip(0), on_step=made.append, should_stop=lambda: len(made) == stop_after,
+            class_latents=latents.flip(0), orders=Orders(lambda: made == stop_after), tell=count,
             checkpoints=None if folder is None else Checkpoints(folder),
         )  # fmt: skip
         return history, adapter.state_dict()
@@ -139,7 +145,7 @@ def test_nan_keeps_the_last_good_checkpoint(eps_denoiser, latents, concept, tmp_
 
     with pytest.raises(TrainingDiverged, match="at step 6 of 9"):
         train(
-            eps_denoiser, adapter, latents, concept, TrainSettings(**SETTINGS), on_step=poison,
+            eps_denoiser, adapter, latents, concept, TrainSettings(**SETTINGS), tell=poison,
             checkpoints=Checkpoints(tmp_path),
         )  # fmt: skip
     eps_denoiser.detach()

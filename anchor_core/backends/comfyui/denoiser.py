@@ -137,6 +137,7 @@ class ComfyDenoiser:
         Raises:
             ValueError: there is one already, or `config` asks for what this model cannot have.
         """
+        families.check_size(config, self.network)
         if self._stack is None:
             raise RuntimeError("attach was called outside the `with` block; enter the denoiser first")
         if self.adapter is not None:
