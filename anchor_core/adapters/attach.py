@@ -45,7 +45,9 @@ def _by_module(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], meta
     layers, _, unread = read_layers(tensors, metadata)
     modules = {prefix: module for module, prefix in file_keys.items()}
     if not layers.keys() <= modules.keys():
-        modules = {identity(prefix): module for prefix, module in modules.items()}
+        # The network's own names beside those of its files: a family may have both.
+        own = {f":{module.replace('.', '_')}": module for module in file_keys if ":" not in module}
+        modules = own | {identity(prefix): module for prefix, module in modules.items()}
         found = {prefix: identity(prefix) for prefix in layers}
         if not set(found.values()) <= modules.keys():
             try:

@@ -111,7 +111,7 @@ def renamed(layers: Layers, metadata: Mapping[str, str] | None, to: str) -> Laye
             result[prefix] = parts
         else:
             component, name = found
-            named.setdefault(component, {}).update(_without_processors(name, parts))
+            named.setdefault(component, {})[name] = parts
     network = named.pop("")
     family = network_family(network, (metadata or {}).get("modelspec.architecture", ""), "text_encoder_2" in named)
     if to == "diffusers":
@@ -132,27 +132,6 @@ def renamed(layers: Layers, metadata: Mapping[str, str] | None, to: str) -> Laye
     for component, parts in named.items():
         result |= _prefixed(parts, prefixes[component])
     return result
-
-
-def _without_processors(name: str, parts: dict[str, Tensor]) -> Layers:
-    """A layer of x-flux's attention processors as those of the modules beside which it runs; others as they are."""
-    block, found, layer = name.partition(".processor.")
-    if not found:
-        return {name: parts}
-    names = {
-        "qkv_lora1": f"{block}.img_attn.qkv",
-        "qkv_lora2": f"{block}.txt_attn.qkv",
-        "proj_lora1": f"{block}.img_attn.proj",
-        "proj_lora2": f"{block}.txt_attn.proj",
-        "proj_lora": f"{block}.linear2",
-    }
-    if layer in names:
-        return {names[layer]: parts}
-    if layer != "qkv_lora" or parts["lora_up.weight"].shape[0] % 3:
-        raise ValueError(f"this file is in no known format: {name} is no layer that x-flux has")
-    there = block.replace("single_blocks", "single_transformer_blocks")
-    rows = parts["lora_up.weight"].chunk(3)
-    return {f"{there}.attn.{part}": {**parts, "lora_up.weight": up} for part, up in zip(("to_q", "to_k", "to_v"), rows)}
 
 
 _LORA_ONLY = "diffusers reads LoRA only"

@@ -6,6 +6,7 @@ W (out, in, ...) is the module's own weight in float32; what a kind makes of it 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 from .parts import PIECE, kind_of, row_sizes, scale_of, size_of
 
 Parts = Mapping[str, Tensor]
+SCALARS = ("alpha", "on_input", PIECE)
+"""Parts that are numbers, and stay on the CPU."""
 
 
 def adapted(kind: str, parts: Parts, weight: Tensor, by_adapted_norm: bool = False) -> Tensor:
@@ -29,13 +32,15 @@ def adapted(kind: str, parts: Parts, weight: Tensor, by_adapted_norm: bool = Fal
     Raises:
         ValueError: if parts and weight do not fit; says their sizes.
     """
-    parts = {part: tensor.to(weight) if tensor.dtype.is_floating_point else tensor for part, tensor in parts.items()}
+    parts = {part: tensor if part in SCALARS else tensor.to(weight) for part, tensor in parts.items()}
     if PIECE in parts:
         return _pieces(parts, weight, by_adapted_norm)
     try:
         made = _FORMULAS[kind](parts, weight)
         if "dora_scale" in parts:
             made = decomposed(parts["dora_scale"], made, weight, by_adapted_norm)
+        elif "lora_magnitude_vector" in parts:  # peft's, of output rows whatever its shape
+            made = decomposed(parts["lora_magnitude_vector"].flatten(), made, weight, True)
         return made.reshape(weight.shape)
     except (RuntimeError, IndexError) as error:  # torch's words for sizes that do not fit
         sizes = ", ".join(f"{part} {tuple(tensor.shape)}" for part, tensor in parts.items())
@@ -102,7 +107,7 @@ def lokr_factors(parts: Parts) -> tuple[Tensor, Tensor]:
     one, other = _product(parts, "lokr_w1", ""), _product(parts, "lokr_w2", "lokr_t2")
     rank = next((parts[part].shape[0] for part in ("lokr_w2_b", "lokr_w1_b") if part in parts), None)
     scale = float(parts["alpha"]) / rank if rank and "alpha" in parts else 1.0
-    return scale * one.float(), other.float()
+    return scale * one.float(), other.float().contiguous()  # as torch.kron wants it
 
 
 def _lokr(parts: Parts, weight: Tensor) -> Tensor:
@@ -196,12 +201,18 @@ def check_size(kind: str, parts: Parts, weight: Tensor, name: str = "a layer") -
     """ValueError, before anything is multiplied out, if parts are for a weight of another size."""
     if PIECE in parts:
         return
-    made, own = size_of(kind, parts), (weight.shape[0], weight[0].numel()) if weight.ndim else (1, 1)
-    if kind == "full" and "diff" in parts:
-        made, own = tuple(parts["diff"].shape), tuple(weight.shape)
-        made = own if parts["diff"].numel() == weight.numel() and parts["diff"].shape[0] == weight.shape[0] else made
+    made, own = size_of(kind, parts), (weight.shape[0], math.prod(weight.shape[1:])) if weight.ndim else (1, 1)
     if made is not None and made != own:
         raise ValueError(f"this LoRA was made for another model: {name} is {own} here and {made} there")
+    rows, channels = own[0], weight.shape[1] if weight.ndim > 1 else 1
+    takes = {
+        "dora_scale": (rows, channels), "lora_magnitude_vector": (rows,), "rescale": (rows,), "diff_b": (rows,),
+        "lora_up.bias": (rows,), "weight": (channels if parts.get("on_input") else rows,),
+    }  # fmt: skip
+    for part, sizes in takes.items():
+        if part in parts and parts[part].numel() not in sizes:
+            there = tuple(parts[part].shape)
+            raise ValueError(f"this LoRA was made for another model: {name} is {own} here, and its {part} {there}")
 
 
 def is_dense(kind: str, parts: Parts, weight: Tensor) -> bool:

@@ -51,14 +51,14 @@ def split_key(key: str) -> tuple[str, str | None]:
     words = key.split(".")
     for count in (3, 2, 1):
         part = PARTS.get(".".join(words[-count:])) if len(words) > count else None
-        if part is not None:
+        if part is not None and part != "weight":
             return ".".join(words[:-count]), part
     if match := _PROCESSOR.fullmatch(key):
         return match[1] + match[2], f"lora_{match[3]}.weight"
     if match := _NAMED.fullmatch(key):
         part = PARTS.get(f"{match[2]}.{match[3]}" if match[3] else match[2])
         return (match[1], part) if part else (key, None)
-    return key, None
+    return (".".join(words[:-1]), "weight") if len(words) > 1 and words[-1] == "weight" else (key, None)
 
 
 def split_layers(tensors: Mapping[str, Tensor]) -> tuple[Layers, list[str]]:

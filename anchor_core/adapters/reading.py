@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,9 +76,12 @@ def _number(name: str, tensor: Tensor) -> Tensor:
 
 
 def read_layers(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, also: Collection[str] = ()
 ) -> tuple[Layers, dict[str, str], list[str]]:
     """An adapter file's layers, by their prefixes in the file.
+
+    Args:
+        also: kinds of `UNREAD` that the caller can read.
 
     Returns:
         layers with an alpha where only the metadata states one; the kind of each; and what is no layer that can be
@@ -88,10 +91,13 @@ def read_layers(
         ValueError: if the file holds no layer, or one is not whole.
     """
     layers, unread = split_layers(tensors)
+    layers = {
+        name: parts for prefix, held in layers.items() for name, parts in _without_processor(prefix, held).items()
+    }
     kinds = {}
     for prefix in list(layers):
         kind = kind_of(prefix, layers[prefix])
-        if kind in UNREAD:
+        if kind in UNREAD and kind not in also:
             unread.append(f"{prefix} ({UNREAD[kind]})")
             del layers[prefix]
         else:
@@ -102,6 +108,30 @@ def read_layers(
                 layers[prefix]["alpha"] = layers[prefix]["alpha"].float() / (count * size)
     _state_alphas(layers, metadata or {})
     return layers, kinds, unread
+
+
+def _without_processor(prefix: str, parts: dict[str, Tensor]) -> Layers:
+    """A layer of x-flux's attention processors as those of the modules beside which it runs; others as they are."""
+    block, found, layer = prefix.partition(".processor.")
+    names = {
+        "qkv_lora1": f"{block}.img_attn.qkv",
+        "qkv_lora2": f"{block}.txt_attn.qkv",
+        "proj_lora1": f"{block}.img_attn.proj",
+        "proj_lora2": f"{block}.txt_attn.proj",
+        "proj_lora": f"{block}.linear2",
+    }
+    if not found or layer not in (*names, "qkv_lora"):
+        return {prefix: parts}
+    if layer in names:
+        return {names[layer]: parts}
+    up = parts.get("lora_up.weight")
+    if up is None or up.ndim < 2 or up.shape[0] % 3:
+        raise ValueError(f"this file is not a whole LoRA: {prefix} lacks lora_up.weight of queries, keys and values")
+    there = block.replace("single_blocks", "single_transformer_blocks")
+    return {
+        f"{there}.attn.{part}": {**parts, "lora_up.weight": rows}
+        for part, rows in zip(("to_q", "to_k", "to_v"), up.chunk(3))
+    }
 
 
 def tell_unread(read: int, unread: Sequence[str]) -> None:
