@@ -2,13 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-long lint clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
+
+# Hostile inputs and faults by the hundred.
+test-long: .venv/ready
+	$(BIN)/python -m pytest -m long -rA
 
 lint: .venv/ready
 	$(BIN)/ruff check .

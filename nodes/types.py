@@ -16,9 +16,9 @@ CATEGORY = "anchor"
 CONNECTED = "[connected lora]"
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
-ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.data.Concept
-HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.trainer.History.to_dict()
-ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.pictures.References
+ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.concept.Concept
+HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.training.history.History.to_dict()
+ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.data.pictures.References
 OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, AdapterConfig and DataSettings to values
 
 
