@@ -91,8 +91,7 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two for dtypes of no torch's
             reason = f"{shown(path, 1000)} is not a readable safetensors file ({_reason(error)})"
             raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
-    with named(path):
-        return checked(tensors), metadata
+    return checked(tensors, path), metadata
 
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
