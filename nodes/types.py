@@ -177,7 +177,7 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
     from ..anchor_core.adapters.file import load_adapter
 
     if file != CONNECTED:
-        return load_adapter(lora_file(file))[0]
+        return AdapterTensors(*load_adapter(lora_file(file)))
     if lora is None:
         raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
     return checked_lora("lora", lora)
@@ -185,9 +185,11 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
-    from ..anchor_core.adapters.file import check_finite
+    from ..anchor_core.adapters.reading import checked
+    from ..anchor_core.checks import named
 
     if not lora:
         raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")
-    check_finite(name, lora)
-    return lora
+    with named(name):
+        tensors = checked(lora)
+    return AdapterTensors(tensors, getattr(lora, "metadata", None) or {}, getattr(lora, "embedding", None))

@@ -54,7 +54,24 @@ class TokenVectors:
 
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are an embedding file's tensors."""
-    return bool(tensors) and tensors.keys() <= set(EMBEDDING_KEYS.values())
+    return embedding_of(tensors) is not None
+
+
+def embedding_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str] | None:
+    """An embedding file's tensors by text encoder, and the word that they stand for if it is told; None if it is none.
+
+    Known are `emb_params` (SD1, SD2), `clip_l` and `clip_g` (SDXL, SD3; T5's `t5xxl` is left out), and diffusers'
+    `learned_embeds` of one tensor under the word itself, (width,) or (count, width).
+    """
+    held = {key: tensor for key, tensor in tensors.items() if key != "t5xxl"}
+    if not held or not all(isinstance(each, Tensor) and each.ndim in (1, 2) for each in held.values()):
+        return None
+    if held.keys() <= set(EMBEDDING_KEYS.values()):
+        return held, ""
+    word = next(iter(held))
+    if len(tensors) > 1 or "." in word or not word.strip():
+        return None
+    return {EMBEDDING_KEYS["te"]: held[word]}, "" if word == "*" else word
 
 
 def to_embedding(tokens: TokenVectors) -> dict[str, Tensor]:
