@@ -221,10 +221,10 @@ class _Run:
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
         self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
-        values = {name: value.item() for name, value in sums.items()}
-        self._check_finite("loss", sum(values.values()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
+        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        self._check_finite("loss", sum(terms))
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
@@ -238,7 +238,7 @@ class _Run:
                 f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
                 f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
             )
-        return values
+        return dict(zip(sums, terms, strict=True))
 
     def _autocast(self):
         dtype = self.autocast_dtype
