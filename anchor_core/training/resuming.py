@@ -73,7 +73,10 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.schedule.load_state_dict(state["schedule"])
     loop.average.load_state_dict(state["average"])
-    loop.scaler.load_state_dict(state["scaler"])
+    if state["scaler"] or not loop.scaler.is_enabled():
+        loop.scaler.load_state_dict(state["scaler"])
+    else:
+        logger.info("the checkpoint has no scale of the loss, from before fp16 models had one; it starts anew")
     loop.generator.set_state(state["generator"])
     torch.set_rng_state(state["random"][0])
     for random in state["random"][1:]:

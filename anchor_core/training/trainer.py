@@ -29,16 +29,16 @@ from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .orders import Orders
 from .parallel import ALONE, Workers
+from .precision import LOWEST_SCALE, autocast_dtype, make_scaler, resolve
 from .resuming import resume, state_of
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
+    """The loss or its gradient became NaN or infinite, or in fp16 at every scale of the loss. The adapter still holds
+    its last finite weights."""
 
 
 def train(
@@ -83,6 +83,7 @@ def train(
             settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
             prompts that do not go together.
     """
+    settings = resolve(settings, denoiser)
     objective = settings.make_objective()
     settings.check_model(denoiser.prediction_type)
     if not isinstance(references, Dataset):
@@ -141,7 +142,8 @@ class _Run:
         self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
-        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.scaler = make_scaler(settings, denoiser)
+        self.autocast_dtype = autocast_dtype(settings, denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
@@ -236,11 +238,16 @@ class _Run:
         if self.scaler.get_scale() >= scale:
             self.schedule.step()
             self.average.update()
+        elif self.scaler.get_scale() < LOWEST_SCALE:
+            raise TrainingDiverged(
+                f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
+                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+            )
         return values
 
     def _autocast(self):
-        dtype = _DTYPES[self.settings.precision]
-        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
     def _draw(self) -> Step:
         (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])

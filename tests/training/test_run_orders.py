@@ -7,11 +7,12 @@ import torch
 
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import load_adapter
+from anchor_core.data.prepare import prepare
 from anchor_core.training.events import Ended, Measured, PhaseBegun, Saved, StepMade
 from anchor_core.training.orders import Orders
-from anchor_core.training.run import fit, prepare
+from anchor_core.training.run import fit
 from anchor_core.training.saving import Files
-from anchor_core.training.settings import DataSettings, TrainSettings
+from anchor_core.training.settings import TrainSettings
 
 QUICK = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "probe_every": 2, "objective": "reconstruction"}
 
@@ -30,7 +31,7 @@ def train(eps_denoiser, latents, concept, tmp_path):
         eps_denoiser.attach(AdapterConfig(rank=2, **(config or {})))
         try:
             probe = {"timesteps": 2, "noises": 1}
-            material = prepare(eps_denoiser, latents, concept, DataSettings(), class_pictures=None, probe=probe, seed=0)
+            material = prepare(eps_denoiser, latents, concept, class_pictures=None, probe=probe, seed=0)
             chosen = TrainSettings(**{**QUICK, **settings})
             files = Files.beside(tmp_path / "adapter.safetensors")
             return fit(eps_denoiser, material, chosen, files=files, tell=tell, orders=orders), events
