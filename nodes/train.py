@@ -189,12 +189,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                     "vectors, the token itself.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def fingerprint_inputs(cls, **inputs):
-        return WRITTEN.fingerprint(cls.hidden.unique_id)
+        return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
@@ -211,7 +210,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        resume, settings, config, data = _settings(basic, options, rank, layers, seed, probe_every)
+        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
         pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
@@ -234,7 +233,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
         word = embedding_word(outcome.files[-1]) if config.vectors else config.token
-        WRITTEN.add(cls.hidden.unique_id, *outcome.files)
+        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
         ui = {"anchor_run": [going.id]}
         return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
@@ -257,6 +256,13 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
     settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
     config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
     return resume, settings, config, DataSettings(**data)
+
+
+def _training(inputs) -> str:
+    """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
+    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    values = (inputs.get(each) for each in told)
+    return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 
 
 def _pictures(images, masks, references, invert_masks: bool):
