@@ -17,6 +17,7 @@ from ...adapters.layers import is_leaf
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from ...denoiser import Condition
+from ...devices import free_bytes
 from ...guidance import NULL, SUBJECT, Branch, Rule
 from .families import TextEncoder, family_of
 from .guidance import RuleSteps
@@ -127,6 +128,13 @@ class DiffusersDenoiser:
         return next(self.network.parameters()).dtype
 
     compute_dtype = dtype
+
+    def make_room(self, needed: int) -> int:
+        return free_bytes(self.device)
+
+    @property
+    def family(self) -> str:
+        return self._family.name
 
     @property
     def architecture(self) -> str:
@@ -374,6 +382,8 @@ class DiffusersDenoiser:
     @property
     def blocks(self) -> list[nn.Module]:
         return self._family.blocks
+
+    can_checkpoint = True
 
     # The adapter
 

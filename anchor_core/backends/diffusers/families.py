@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...adapters.tokens import TokenVectors
 from ...denoiser import Condition
 from ...embeddings import WHOLE, Part, side_by_side
+from ...families import unet_family
 from .names import ldm_names
 from .noise import Diffusion, Flow, FluxFlow
 
@@ -100,6 +101,8 @@ class Family:
         downscale: pixels to a latent along an edge, as the autoencoder has it.
     """
 
+    name: str
+    """Of `FAMILIES`."""
     pipeline: str
     """diffusers' class of the whole model."""
     network_class: str
@@ -212,6 +215,10 @@ class StableDiffusion(Family):
                 )
 
     @property
+    def name(self):
+        return unet_family(self.network.config.cross_attention_dim)
+
+    @property
     def architecture(self):
         """Told by the width of the text embeddings."""
         return "stable-diffusion-v2" if self.network.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
@@ -238,6 +245,7 @@ class StableDiffusionXL(StableDiffusion):
     An empty prompt is encoded like any other, and the size conditions say: made at this size, not cropped.
     """
 
+    name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     text_parts = ("text_encoder", "text_encoder_2")
     text_prefixes = {"te1": "lora_te1_", "te2": "lora_te2_"}
@@ -294,6 +302,7 @@ class StableDiffusion3(Family):
     that layer after them: zeros for a model without T5.
     """
 
+    name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -346,6 +355,7 @@ class Flux(Family):
     Four latents make one token: (B, C, h, w) is packed to (B, h/2 w/2, 4 C) for the network.
     """
 
+    name = "flux"
     pipeline = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2")
