@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint licenses clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
@@ -17,6 +17,9 @@ test-long: .venv/ready
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+licenses: .venv/ready
+	$(BIN)/python docs/licenses.py
 
 # torch first and pinned, so that a range in another package's requirements does not choose it.
 .venv/ready: pyproject.toml

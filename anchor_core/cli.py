@@ -43,6 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TrainingDiverged) as error:
         print(f"semantic-anchor {options.verb}: error: {_with_option(str(error), parser)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full or read-only now, a folder in the place of a file
+        if error.filename is None:
+            raise
+        reason = (
+            f"{error.filename} cannot be read or written ({error.strerror}); make room there, or give another place"
+        )
+        print(f"semantic-anchor {options.verb}: error: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"semantic-anchor {options.verb}: cancelled", file=sys.stderr)
         return 130

@@ -239,7 +239,7 @@ def _pictures(images, masks, references):
 
 def _class_pictures(settings: TrainSettings, class_images, class_count: int):
     """Those connected, if the objective reads them, else how the model makes them."""
-    from ..anchor_core.training.run import ClassPictures
+    from ..anchor_core.data.prepare import ClassPictures
 
     if class_images is not None and settings.make_objective().reads_class_pictures:
         return ClassPictures(pixels=from_images(class_images, name="class_images").stack())

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..writing import whole
+
 KEPT = 2
 """Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
 
@@ -43,21 +45,13 @@ class Checkpoints:
             ValueError: if it cannot be written.
         """
         path = self.folder / f"step-{step:06}.ckpt"
-        part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with whole(path, stale=0.0) as part:  # nobody else writes here
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise self._unwritable(error) from error
-        finally:
-            part.unlink(missing_ok=True)
         for old in self.files()[:-KEPT]:
             old.unlink(missing_ok=True)
-        for left in self.folder.glob("*.part"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
         return path
 
     def _unwritable(self, error: Exception) -> ValueError:
