@@ -65,7 +65,7 @@ def adapter_metadata(
     }
     anchor = {
         **{option.name: getattr(settings, option.name) for option in fields(settings)},
-        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
+        **{option.name: getattr(config, option.name) for option in fields(config) if "help" in option.metadata},
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "steps": made,
