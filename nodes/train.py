@@ -17,6 +17,7 @@ from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
+from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
 from .types import (
     CATEGORY,
@@ -165,6 +166,9 @@ class AnchorTrainLoRA(io.ComfyNode):
                 io.Mask.Input("masks", optional=True, tooltip="For images: 1 (white) where the loss counts."),
                 OptionsType.Input("options", optional=True, tooltip="From Train Options."),
             ],
+            # Not unique_id: with it the same training under another id would be trained again.
+            hidden=[io.Hidden.extra_pnginfo],
+            has_intermediate_output=True,  # so that a cached node tells its run again
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the trained LoRA."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA."),
@@ -196,24 +200,33 @@ class AnchorTrainLoRA(io.ComfyNode):
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
-        with ComfyDenoiser(model, clip, vae) as denoiser:
-            outcome = run(
-                denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
-                probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=_Watch(settings.steps),
-                orders=Orders(comfy.model_management.processing_interrupted), checkpoints=checkpoints,
-                picture_every=preview_every,
-            )  # fmt: skip
-        if outcome.how == "cancelled":
-            comfy.model_management.interrupt_current_processing(False)
-            raise comfy.model_management.InterruptProcessingException()
-        if outcome.trained is None:
-            raise ValueError("the training was stopped before its first step, so that there is no LoRA; run it again")
+        orders = Orders(comfy.model_management.processing_interrupted)
+        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo)) as going:
+            going.listeners.append(_Watch(settings.steps))
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                outcome = run(
+                    denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
+                    probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=going.tell, orders=orders,
+                    checkpoints=checkpoints, picture_every=preview_every,
+                )  # fmt: skip
+            if outcome.how == "cancelled":
+                comfy.model_management.interrupt_current_processing(False)
+                raise comfy.model_management.InterruptProcessingException()
+            if outcome.trained is None:
+                raise ValueError("the training was stopped before its first step, so there is no LoRA; run it again")
         lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
         word = embedding_word(files.embedding) if config.vectors else config.token
         history, path = outcome.history, str(outcome.files[0])
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word)
+        ui = {"anchor_run": [going.id]}
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
+
+
+def _workflow(extra) -> str | None:
+    """The id of the graph in a page that was queued; a prompt through the API has none."""
+    graph = extra.get("workflow") if isinstance(extra, dict) else None
+    return graph.get("id") if isinstance(graph, dict) and isinstance(graph.get("id"), str) else None
 
 
 def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: int):
@@ -265,20 +278,12 @@ class _Watch:
 
     def __call__(self, event) -> None:
         if event.event == "step":
-            self.step = event.step
+            self.step, self.steps = event.step, event.steps
             if event.step % LOG_EVERY == 1:
                 logger.info("training: step %d of %d, loss %.4f", event.step, event.steps, event.loss)
             self.bar.update_absolute(event.step, event.steps)
         elif event.event == "picture":
-            self.bar.update_absolute(self.step, self.steps, ("JPEG", _enlarged(event.pixels), PREVIEW_SIDE))
+            from ..anchor_core.training.record import thumbnail
 
-
-def _enlarged(pixels):
-    """A PIL picture of (3, H, W), small ones by whole factors so that their pixels stay square."""
-    from PIL import Image
-
-    from ..anchor_core.data.pictures import as_picture
-
-    picture = Image.fromarray(as_picture(pixels))
-    scale = max(1, PREVIEW_SIDE // max(picture.size))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            picture = thumbnail(event.pixels, PREVIEW_SIDE)
+            self.bar.update_absolute(self.step, self.steps, ("JPEG", picture, PREVIEW_SIDE))

@@ -95,6 +95,14 @@ class TrainSettings:
             )
 
     @property
+    def fixed_length(self) -> str:
+        """Why no steps can be added while it goes on; empty if they can."""
+        if self.schedule == "constant":
+            return ""
+        ends = f"schedule is {self.schedule!r}, whose learning rate ends at 0 after the {self.steps} planned steps"
+        return f"{ends}; take constant to train on"
+
+    @property
     def keep_w(self) -> float:
         """The w of the probe's Eq. 5 by which `keep` chooses: the training's own, else the paper's 0.5."""
         return self.w if self.objective in ("anchor", "blended_target") and self.w > 0 else 0.5

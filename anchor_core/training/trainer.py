@@ -158,13 +158,18 @@ class _Run:
     def made(self) -> int:
         return len(self.history.losses)
 
+    @property
+    def steps(self) -> int:
+        """How many are to be made, as far as is known."""
+        return self.settings.steps + self.orders.more
+
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def loop(self) -> None:
         settings, history = self.settings, self.history
         if self.probe is not None and not history.probes:
             self._measure()
-        while self.made < settings.steps and not history.over_budget:
+        while self.orders.goes_on(self.made, settings.steps) and not history.over_budget:
             self._attend()
             ending = self.orders.ending
             history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
@@ -176,8 +181,8 @@ class _Run:
                 history.terms.setdefault(name, []).append(value)
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
-            self.tell(StepMade(self.made, settings.steps, history.losses[-1], terms, history.seconds))
-            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps):
+            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds))
+            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == self.steps):
                 self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
                 self._save()
@@ -196,7 +201,7 @@ class _Run:
             for what in self.orders.take():
                 with self.average:
                     self.answer(what, self.made)
-            if not self.orders.paused or self.made == self.settings.steps:
+            if not self.orders.paused or self.made == self.steps:
                 break
             if not paused:
                 self.tell(PhaseBegun("paused"))
@@ -291,7 +296,7 @@ class _Run:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise TrainingDiverged(
-                f"the {what} became {value} at step {self.made + 1} of {self.settings.steps}; take a learning_rate "
+                f"the {what} became {value} at step {self.made + 1} of {self.steps}; take a learning_rate "
                 f"below {self.settings.learning_rate:g}, and pictures and latents without NaN"
             )
 
