@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
@@ -21,6 +23,17 @@ def shown(text: Any, limit: int = 200) -> str:
     if len(text) > limit:
         text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
     return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text)
+
+
+@contextmanager
+def named(name: Any) -> Iterator[None]:
+    """A ValueError from inside begins with `name`, of the file or input that is at fault, if it does not yet."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(name)):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:

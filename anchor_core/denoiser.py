@@ -40,6 +40,10 @@ class Denoiser(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What the network computes in by itself, without autocast, whatever its weights are stored in."""
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w)."""
 

@@ -195,7 +195,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         pictures = _pictures(images, masks, references)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
-        checkpoints = open_checkpoints(resume, files.adapter.stem, settings.checkpoint_every)
+        checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
         with ComfyDenoiser(model, clip, vae) as denoiser:
             outcome = run(
                 denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
@@ -239,7 +239,7 @@ def _pictures(images, masks, references):
 
 def _class_pictures(settings: TrainSettings, class_images, class_count: int):
     """Those connected, if the objective reads them, else how the model makes them."""
-    from ..anchor_core.training.run import ClassPictures
+    from ..anchor_core.data.prepare import ClassPictures
 
     if class_images is not None and settings.make_objective().reads_class_pictures:
         return ClassPictures(pixels=from_images(class_images, name="class_images").stack())

@@ -16,9 +16,9 @@ CATEGORY = "anchor"
 CONNECTED = "[connected lora]"
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
-ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.data.Concept
-HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.trainer.History.to_dict()
-ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.pictures.References
+ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.concept.Concept
+HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.training.history.History.to_dict()
+ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.data.pictures.References
 OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, AdapterConfig and DataSettings to values
 
 
@@ -31,6 +31,7 @@ class AdapterTensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.metadata = metadata
         self.embedding = embedding
+        self.file = ""  # what messages call it; empty for "lora"
 
 
 def check_connected(**inputs: Any) -> None:
@@ -177,7 +178,9 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
     from ..anchor_core.adapters.file import load_adapter
 
     if file != CONNECTED:
-        return load_adapter(lora_file(file))[0]
+        tensors = AdapterTensors(*load_adapter(lora_file(file)))
+        tensors.file = file
+        return tensors
     if lora is None:
         raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
     return checked_lora("lora", lora)
@@ -185,9 +188,8 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
-    from ..anchor_core.adapters.file import check_finite
+    from ..anchor_core.adapters.reading import checked
 
     if not lora:
         raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")
-    check_finite(name, lora)
-    return lora
+    return AdapterTensors(checked(lora, name), getattr(lora, "metadata", None) or {}, getattr(lora, "embedding", None))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..checks import check_count, check_number, check_options, option
 from .kinds import KINDS, NO_LAYERS
-from .layers import EVERYTHING, LAYERS, layer_choices
+from .layers import EVERYTHING, LAYERS, ExactLayers, compile_layers, layer_choices
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class AdapterConfig:
         initial: the word whose embedding they start from, a single token; empty for `token` itself.
         detach_start: no gradient goes through the keys and values of a prompt's first token, as in Custom Diffusion.
         ranks: by module name, where it is not `rank`: that of a file whose layers differ.
+        kinds: by module name, where it is not `kind`: of `FILE_KINDS`, of a file whose layers differ.
 
     Raises:
         ValueError: naming an option out of its limits, or two that do not go together.
@@ -52,6 +52,7 @@ class AdapterConfig:
     initial: str = option("", "the word that the vectors start from, such as the class word; empty for the token")
     detach_start: bool = option(False, "cross_attention_kv: no gradient by the first token, as in Custom Diffusion")
     ranks: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
         if self.alpha is None:
@@ -79,10 +80,13 @@ class AdapterConfig:
             )
         if self.detach_start and (self.layers != "cross_attention_kv" or self.kind == NO_LAYERS):
             raise ValueError("detach_start is True, but it goes with layers cross_attention_kv only; leave it off")
-        try:
-            re.compile(self.layers)
-        except re.error as error:
-            raise ValueError(f"layers is {self.layers!r} ({error}), but it takes {layer_choices()}") from error
+        if not isinstance(self.layers, ExactLayers):
+            compile_layers(self.layers)
+
+    @property
+    def used_kinds(self) -> set[str]:
+        """The kinds of its layers."""
+        return ({self.kind} | set(self.kinds.values())) - {NO_LAYERS}
 
     @property
     def trains_text(self) -> bool:

@@ -15,6 +15,7 @@ from ..adapters.config import AdapterConfig
 from ..backends.diffusers.adjust import encode_adjusted
 from ..backends.diffusers.denoiser import DiffusersDenoiser
 from ..concept import Concept
+from ..data.prepare import ClassPictures, prepare
 from ..drift import DriftProbe
 from ..embeddings import Adjustment
 from ..evaluation.metrics import mean_pairwise_cosine, text_alignment
@@ -23,9 +24,9 @@ from ..sandbox.judge import Judge
 from ..sandbox.subjects import Subject
 from ..training.events import Event, Tell
 from ..training.history import History
-from ..training.run import ClassPictures, fit, prepare
+from ..training.run import fit
 from ..training.saving import Files
-from ..training.settings import DataSettings, TrainSettings
+from ..training.settings import TrainSettings
 
 TOKEN = "sks"
 TUNING_SUBJECTS = ("rosie", "ziggy")
@@ -93,7 +94,7 @@ class Personalisation:
         self.latents = denoiser.encode_images(self.references)
         self.shape = tuple(self.latents.shape[1:])
         self.material = prepare(
-            denoiser, self.latents, self.concept, DataSettings(), seed=seed, probe={"noises": 2, "seed": seed},
+            denoiser, self.latents, self.concept, seed=seed, probe={"noises": 2, "seed": seed},
             class_pictures=ClassPictures(CLASS_PICTURES, sampling=SAMPLING),
         )  # fmt: skip
         self.class_latents, self.probe = self.material.class_latents, self.material.probe

@@ -25,7 +25,8 @@ from .shared import check_writable, given, open_model, resolution
 
 def train(options: Namespace) -> int:
     from ..data.cache import Cache
-    from ..training.run import ClassPictures, run
+    from ..data.prepare import ClassPictures
+    from ..training.run import run
     from ..training.saving import Files
 
     if options.lambda_ is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Condition, Denoiser
+from ..writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +150,10 @@ class Cache:
     # --- files ------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, content: bytes) -> None:
-        part = self.folder / f".{name}.{os.getpid()}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole(self.folder / name) as part:
                 part.write_bytes(content)
-                os.replace(part, self.folder / name)
-            finally:
-                part.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(
                 f"the cache folder {self.folder} cannot be written ({error.strerror}); "

@@ -1,27 +1,23 @@
 """One training, from a model, pictures, a concept and settings to a saved file: the same for node, verb and bench.
 
-`run` is the whole. Its two halves, `prepare` and `fit`, are for who trains several adapters on the same pictures. What
-happens is told as `events`; what is wanted meanwhile comes as `orders`.
+`run` is the whole; `fit` alone is for who trains several adapters on what `data.prepare` made once. What happens is
+told as `events`; what is wanted meanwhile comes as `orders`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..adapters.config import AdapterConfig
 from ..concept import Concept
 from ..data.cache import Cache
-from ..data.dataset import Dataset
 from ..data.pictures import References
-from ..data.prepare import build_dataset, of_one_size, sample_class_latents
+from ..data.prepare import ClassPictures, Material, prepare
 from ..denoiser import Denoiser
-from ..drift import DriftProbe
 from .checkpoint import Checkpoints
 from .events import Ended, Event, PhaseBegun, PictureMade, Saved, StepMade, Tell
 from .history import History
@@ -34,55 +30,6 @@ from .settings import DataSettings, TrainSettings
 from .trainer import TrainingDiverged, train
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ClassPictures:
-    """The class pictures of objectives that read some: those given, or how the pretrained model makes them.
-
-    Args:
-        count: how many are made.
-        pixels: (N, 3, H, W) in [0, 1] to take instead, called `name` in errors.
-        folder: where made ones are kept for the next training.
-        sampling: options of `sample_class_latents`.
-    """
-
-    count: int = 24
-    pixels: Tensor | None = None
-    name: str = "class_images"
-    folder: Path | None = None
-    sampling: Mapping[str, Any] | None = None
-
-    def latents(
-        self, denoiser: Denoiser, concept: Concept, shape: tuple[int, ...], seed: int, gap: Callable[[], None]
-    ) -> Tensor:
-        """(N, C, h, w)."""
-        if self.pixels is None:
-            cache = None if self.folder is None else Cache(denoiser, self.folder)
-            options = {"seed": seed, "cache": cache, "gap": gap, **(self.sampling or {})}
-            return sample_class_latents(denoiser, concept, self.count, shape, **options)
-        try:
-            return denoiser.encode_images(self.pixels)
-        except ValueError as error:
-            raise ValueError(f"{self.name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a training sees of the subject, made once.
-
-    Attributes:
-        latents: (N, C, h, w), those of the first picture's size, for what takes a stack.
-        class_latents: (M, C, h, w), or None.
-        cache: of encoded prompts.
-    """
-
-    concept: Concept
-    dataset: Dataset
-    latents: Tensor
-    class_latents: Tensor | None
-    probe: DriftProbe | None
-    cache: Cache
 
 
 @dataclass(frozen=True)
@@ -134,12 +81,14 @@ def run(
     check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
     settings.check_model(denoiser.prediction_type)
     denoiser.attach(config, seed=settings.seed)
-    reads_class = settings.make_objective().reads_class_pictures
+    gaps, reads_class = _Gaps(tell, orders), settings.make_objective().reads_class_pictures
     try:
         material = prepare(
-            denoiser, references, concept, data, class_pictures=class_pictures if reads_class else None, probe=probe,
-            seed=settings.seed, tell=tell, orders=orders, cache=cache,
+            denoiser, references, concept, class_pictures=class_pictures if reads_class else None, probe=probe,
+            seed=settings.seed, cache=cache, begin=gaps.begin, gap=gaps.pass_by, shuffle=data.shuffle,
+            caption_dropout=data.caption_dropout, flip=data.flip,
         )  # fmt: skip
+        gaps.pass_by()
     except _EndedEarly:
         tell(Ended(orders.ending, kept=0, made=0))
         return Outcome(orders.ending, History(), None, ())
@@ -149,51 +98,23 @@ def run(
     )  # fmt: skip
 
 
-def prepare(
-    denoiser: Denoiser,
-    references: References | Tensor,
-    concept: Concept,
-    data: DataSettings,
-    *,
-    class_pictures: ClassPictures | None,
-    probe: Mapping[str, Any] | None,
-    seed: int,
-    tell: Tell = lambda event: None,
-    orders: Orders | None = None,
-    cache: Cache | None = None,
-) -> Material:
-    """Encode the pictures (or take their latents, (N, C, h, w)), make the class pictures, and set up the probe."""
-    orders, cache = orders or Orders(), cache or Cache(denoiser)
+class _Gaps:
+    """What a preparation does between two of its calls of the model: tell the phase, wait out a pause, or end."""
 
-    def gap() -> None:
-        paused = False
-        while orders.paused:
-            if not paused:
-                tell(PhaseBegun("paused"))
-            paused = True
-            orders.wait()
-        if orders.ending:
+    def __init__(self, tell: Tell, orders: Orders):
+        self.tell, self.orders = tell, orders
+
+    def begin(self, phase: str) -> None:
+        self.pass_by()
+        self.tell(PhaseBegun(phase))
+
+    def pass_by(self) -> None:
+        if self.orders.paused:
+            self.tell(PhaseBegun("paused"))
+        while self.orders.paused:
+            self.orders.wait()
+        if self.orders.ending:
             raise _EndedEarly
-
-    def begin(phase: str) -> None:
-        gap()
-        tell(PhaseBegun(phase))
-
-    begin("preparing")
-    if isinstance(references, Tensor):
-        dataset = Dataset.of_latents(references, concept)
-    else:
-        chosen = {name: getattr(data, name) for name in ("shuffle", "caption_dropout", "flip")}
-        dataset = build_dataset(denoiser, references, concept, cache=cache, seed=seed, gap=gap, **chosen)
-    latents, class_latents, drift = of_one_size(dataset), None, None
-    if class_pictures is not None:
-        begin("class_pictures")
-        class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)
-    if probe is not None:
-        begin("measuring")
-        drift = DriftProbe(denoiser, latents, concept, **probe)
-    gap()
-    return Material(concept, dataset, latents, class_latents, drift, cache)
 
 
 def fit(

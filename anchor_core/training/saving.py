@@ -18,6 +18,7 @@ from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
 from ..adapters.tokens import to_embedding
 from ..concept import Concept
+from .precision import resolve
 from .settings import TrainSettings
 
 _BASE_VERSIONS = {
@@ -37,6 +38,7 @@ def adapter_metadata(
 
     No date, so that the same training makes the same file.
     """
+    settings = resolve(settings, denoiser)
     config, made = denoiser.adapter.config, settings.steps if steps is None else steps
     architecture = getattr(denoiser, "architecture", "stable-diffusion-v1")
     diffusers_names = any("transformer_blocks" in name for name in denoiser.adapter.module_names)

@@ -14,7 +14,7 @@ from ..objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "schedule_free")
 SCHEDULES = ("constant", "cosine", "linear")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "shifted")
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KEEPS = ("last", "best")
 
 
@@ -55,7 +55,9 @@ class TrainSettings:
     timestep_shift: float = option(3.0, "shifted: level u becomes s u / (1 + (s - 1) u)", above=0)
     timestep_min: float = option(0.0, "lowest noise level", minimum=0, below=1)
     timestep_max: float = option(1.0, "noise levels stay below this one", above=0)
-    precision: str = option("fp32", "of the passes; the adapter itself is always fp32", choices=PRECISIONS)
+    precision: str = option(
+        "auto", "of the passes: auto is what the network computes in; the adapter is always fp32", choices=PRECISIONS
+    )
     gradient_checkpointing: bool = option(False, "less memory, more time: blocks are computed again for the gradient")
     seed: int = option(0, "of every draw of the training", minimum=0)
     probe_every: int = option(50, "steps between two measurements of the drift")

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.metadata import base_fingerprint
 from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
@@ -31,17 +29,16 @@ from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .orders import Orders
 from .parallel import ALONE, Workers
+from .precision import LOWEST_SCALE, autocast_dtype, make_scaler, resolve
+from .resuming import resume, state_of
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
-"""Settings that a resumed training may have otherwise: they do not enter the steps already made."""
-
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
+    """The loss or its gradient became NaN or infinite, or in fp16 at every scale of the loss. The adapter still holds
+    its last finite weights."""
 
 
 def train(
@@ -86,6 +83,7 @@ def train(
             settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
             prompts that do not go together.
     """
+    settings = resolve(settings, denoiser)
     objective = settings.make_objective()
     settings.check_model(denoiser.prediction_type)
     if not isinstance(references, Dataset):
@@ -144,7 +142,8 @@ class _Run:
         self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
-        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.scaler = make_scaler(settings, denoiser)
+        self.autocast_dtype = autocast_dtype(settings, denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
@@ -153,7 +152,7 @@ class _Run:
         reads_pooled = self.objective.reads_pooled
         self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
         if checkpoints is not None:
-            self._resume()
+            resume(self)
 
     @property
     def made(self) -> int:
@@ -234,11 +233,16 @@ class _Run:
         if self.scaler.get_scale() >= scale:
             self.schedule.step()
             self.average.update()
+        elif self.scaler.get_scale() < LOWEST_SCALE:
+            raise TrainingDiverged(
+                f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
+                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+            )
         return values
 
     def _autocast(self):
-        dtype = _DTYPES[self.settings.precision]
-        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
     def _draw(self) -> Step:
         (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
@@ -322,74 +326,13 @@ class _Run:
             self.adapter.load_state_dict(chosen["weights"])
             self.history.kept = chosen["step"]
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint must agree in with the training that goes on from it."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in _MAY_CHANGE}
-        return {
-            "base model": base_fingerprint(self.denoiser),
-            "adapter": asdict(self.adapter.config),
-            "number of processes": self.workers.count,
-            "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in self.datasets[0].examples],
-            "prompts": self.datasets[0].prompts(),
-            **settings,
-        }
-
     def _save(self) -> None:
-        if self.checkpoints is None or not self.workers.is_first:
-            return
-        devices = [self.denoiser.device] if self.denoiser.device.type == "cuda" else []
-        state = {
-            "about": self._about(),
-            "adapter": self.adapter.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "average": self.average.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
-            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
-            "datasets": [dataset.state_dict() for dataset in self.datasets],
-            "history": self.history.to_dict(),
-            "candidates": self.candidates.state_dict(),
-        }
-        self.checkpoints.save(self.made, state)
-
-    def _resume(self) -> None:
-        state = self.checkpoints.load()
-        if state is None:
-            return
-        for name, value in self._about().items():
-            saved = state["about"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"checkpoint in {self.checkpoints.folder} is of another training: its {name} is "
-                    f"{_short(saved)}, and {_short(value)} here; give another folder or the same settings"
-                )
-        self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"][0])
-        for random in state["random"][1:]:
-            torch.cuda.set_rng_state(random, self.denoiser.device)
-        for dataset, saved in zip(self.datasets, state["datasets"], strict=True):
-            dataset.load_state_dict(saved)
-        self.candidates.load_state_dict(state["candidates"])
-        self.history = History.from_dict(state["history"])
-        self.history.cancelled = self.history.stopped = False
-        logger.info("going on from step %d of %d", self.made, self.settings.steps)
+        if self.checkpoints is not None and self.workers.is_first:
+            self.checkpoints.save(self.made, state_of(self))
 
 
 def _ignore(*_: Any) -> None:
     pass
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_latents(name: str, latents: Tensor) -> None:

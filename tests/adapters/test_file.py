@@ -130,7 +130,7 @@ def test_a_lora_for_another_model_is_one_line_and_leaves_the_network_alone(
     before, untouched = snapshot(denoiser.network), predict(denoiser, make_step)
     for name, message in (
         ("other", "made for another model"),
-        ("text", "made for another model: lora_te_text_model_0"),
+        ("text", "not a whole LoRA: lora_te_text_model_0 lacks lora_down.weight"),
         ("none", "holds no LoRA"),
         ("broken", "not a readable safetensors file"),
         ("missing", "not a readable safetensors file"),

@@ -19,6 +19,7 @@ class WithText:
     def __init__(self, denoiser):
         self.denoiser, self.adapter, self.architecture = denoiser, None, "stable-diffusion-v1"
         self.networks = {"": denoiser.network, "te": denoiser.text_encoder}
+        self.network, self.text_encoders = denoiser.network, {"te": denoiser.text_encoder}
         names = [name for name, part in denoiser.text_encoder.named_modules() if isinstance(part, torch.nn.Linear)]
         inner = {name: name.removeprefix("text_model.").replace(".", "_") for name in names}
         keys = {f"te:{name}": f"lora_te_text_model_{inner[name]}" for name in names}

@@ -37,6 +37,7 @@ if __name__ == "__main__":
     from comfy_models import fingerprint, same
     from torch import Tensor
     from torch.utils.checkpoint import checkpoint
+    from training_refusals import refusal, refusal_of_adapter
 
     from anchor_core.adapters.config import AdapterConfig
     from anchor_core.adapters.file import to_file_keys
@@ -320,44 +321,6 @@ def check_low_vram(name: str, model, clip, vae, shape) -> None:
         assert "take lora" in told, "a kind that reads weights is not refused"
     assert [(id(p), p.is_inference()) for p in patched.model.parameters()] == kinds, "parameters are others"
     assert torch.equal(picture(patched, clip, shape), first), "the picture is another one"
-
-
-def refusal(kind: str) -> str:
-    """What is said of a model that cannot be trained on."""
-    model, clip, vae = models.build("flux" if kind == "packed_latents" else "sd1")
-    if kind == "dynamic_vram":
-        model.__class__ = comfy.model_patcher.ModelPatcherDynamic  # which needs a GPU to be made
-    elif kind == "fp8_matrix_mult":
-        model.model.diffusion_model.time_embed[0].__class__ = comfy.ops.fp8_ops.Linear
-    elif kind == "quantised":
-        layout = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout")
-        model.model.diffusion_model.quantised = torch.nn.Parameter(layout, requires_grad=False)
-    elif kind == "integers":
-        layer = model.model.diffusion_model.out[2]
-        layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
-    elif kind == "packed_latents":
-        bases = (comfy.model_sampling.ModelSamplingAV, comfy.model_sampling.CONST)
-        model.add_object_patch("model_sampling", type("ModelSampling", bases, {})(model.model.model_config))
-    elif kind == "dora_on_fp8":
-        model, clip, vae = models.build("sd1", torch.float8_e4m3fn, torch.float32)
-    try:
-        with ComfyDenoiser(model, clip, vae) as denoiser:
-            denoiser.attach(AdapterConfig(kind="dora", text_encoder=kind == "text_encoder"))
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def refusal_of_adapter(kind: str) -> str:
-    """What is said of an adapter for another size of the same architecture."""
-    other = models.UNET | {"context_dim": 2 * models.WIDTH}
-    tensors, *_ = trained(*models.build("sd1"), models.latent_shape("sd1"), kind=kind)
-    models.FAMILIES["other"] = models.Family(models.supported.SD15, other)
-    try:
-        apply_adapter(models.build("other")[0], tensors, 1.0)
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 INSIDE = (

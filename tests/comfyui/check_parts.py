@@ -75,11 +75,7 @@ def check_embedding_file(model, clip, vae, shape=SHAPE) -> None:
             adapter = trained(denoiser, shape, kind="none", vectors=count, initial="star")
             save_adapter(EMBEDDINGS / "ours.safetensors", to_file_keys(adapter, denoiser.file_keys()), {})
             ours = {}
-            for prompt in (
-                "a photo of a {} star",
-                "a (red {} one:1.3), in the snow",
-                "{} " + "a star in the snow, " * 20,
-            ):
+            for prompt in ("a photo of a {} star", "a (red {} one), in the snow", "{} " + "a star in the snow, " * 20):
                 ours[prompt.format("embedding:ours")] = predict(denoiser, prompt.format("sks"), True, shape)
         with ComfyDenoiser(model, clip, vae) as denoiser:
             for prompt, expected in ours.items():

@@ -11,7 +11,7 @@ def lora(value: float = 0.01, width: int = 128):
 
 
 def sd3(part: int):
-    from .models import build
+    from .comfy_models import build
 
     return build("sd3")[part]
 

@@ -1,4 +1,4 @@
-"""Run under ComfyUI's interpreter: what its backend computes, for `test_nodes.py` to compare with diffusers.
+"""Run under ComfyUI's interpreter: what its backend computes, for `test_parity_comfyui.py` to compare with diffusers.
 
 Usage: parity.py COMFYUI PACK WEIGHTS INPUTS OUTPUTS (the last two are safetensors files). The outputs hold the
 results; under `untouched.` whether the model was the same afterwards, for each way in which a training can end; under

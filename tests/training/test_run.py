@@ -12,10 +12,11 @@ import torch
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import load_adapter
 from anchor_core.data.pictures import References
+from anchor_core.data.prepare import ClassPictures
 from anchor_core.drift import ProbeResult
 from anchor_core.training.events import PHASES, Ended, Measured, PhaseBegun, PictureMade, Saved, StepMade
 from anchor_core.training.orders import Orders
-from anchor_core.training.run import ClassPictures, run
+from anchor_core.training.run import run
 from anchor_core.training.saving import Files
 from anchor_core.training.settings import DataSettings, TrainSettings
 from anchor_core.training.trainer import TrainingDiverged

@@ -104,6 +104,10 @@ class ComfyDenoiser:
         return self.model.load_device
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.model.model.get_dtype_inference()
+
+    @property
     def _sampling(self):
         return self.model.model.model_sampling
 
