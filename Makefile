@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint licenses clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
@@ -10,12 +10,16 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
+# Sweeps over every family, hostile inputs and faults by the hundred.
 test-long: .venv/ready
-	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile -m long
+	$(BIN)/python -m pytest -m long -rA
 
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+licenses: .venv/ready
+	$(BIN)/python docs/licenses.py
 
 # torch first and pinned, so that a range in another package's requirements does not choose it.
 .venv/ready: pyproject.toml

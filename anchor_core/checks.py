@@ -6,9 +6,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from numbers import Integral, Real
 from typing import Any
+
+
+def shown(text: Any, limit: int = 200) -> str:
+    """Text of a file as terminals, logs and messages may have it: no control characters, at most `limit` characters.
+
+    Line ends become spaces; what else moves a cursor, turns the direction of writing or has no character becomes `?`.
+    The middle of a longer text is left out, so that a path keeps its file's name.
+    """
+    text = str(text)
+    if len(text) > limit:
+        text = f"{text[: limit // 2]}...{text[-limit // 2 :]}"
+    return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text)
+
+
+@contextmanager
+def named(name: Any) -> Iterator[None]:
+    """A ValueError from inside begins with `name`, of the file or input that is at fault, if it does not yet."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith(str(name)):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_number(name: str, value: Any, *, minimum: float | None = None, above: float | None = None) -> float:

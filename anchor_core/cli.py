@@ -43,6 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TrainingDiverged) as error:
         print(f"semantic-anchor {options.verb}: error: {_with_option(str(error), parser)}", file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full or read-only now, a folder in the place of a file
+        if error.filename is None:
+            raise
+        reason = (
+            f"{error.filename} cannot be read or written ({error.strerror}); make room there, or give another place"
+        )
+        print(f"semantic-anchor {options.verb}: error: {reason}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"semantic-anchor {options.verb}: cancelled", file=sys.stderr)
         return 130
@@ -216,7 +224,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--config", metavar="DIR", help="for a checkpoint: a diffusers folder with its tokenizers")
     parser.add_argument("--resolution", type=int, help="of the pictures (default: the model's own)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 and so on (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS, help="of the model's weights (default fp32)")
+    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS[1:], help="of the model's weights (default fp32)")
 
 
 def _add_prompts(parser: argparse.ArgumentParser) -> None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import takewhile
+
+from .checks import shown
 
 # Where the words of a class end: "a sks stuffed animal in the snow" is of the class "stuffed animal".
 _FUNCTION_WORDS = frozenset(
     "a an the this that my your his her its our their of in on at by to from for with and or is are near over".split()
 )
 
+
+MAX_PROMPT = 2**16
 
 _WORD = re.compile(r"[^\s,.;:!?()\"]+|[,.;:!?()\"]")
 
@@ -37,9 +42,11 @@ class Concept:
     def __post_init__(self):
         for name in ("subject_prompt", "class_prompt"):
             value = getattr(self, name)
-            if not isinstance(value, str) or not value.strip():
+            if not isinstance(value, str) or not plain_text(value):
                 raise ValueError(f"{name} is {value!r}, but it takes a text that is not empty")
-            object.__setattr__(self, name, " ".join(value.split()))
+            if len(value) > MAX_PROMPT:
+                raise ValueError(f"{name} has {len(value)} characters, but it takes {MAX_PROMPT} at most; shorten it")
+            object.__setattr__(self, name, plain_text(value))
         if self.subject_prompt.casefold() == self.class_prompt.casefold():
             raise ValueError(
                 f"class_prompt is {self.class_prompt!r}, the same as subject_prompt; "
@@ -65,8 +72,8 @@ class Concept:
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(f"{name} is {value!r}, but it takes a word or two, such as sks and dog")
         check_template(template)
-        class_ = " ".join(class_word.split())
-        subject = f"{' '.join(token.split())} {class_}"
+        class_ = plain_text(class_word)
+        subject = f"{plain_text(token)} {class_}"
         return cls(template.replace("{}", subject), template.replace("{}", class_), subject, class_)
 
     def class_of(self, caption: str, name: str = "caption") -> str:
@@ -81,14 +88,27 @@ class Concept:
         class_caption, count = word_pattern(self.subject_phrase).subn(lambda _: self.class_phrase, caption)
         if not count:
             raise ValueError(
-                f"{name} is {caption!r}, which does not name the subject; write {self.subject_phrase!r} where it does"
+                f"{name} is {shown(caption)!r}, which does not name the subject; "
+                f"write {self.subject_phrase!r} where it does"
             )
         words = list(_WORD.finditer(self.subject_phrase))
         start, end, _ = _difference(words, list(_WORD.finditer(self.class_phrase)))
         token = " ".join(word[0] for word in words[start:end])
         if word_pattern(token).search(class_caption):
-            raise ValueError(f"{name} is {caption!r}, but it takes {token!r} only as a part of {self.subject_phrase!r}")
+            raise ValueError(
+                f"{name} is {shown(caption)!r}, but it takes {token!r} only as a part of {self.subject_phrase!r}"
+            )
         return class_caption
+
+
+def plain_text(text: str) -> str:
+    """A prompt or caption as both backends read it: on one line, without control characters, parentheses as letters.
+
+    Training captions are plain text, as in other trainers: `(word:1.5)` is no weight. Taggers and ComfyUI write a
+    parenthesis as `\\(`, which is the same text here as there.
+    """
+    words = "".join(" " if unicodedata.category(letter) == "Cc" else letter for letter in text).split()
+    return " ".join(words).replace("\\(", "(").replace("\\)", ")")
 
 
 def word_pattern(phrase: str) -> re.Pattern[str]:

@@ -2,18 +2,20 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .compare import AnchorCompare
 from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
-from .references import AnchorConcept, AnchorLoadReferences
+from .references import AnchorConcept, AnchorImageReferences, AnchorLoadReferences
 from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
     AnchorSandboxModel,
     AnchorLoadReferences,
+    AnchorImageReferences,
     AnchorConcept,
     AnchorTrainLoRA,
     AnchorTrainOptions,
@@ -30,5 +32,8 @@ NODES = [
 
 
 class AnchorExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..anchor_core.writing import claimed
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -21,6 +22,7 @@ from .types import (
     new_embedding_file,
     new_lora_file,
 )
+from .written import WRITTEN
 
 NO_EMBEDDING = "[none]"
 
@@ -36,7 +38,12 @@ class AnchorApplyAdapter(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
                 *lora_inputs(),
-                io.Clip.Input("clip", optional=True, tooltip="Needed for a LoRA that adapts the text encoder too."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Needed for a LoRA that adapts the text encoder too; encode the prompts with the CLIP that "
+                    "comes out.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
@@ -51,8 +58,11 @@ class AnchorApplyAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, strength: float, file: str, lora=None, clip=None) -> io.NodeOutput:
         from ..anchor_core.backends.comfyui.apply import apply_adapter
+        from ..anchor_core.checks import named
 
-        return io.NodeOutput(*apply_adapter(model, chosen_lora(file, lora), strength, clip))
+        tensors = chosen_lora(file, lora)
+        with named(getattr(tensors, "file", "") or "lora"):
+            return io.NodeOutput(*apply_adapter(model, tensors, strength, clip))
 
 
 class AnchorSaveAdapter(io.ComfyNode):
@@ -68,12 +78,23 @@ class AnchorSaveAdapter(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                LoraModel.Input("lora", tooltip="The LoRA to write."),
-                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
-                ConceptType.Input("concept", optional=True, tooltip="Prompts to write into a LoRA that has none."),
+                LoraModel.Input("lora", tooltip="The LoRA or embedding to write."),
+                io.String.Input(
+                    "name", default="anchor", tooltip="Name inside output/loras, such as my dog; a number is added."
+                ),
+                ConceptType.Input(
+                    "concept",
+                    optional=True,
+                    tooltip="The prompts to write into it, for a LoRA that has none: other nodes then know its words.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
+            hidden=[io.Hidden.unique_id],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(cls.hidden.unique_id)
 
     @classmethod
     def execute(cls, lora, name: str, concept=None) -> io.NodeOutput:
@@ -83,8 +104,9 @@ class AnchorSaveAdapter(io.ComfyNode):
         metadata = dict(getattr(checked_lora("lora", lora), "metadata", {}))
         if concept is not None:
             metadata |= {"anchor.subject_prompt": concept.subject_prompt, "anchor.class_prompt": concept.class_prompt}
-        path = (new_embedding_file if is_embedding(lora) else new_lora_file)(name)
-        save_adapter(path, lora, metadata)
+        with claimed((new_embedding_file if is_embedding(lora) else new_lora_file)(name)) as path:
+            save_adapter(path, lora, metadata)
+        WRITTEN.add(cls.hidden.unique_id, path)
         return io.NodeOutput(str(path), ui={"text": [str(path)]})
 
 
@@ -98,7 +120,9 @@ class AnchorLoadAdapter(io.ComfyNode):
             description="A LoRA file with the prompts that it was trained with.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file of the loras folders."
+                    "file",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file of the loras folders. A new one shows after pressing R.",
                 ),
                 io.Combo.Input(
                     "embedding",
@@ -124,13 +148,12 @@ class AnchorLoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, embedding: str = NO_EMBEDDING) -> io.NodeOutput:
         from ..anchor_core.adapters.file import load_adapter
-        from ..anchor_core.adapters.metadata import recommended_guidance
+        from ..anchor_core.adapters.metadata import recommended_guidance, stated_prompt, told
 
         (tensors, metadata), *beside = (load_adapter(path) for path in _files(file, embedding))
-        prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
-        settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
+        prompts = [stated_prompt(metadata, name) or "" for name in ("subject", "class")]
         lora = AdapterTensors(tensors, metadata, beside[0][0] if beside else None)
-        return io.NodeOutput(lora, *prompts, settings, recommended_guidance(metadata))
+        return io.NodeOutput(lora, *prompts, told(metadata), recommended_guidance(metadata))
 
 
 def _files(file: str, embedding: str) -> list[Path]:

@@ -7,11 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.data.pictures import from_images
-from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
-from ..anchor_core.evaluation.picture_folders import class_only, in_order
-from .plot import figure_image
-from .types import CATEGORY, ReferencesType
+from .types import CATEGORY, ReferencesType, one_each
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -39,10 +35,23 @@ class AnchorCompare(io.ComfyNode):
                 "(likeness to the references) and CLIP-T (what the prompt asks for). Real pictures with one another "
                 "are in the first row. What is not measured is n/a and does not count for the rank."
             ),
+            is_input_list=True,  # for lists of pictures
             inputs=[
-                ReferencesType.Input("references", tooltip="Real pictures of the subject."),
-                io.Autogrow.Input("pictures", pictures, tooltip="A batch of pictures of each system."),
-                io.String.Input("names", multiline=True, default="", tooltip="The systems' names, a line each."),
+                ReferencesType.Input(
+                    "references", tooltip="Real pictures of the subject, to which likeness is measured."
+                ),
+                io.Autogrow.Input(
+                    "pictures",
+                    pictures,
+                    tooltip="A batch, or a list, of pictures of each system. Take the same noise for all: one seed and "
+                    "size.",
+                ),
+                io.String.Input(
+                    "names",
+                    multiline=True,
+                    default="",
+                    tooltip="The systems' names for the table, a line each, in the order of the inputs.",
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -70,8 +79,14 @@ class AnchorCompare(io.ComfyNode):
                     tooltip="DINO: a folder of models/clip_vision with a DINO of transformers, such as "
                     "facebook/dino-vits16, the sandbox's judge, or the connected one.",
                 ),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="A CLIP, by Load CLIP Vision."),
-                io.ClipVision.Input("dino_vision", optional=True, tooltip="A DINOv2 or DINOv3, by Load CLIP Vision."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="A CLIP of Load CLIP Vision, for likeness (CLIP-I)."
+                ),
+                io.ClipVision.Input(
+                    "dino_vision",
+                    optional=True,
+                    tooltip="A DINOv2 or DINOv3 of Load CLIP Vision, for likeness in detail (DINO).",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The table, as markdown."),
@@ -80,9 +95,17 @@ class AnchorCompare(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._compare(**one_each(inputs, ("pictures",)))
+
+    @classmethod
+    def _compare(
         cls, references, pictures, names, prompts, token, clip, dino, clip_vision=None, dino_vision=None
     ) -> io.NodeOutput:
+        from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
+        from ..anchor_core.evaluation.picture_folders import class_only, in_order
+        from .plot import figure_image
+
         named = _named(list(pictures.values()), names)
         comparison = Comparison(_encoders(clip, dino, clip_vision, dino_vision))
         comparison.add_references("", references.pixels)
@@ -97,6 +120,8 @@ class AnchorCompare(io.ComfyNode):
 
 def _named(batches: list, names: str) -> dict[str, list]:
     """Name -> pictures (3, H, W) of each batch; ValueError if the names are not one a batch."""
+    from ..anchor_core.data.pictures import from_images
+
     lines = [line.strip() for line in names.splitlines() if line.strip()]
     lines = lines or [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):

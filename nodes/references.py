@@ -9,12 +9,28 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.concept import Concept
+from ..anchor_core.data.folder import listed
 from ..anchor_core.data.pictures import bucket_sizes, from_images, load_references
 from ..anchor_core.sandbox import subjects
 from ..anchor_core.training.settings import DataSettings
-from .types import CATEGORY, ConceptType, ReferencesType, inputs_of
+from .types import CATEGORY, ConceptType, ReferencesType, inputs_of, one_each
 
 SANDBOX = "sandbox/"
+MASK_TOOLTIP = (
+    "1 (white) is learnt, the rest does not come along. The MASK of Load Image is 1 where the picture is "
+    "transparent: switch invert_masks on for that."
+)
+
+
+def invert_masks_input() -> io.Boolean.Input:
+    """The switch beside an input of masks; `from_images` takes it under the same name."""
+    return io.Boolean.Input(
+        "invert_masks",
+        default=False,
+        optional=True,
+        tooltip="The masks are those of Load Image, 1 where a picture is transparent: what is not transparent is "
+        "learnt.",
+    )
 
 
 class AnchorLoadReferences(io.ComfyNode):
@@ -31,7 +47,9 @@ class AnchorLoadReferences(io.ComfyNode):
                 io.Combo.Input(
                     "references",
                     options=own + folder_paths.get_input_subfolders(),
-                    tooltip="A folder under input/ with 3 to 20 pictures of one subject, or sandbox/<subject>.",
+                    tooltip="A folder under input/ with 3 to 20 pictures of one subject: sharp ones, in several "
+                    "surroundings, without others of its kind; press R after adding one. Or sandbox/..., drawn "
+                    "subjects for the embedded model.",
                 ),
                 io.Int.Input(
                     "size",
@@ -39,16 +57,20 @@ class AnchorLoadReferences(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=8,
-                    tooltip="Side in pixels: the centre square of each picture is resized to it. "
-                    "The sandbox's pictures are 64 x 64 always.",
+                    tooltip="Side in pixels: the centre square of each picture is resized to it. What the model draws "
+                    "at: 512 for SD1.5, 1024 for SDXL and later; smaller trains faster and learns less detail. The "
+                    "sandbox's pictures are 64 x 64 always.",
                 ),
                 *inputs_of(
                     DataSettings,
                     ("buckets", "captions", "masks"),
                     optional=True,  # they are later than the node, and a saved prompt may lack them
-                    buckets="references only: keep aspect ratios, at sizes of about size x size in area",
-                    captions="references only: read name.txt beside each picture; it names the subject by its words",
-                    masks="references only: count the loss where name-masklabel.png, or the alpha channel, is white",
+                    buckets="references only: keep the pictures' shapes, at sizes of about size x size in area. Off "
+                    "cuts the centre square, and perhaps the subject",
+                    captions="references only: read name.txt beside each picture, which names the subject by its words "
+                    "(sks dog). What it says besides is learnt less as part of the subject",
+                    masks="references only: learn only what is white in name-masklabel.png, or else opaque in the "
+                    "alpha channel: surroundings outside of it do not come along",
                 ),
             ],
             outputs=[
@@ -62,7 +84,8 @@ class AnchorLoadReferences(io.ComfyNode):
         digest = hashlib.sha256(f"{references}:{size}:{options}".encode())
         if not references.startswith(SANDBOX) and _folder(references).is_dir():
             for file in sorted(_folder(references).iterdir()):
-                digest.update(f"{file.name}:{file.stat().st_mtime_ns}".encode())
+                state = file.lstat()  # links that lead out are not read, and others are files of the folder themselves
+                digest.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode(errors="replace"))
         return digest.hexdigest()
 
     @classmethod
@@ -76,9 +99,10 @@ class AnchorLoadReferences(io.ComfyNode):
             images = torch.from_numpy(numpy.stack(arrays)).float() / 255
             return io.NodeOutput(images, from_images(images))
         folder = _folder(references)
-        sizes = bucket_sizes(size) if buckets else size
-        own = load_references(folder, sizes, captions=captions, masks=masks)
-        return io.NodeOutput(load_references(folder, size).stack().movedim(1, -1), own)
+        own = load_references(folder, bucket_sizes(size) if buckets else size, captions=captions, masks=masks)
+        squares = load_references(folder, size) if buckets else own
+        told = [f"left out: {listed(list(own.left_out))}"] if own.left_out else []
+        return io.NodeOutput(squares.stack().movedim(1, -1), own, ui={"text": told})
 
 
 def _folder(name: str) -> Path:
@@ -87,6 +111,62 @@ def _folder(name: str) -> Path:
     if not folder_paths.is_within_directory(root, str(folder)):
         raise ValueError(f"references is {name!r}, but it takes a folder inside input/")
     return folder
+
+
+class AnchorImageReferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return io.Schema(
+            node_id="AnchorImageReferences",
+            display_name="References from Images",
+            category=CATEGORY,
+            description=(
+                "Pictures of other nodes, as batches or lists of any sizes, with their texts and masks, for one "
+                "training: such as those of Load Image-Text (from Folder)."
+            ),
+            is_input_list=True,
+            inputs=[
+                io.Image.Input(
+                    "images", tooltip="A batch, or a list of pictures of several sizes: 3 to 20 of one subject."
+                ),
+                io.Int.Input(
+                    "size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=8,
+                    tooltip="Side in pixels: the centre square of each picture is resized to it. 512 for SD1.5, 1024 "
+                    "for SDXL and later. 0 for as they are.",
+                ),
+                *inputs_of(
+                    DataSettings,
+                    ("buckets",),
+                    buckets="keep the pictures' shapes, at sizes of about size x size in area. Off cuts the centre "
+                    "square",
+                ),
+                io.Mask.Input("masks", optional=True, tooltip=f"One for each picture: {MASK_TOOLTIP}"),
+                invert_masks_input(),
+                io.String.Input(
+                    "captions",
+                    force_input=True,
+                    optional=True,
+                    tooltip="A text for each picture, which names the subject by its words (sks dog). What it says "
+                    "besides is learnt less as part of the subject. Plain text: (word:1.5) is no weight.",
+                ),
+            ],
+            outputs=[ReferencesType.Output(display_name="references", tooltip="For Train Anchored LoRA.")],
+        )
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._gather(**one_each(inputs, ("images", "masks", "captions")))
+
+    @classmethod
+    def _gather(cls, images, size, buckets, invert_masks=False, masks=None, captions=None) -> io.NodeOutput:
+        if buckets and not size:
+            raise ValueError("buckets is on and size is 0; give the size that the buckets are of")
+        sizes = bucket_sizes(size) if buckets else size or None
+        return io.NodeOutput(from_images(images, sizes, masks, captions=captions, invert_masks=invert_masks))
 
 
 class AnchorConcept(io.ComfyNode):
@@ -104,15 +184,20 @@ class AnchorConcept(io.ComfyNode):
                 io.String.Input(
                     "token",
                     default="sks",
-                    tooltip="A rare word that means nothing to the model yet, such as sks. It stands for the subject.",
+                    tooltip="A rare word that means nothing to the model yet, such as sks, and stands for the subject "
+                    "in prompts. A word with a meaning mixes it in.",
                 ),
                 io.String.Input(
-                    "class_word", default="dog", tooltip="What the subject is, in a word or two: dog, stuffed animal."
+                    "class_word",
+                    default="dog",
+                    tooltip="What the subject is, in a word or two: dog, stuffed animal. The anchor holds the subject "
+                    "to what the model knows of it, so take the word that draws the nearest pictures.",
                 ),
                 io.String.Input(
                     "template",
                     default="a photo of a {}",
-                    tooltip="The prompt around the words; {} is replaced by them.",
+                    tooltip="The prompt around the words; {} is replaced by them. As plain as the pictures: a photo of "
+                    "a {}, a drawing of {}.",
                 ),
             ],
             outputs=[

@@ -15,10 +15,11 @@ from ..anchor_core.adapters.kinds import NO_LAYERS
 from ..anchor_core.adapters.layers import LAYERS
 from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
-from ..anchor_core.data.prepare import of_one_size
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
+from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -33,7 +34,9 @@ from .types import (
     inputs_of,
     new_embedding_file,
     new_lora_file,
+    one_each,
 )
+from .written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +47,9 @@ TRAIN_OPTIONS = (
     "stop_on_drift keep guidance checkpoint_every token_learning_rate"
 ).split()
 ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
-PREVIEW_STEPS, PREVIEW_SIDE = 12, 512
+PREVIEW_SIDE = 512
+LISTS = ("images", "masks", "class_images")
+"""Inputs that may be lists of ComfyUI: one training on all of them."""
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -58,12 +63,17 @@ class AnchorTrainOptions(io.ComfyNode):
             inputs=[
                 *inputs_of(AdapterConfig, ADAPTER_OPTIONS),
                 io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=1024.0, tooltip="The update counts alpha / rank; 0 for the rank."
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    tooltip="The update counts alpha / rank: half of the rank is a gentler LoRA. 0 for the rank.",
                 ),
                 io.String.Input(
                     "layer_pattern",
                     default="",
-                    tooltip="A regular expression over the names of layers, in place of the node's choice.",
+                    tooltip="A regular expression over the names of layers, in place of the node's choice: attn2 "
+                    "trains what reads the prompt alone.",
                 ),
                 *inputs_of(TrainSettings, TRAIN_OPTIONS),
                 *inputs_of(DataSettings, ("flip", "shuffle", "caption_dropout")),
@@ -71,8 +81,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     "resume",
                     options=[NEW_TRAINING, *checkpoint_names()],
                     default=NEW_TRAINING,
-                    tooltip="Go on from the checkpoints of a training that was cancelled, under output/"
-                    f"{CHECKPOINTS}; everything else must be as it was.",
+                    tooltip="Go on from the checkpoints of a training that was broken off, under output/"
+                    f"{CHECKPOINTS}; everything else must be as it was. Needs checkpoint_every in that training.",
                 ),
                 *inputs_of(TrainSettings, ("sude_weight", "semantic_weight"), optional=True),
                 io.Float.Input(
@@ -81,7 +91,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     optional=True,
-                    tooltip="In place of the node's w, which is then (1 - lambda) / lambda; 0 for w.",
+                    tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
+                    "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
@@ -105,23 +116,34 @@ class AnchorTrainLoRA(io.ComfyNode):
                 "output/loras as soon as the training ends; a cancelled training keeps what it has learnt there."
             ),
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
+            is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to teach; LoRAs on it count as part of it."),
+                io.Model.Input(
+                    "model", tooltip="The model to teach; it stays as it is. LoRAs on it count as part of it."
+                ),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="3 to 20 pictures of the subject, a batch or a list. With captions: references.",
+                ),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
                     TrainSettings,
                     ("objective", "w", "steps", "learning_rate", "batch_size"),
-                    objective="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
-                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target. "
-                    "sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's text to "
-                    "the class's, which takes an adapter of the text encoder",
+                    objective="anchor: hold the subject's prediction to the class's; begin here. reconstruction: plain "
+                    "DreamBooth. prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one "
+                    "target. sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's "
+                    "text to the class's, which takes an adapter of the text encoder",
                 ),
                 *inputs_of(AdapterConfig, ("rank",)),
                 io.Combo.Input(
-                    "layers", options=list(LAYERS), default=AdapterConfig.layers, tooltip="The layers that are adapted."
+                    "layers",
+                    options=list(LAYERS),
+                    default=AdapterConfig.layers,
+                    tooltip="What of the network learns: attention for most; attention_feed_forward or all_linear for "
+                    "finer detail and larger files; cross_attention_kv only what is read from the prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -129,22 +151,28 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="The same seed trains the same LoRA.",
+                    tooltip="The same seed trains the same LoRA; another one is another try.",
                 ),
-                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
+                io.String.Input(
+                    "name",
+                    default="anchor",
+                    tooltip="Name of the file inside output/loras, such as my dog; a number is added.",
+                ),
                 io.Int.Input(
                     "preview_every",
                     default=50,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two pictures of the subject prompt in the node; 0 for none.",
+                    tooltip="Steps between two pictures of the subject prompt in the node, to see when the subject is "
+                    "there; each costs a sampling. 0 for none.",
                 ),
                 io.Int.Input(
                     "probe_every",
                     default=TrainSettings.probe_every,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two measurements of the drift for the history; 0 for none.",
+                    tooltip="Steps between two measurements of the drift, for the history, keep best and "
+                    "stop_on_drift. 0 for none.",
                 ),
                 *inputs_of(TrainSettings, ("prior_weight",)),
                 io.Int.Input(
@@ -153,19 +181,31 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="prior_preservation and sude: how many class pictures are made if none are connected.",
+                    tooltip="prior_preservation and sude: how many class pictures the model makes if none are "
+                    "connected; more keep the class better, and take longer to make.",
                 ),
                 io.Image.Input(
-                    "class_images", optional=True, tooltip="For prior_preservation and sude: pictures of the class."
+                    "class_images",
+                    optional=True,
+                    tooltip="For prior_preservation and sude: pictures of the class, in place of those that the model "
+                    "makes.",
                 ),
                 ReferencesType.Input(
                     "references",
                     optional=True,
                     tooltip="In place of images: pictures of several sizes, with captions and masks.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip="For images: 1 (white) where the loss counts."),
-                OptionsType.Input("options", optional=True, tooltip="From Train Options."),
+                io.Mask.Input("masks", optional=True, tooltip=f"For images: {MASK_TOOLTIP}"),
+                OptionsType.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
+                ),
+                invert_masks_input(),
             ],
+            # Not unique_id: with it the same training under another id would be trained again.
+            hidden=[io.Hidden.extra_pnginfo],
+            has_intermediate_output=True,  # so that a cached node tells its run again
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the trained LoRA."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA."),
@@ -182,146 +222,121 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._train(**one_each(inputs, LISTS))
+
+    @classmethod
+    def _train(
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
-        class_images=None, references=None, masks=None, options=None, **basic,
+        class_images=None, references=None, masks=None, options=None, invert_masks=False, **basic,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..anchor_core.adapters.file import save_adapter, to_file_keys
-        from ..anchor_core.adapters.metadata import embedding_metadata
-        from ..anchor_core.adapters.tokens import to_embedding
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
-        from ..anchor_core.backends.comfyui.families import check_size
-        from ..anchor_core.data.prepare import build_dataset
-        from ..anchor_core.training.methods import check_combination
-        from ..anchor_core.training.saving import adapter_metadata
-        from ..anchor_core.training.trainer import TrainingDiverged, train
+        from ..anchor_core.training.orders import Orders
+        from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        options = dict(options or {})
-        resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
-        if lam:
-            basic["w"] = w_from_lambda(lam)
-        data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
-        adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
-        settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
-        config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
-        prompts = [(concept.subject_prompt, concept.class_prompt)]
-        check_combination(settings, config, prompts, data.get("caption_dropout", 0.0))
-        pictures = _pictures(images, masks, references)
-        embedding = new_embedding_file(name) if config.vectors else None
-        path = embedding if config.kind == NO_LAYERS else new_lora_file(name)
-        checkpoints = open_checkpoints(resume, path.stem, settings.checkpoint_every)
-        diverged = None
-        with ComfyDenoiser(model, clip, vae) as denoiser:
-            settings.check_model(denoiser.prediction_type)
-            check_size(config, denoiser.network)
-            dataset = build_dataset(denoiser, pictures, concept, seed=seed, **data)
-            latents = of_one_size(dataset)
-            class_latents = _class_latents(denoiser, concept, settings, class_images, class_count, latents)
-            adapter = denoiser.attach(config, seed)
-            probe = _probe(denoiser, latents, concept) if probe_every else None
-            watch = _Watch(denoiser, concept, settings, preview_every, latents)
-            try:
-                history = train(
-                    denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe,
-                    on_step=watch.on_step, should_stop=comfy.model_management.processing_interrupted,
-                    checkpoints=checkpoints,
+        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
+        pictures = _pictures(images, masks, references, invert_masks)
+        classes = _class_pictures(settings, class_images, class_count)
+        files = _files(name, config)
+        checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
+        orders = Orders(comfy.model_management.processing_interrupted)
+        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo)) as going:
+            going.listeners.append(_Watch(settings.steps))
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                outcome = run(
+                    denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
+                    probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=going.tell, orders=orders,
+                    checkpoints=checkpoints, picture_every=preview_every,
                 )  # fmt: skip
-                interrupted, watch.made = history.cancelled, history.kept
-            except comfy.model_management.InterruptProcessingException:
-                interrupted = True  # any layer of ComfyUI's raises it; the adapter is that of the last whole step
-            except TrainingDiverged as error:
-                interrupted, diverged = False, error
-            tensors = to_file_keys(adapter, denoiser.file_keys())
-            metadata = adapter_metadata(denoiser, concept, settings, watch.made)
-            vectors = to_embedding(adapter.tokens) if config.vectors else None
-        if watch.made:
-            save_adapter(path, tensors, metadata)
-            if embedding not in (None, path):
-                save_adapter(embedding, vectors, embedding_metadata(metadata))
-            logger.info("the LoRA of %d steps is in %s", watch.made, path)
-        if diverged is not None:
-            kept = f"; the LoRA of the {watch.made} steps before is in {path}" if watch.made else ""
-            raise TrainingDiverged(f"{diverged}{kept}")
-        if interrupted:
-            comfy.model_management.interrupt_current_processing(False)
-            raise comfy.model_management.InterruptProcessingException()
-        lora = AdapterTensors(tensors, metadata, vectors)
+            if outcome.how == "cancelled":
+                comfy.model_management.interrupt_current_processing(False)
+                raise comfy.model_management.InterruptProcessingException()
+            if outcome.trained is None:
+                raise ValueError("the training was stopped before its first step, so there is no LoRA; run it again")
+        lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
-        word = config.token if embedding is None else embedding_word(embedding)
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), str(path), clip, word)
+        word = embedding_word(outcome.files[-1]) if config.vectors else config.token
+        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
+        history, path = outcome.history, str(outcome.files[0])
+        ui = {"anchor_run": [going.id]}
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
 
 
-def _pictures(images, masks, references):
+def _workflow(extra) -> str | None:
+    """The id of the graph in a page that was queued; a prompt through the API has none."""
+    graph = extra.get("workflow") if isinstance(extra, dict) else None
+    return graph.get("id") if isinstance(graph, dict) and isinstance(graph.get("id"), str) else None
+
+
+def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: int):
+    """`resume`, and the three settings that the node's inputs and the options connected to it say."""
+    options = dict(options or {})
+    resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
+    if lam:
+        basic["w"] = w_from_lambda(lam)
+    data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
+    adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
+    settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
+    config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
+    return resume, settings, config, DataSettings(**data)
+
+
+def _training(inputs) -> str:
+    """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
+    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    values = (inputs.get(each) for each in told)
+    return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
+
+
+def _pictures(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
         raise ValueError("masks is connected beside references, which has its own; connect masks with images alone")
-    return from_images(images, masks=masks) if references is None else references
+    return from_images(images, masks=masks, invert_masks=invert_masks) if references is None else references
 
 
-def _class_latents(denoiser, concept, settings: TrainSettings, class_images, class_count: int, latents):
-    """Latents of the class pictures if the objective reads them: of those connected, else made by the model."""
-    from ..anchor_core.data.cache import Cache
-    from ..anchor_core.data.prepare import sample_class_latents
+def _class_pictures(settings: TrainSettings, class_images, class_count: int):
+    """Those connected, if the objective reads them, else how the model makes them."""
+    from ..anchor_core.data.prepare import ClassPictures
 
-    if not settings.make_objective().reads_class_pictures:
-        return None
-    if class_images is not None:
-        pictures = from_images(class_images, name="class_images").stack()
-        try:
-            return denoiser.encode_images(pictures)
-        except ValueError as error:
-            raise ValueError(f"class_images: {error}") from error
-    check_count("class_count", class_count)
+    if class_images is not None and settings.make_objective().reads_class_pictures:
+        return ClassPictures(pixels=from_images(class_images, name="class_images").stack())
     # ComfyUI empties its temporary folder when it starts.
-    cache = Cache(denoiser, Path(folder_paths.get_temp_directory()) / "anchor_class_pictures")
-    shape = tuple(latents.shape[1:])
-    return sample_class_latents(denoiser, concept, class_count, shape, seed=settings.seed, cache=cache)
+    folder = Path(folder_paths.get_temp_directory()) / "anchor_class_pictures"
+    return ClassPictures(check_count("class_count", class_count), folder=folder)
 
 
-def _probe(denoiser, latents, concept):
-    from ..anchor_core.drift import DriftProbe
+def _files(name: str, config: AdapterConfig):
+    """New files for what `config` trains: a LoRA's, an embedding's, or one of each."""
+    from ..anchor_core.training.saving import Files
 
-    return DriftProbe(denoiser, latents, concept, timesteps=5, noises=2)
+    embedding = new_embedding_file(name) if config.vectors else None
+    adapter = embedding if config.kind == NO_LAYERS else new_lora_file(name)
+    return Files(adapter, embedding or adapter, new=True)
 
 
 class _Watch:
-    """Progress bar and live preview of one training; `made` counts its whole steps."""
+    """A listener: the node's progress bar with its live picture, and the log."""
 
-    def __init__(self, denoiser, concept, settings: TrainSettings, preview_every: int, latents):
-        import torch
+    def __init__(self, steps: int):
+        self.bar, self.steps, self.step = comfy.utils.ProgressBar(steps), steps, 0
 
-        self.denoiser, self.every, self.made = denoiser, preview_every, 0
-        self.guidance = settings.guidance
-        self.bar = comfy.utils.ProgressBar(settings.steps)
-        if preview_every:
-            self.prompt = concept.subject_prompt
-            self.subject, self.negative = denoiser.encode_prompt(self.prompt), denoiser.encode_prompt("")
-            generator = torch.Generator().manual_seed(settings.seed)
-            self.noise = torch.randn((1, *latents.shape[1:]), generator=generator)
+    def __call__(self, event) -> None:
+        if event.event == "step":
+            self.step, self.steps = event.step, event.steps
+            if event.step % LOG_EVERY == 1:
+                logger.info("training: step %d of %d, loss %.4f", event.step, event.steps, event.loss)
+            self.bar.update_absolute(event.step, event.steps)
+        elif event.event == "picture":
+            from ..anchor_core.training.record import thumbnail
 
-    def on_step(self, report) -> None:
-        if report.step % LOG_EVERY == 1:
-            logger.info("training: step %d of %d, loss %.4f", report.step, report.steps, report.loss)
-        self.made = report.step
-        wanted = self.every and (report.step % self.every == 0 or report.step == report.steps)
-        preview = ("JPEG", self._picture(), PREVIEW_SIDE) if wanted else None
-        self.bar.update_absolute(report.step, report.steps, preview)
-
-    def _picture(self):
-        import torch
-        from PIL import Image
-
-        if self.denoiser.adapter.config.trains_text:
-            with torch.no_grad():
-                self.subject, self.negative = self.denoiser.encode_prompts([self.prompt, ""], adapted=True)
-        latents = self.denoiser.sample(
-            [self.subject], self.negative, self.noise, steps=PREVIEW_STEPS, guidance=self.guidance
-        )
-        pixels = self.denoiser.decode_latents(latents)[0].movedim(0, -1)  # (H, W, 3)
-        picture = Image.fromarray((pixels * 255).round().byte().cpu().numpy())
-        scale = max(1, PREVIEW_SIDE // max(picture.size))
-        return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            picture = thumbnail(event.pixels, PREVIEW_SIDE)
+            self.bar.update_absolute(self.step, self.steps, ("JPEG", picture, PREVIEW_SIDE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ CATEGORY = "anchor"
 CONNECTED = "[connected lora]"
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
-ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.data.Concept
-HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.trainer.History.to_dict()
-ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.pictures.References
+ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.concept.Concept
+HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.training.history.History.to_dict()
+ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.data.pictures.References
 OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, AdapterConfig and DataSettings to values
 
 
@@ -31,6 +31,7 @@ class AdapterTensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.metadata = metadata
         self.embedding = embedding
+        self.file = ""  # what messages call it; empty for "lora"
 
 
 def check_connected(**inputs: Any) -> None:
@@ -40,6 +41,27 @@ def check_connected(**inputs: Any) -> None:
             raise ValueError(f"{name} is empty, as of a checkpoint that holds none; load it from a file of its own")
 
 
+def one_each(inputs: Mapping[str, Any], lists: Collection[str] = ()) -> dict[str, Any]:
+    """The inputs of a node with `is_input_list`, as other nodes have them: one value each, but for those in `lists`.
+
+    Other nodes run once for each entry of a list that reaches them.
+
+    Raises:
+        ValueError: an input that is not in `lists` has several values.
+    """
+    single = {}
+    for name, values in inputs.items():
+        if name in lists:
+            single[name] = values
+        elif isinstance(values, Mapping):  # of a dynamic input
+            single[name] = one_each(values)
+        elif values is None or len(values) == 1:
+            single[name] = None if values is None else values[0]
+        else:
+            raise ValueError(f"{name} is a list of {len(values)}, but it takes one; connect a single value")
+    return single
+
+
 def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:
     """The node inputs of a settings class's fields; `texts` replaces the tooltip of a field."""
     declared = {field.name: field for field in fields(kind)}
@@ -47,8 +69,7 @@ def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts:
 
 
 def _input(field: Field, text: str | None, optional: bool) -> io.Input:
-    text = text or field.metadata["help"]
-    options = {"default": field.default, "tooltip": text[0].upper() + text[1:] + ".", "optional": optional}
+    options = {"default": field.default, "tooltip": _sentence(text or field.metadata["help"]), "optional": optional}
     if "choices" in field.metadata:
         return io.Combo.Input(field.name, options=list(field.metadata["choices"]), **options)
     if isinstance(field.default, bool):
@@ -62,6 +83,12 @@ def _input(field: Field, text: str | None, optional: bool) -> io.Input:
     return io.Float.Input(
         field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
     )
+
+
+def _sentence(text: str) -> str:
+    """The help of an option as a tooltip; the name of a choice that it begins with stays as it is written."""
+    begins = text if text.split()[0].endswith(":") else text[0].upper() + text[1:]
+    return f"{begins}."
 
 
 def new_lora_file(name: str) -> Path:
@@ -134,13 +161,13 @@ def lora_inputs() -> list[io.Input]:
             min=-10.0,
             max=10.0,
             step=0.05,
-            tooltip="1 as trained, 0 the model without it, between them a part of it.",
+            tooltip="1 as trained, 0 the model without it. Lower it if pictures lose the prompt or look burnt: 0.7.",
         ),
         io.Combo.Input(
             "file",
             options=[CONNECTED, *folder_paths.get_filename_list("loras")],
             default=CONNECTED,
-            tooltip="A file of the loras folders, or the LoRA that is connected.",
+            tooltip="A file of the loras folders, or the LoRA that is connected. A new file shows after pressing R.",
         ),
         LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
     ]
@@ -156,7 +183,9 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
     from ..anchor_core.adapters.file import load_adapter
 
     if file != CONNECTED:
-        return load_adapter(lora_file(file))[0]
+        tensors = AdapterTensors(*load_adapter(lora_file(file)))
+        tensors.file = file
+        return tensors
     if lora is None:
         raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
     return checked_lora("lora", lora)
@@ -164,9 +193,8 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
 
 def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
-    from ..anchor_core.adapters.file import check_finite
+    from ..anchor_core.adapters.reading import checked
 
     if not lora:
         raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")
-    check_finite(name, lora)
-    return lora
+    return AdapterTensors(checked(lora, name), getattr(lora, "metadata", None) or {}, getattr(lora, "embedding", None))

@@ -1,4 +1,4 @@
-"""Fixtures: a tiny Stable Diffusion of the real classes, at random weights, in a diffusers folder."""
+"""Fixtures of several rooms: tiny models of the real classes at random weights, in folders, and the shipped one."""
 
 from __future__ import annotations
 
@@ -113,6 +113,28 @@ def model_folders(tmp_path_factory) -> dict[str, Path]:
         folders[name] = tmp_path_factory.mktemp(name) / "model"
         build_pipeline(tmp_path_factory.mktemp("parts"), prediction_type, width=width).save_pretrained(folders[name])
     return folders
+
+
+@pytest.fixture(scope="session")
+def encoder_folders(tmp_path_factory) -> Path:
+    """Folders `clip`, `dino` and `dinov2` of the real classes at a tiny size, in transformers' layout."""
+    from tests.evaluation.tiny_encoders import save_encoders
+
+    return save_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """The shipped model; where the repository holds none, one of its kind at random weights."""
+    from anchor_core.sandbox import model, tokenizer
+
+    if (model.WEIGHTS / "model_index.json").is_file():
+        return model.WEIGHTS
+    folder = tmp_path_factory.mktemp("weights")
+    tokenizer.build(folder / "words", captions=300)
+    words = tokenizer.load(folder / "words")
+    model.save(model.build(words), words, folder / "model")
+    return folder / "model"
 
 
 @pytest.fixture(params=["epsilon", "v_prediction"])

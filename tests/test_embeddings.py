@@ -1,18 +1,12 @@
-"""Test-time embedding adjustment: its mathematics, and files and prompts on real text encoders."""
+"""Test-time embedding adjustment: its formula, how prompts are aligned, and several encoders' outputs."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from anchor_core import cli
-from anchor_core.adapters.config import AdapterConfig
-from anchor_core.adapters.embedding_file import adjust_embedding, read_embedding
-from anchor_core.backends.diffusers.adjust import encode_adjusted, word_rows
 from anchor_core.embeddings import (
     WHOLE,
     Adjustment,
@@ -24,10 +18,6 @@ from anchor_core.embeddings import (
     rotate_and_mix_norms,
     rotate_and_rescale,
 )
-from anchor_core.training.saving import save_trained
-from anchor_core.training.settings import TrainSettings
-from tests.backends import tiny_models
-from tests.backends.tiny_models import T5_WIDTH, WIDTH, WIDTH_2
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -42,9 +32,6 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 def angle(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.cosine_similarity(one, other, dim=-1).clamp(-1, 1).acos()
-
-
-# --- the formula ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.2, 0.7, 1.0])
@@ -135,8 +122,6 @@ def test_numbers_out_of_their_limits_are_named(pair, options, told):
         function(*pair, **options)
 
 
-# --- alignment ------------------------------------------------------------------------------------------------------
-
 START, END, PAD = 90, 91, 0
 EMPTY = [START, END, PAD]
 A, PHOTO, OF, SKS, DOG, IN, SNOW = range(1, 8)
@@ -207,9 +192,6 @@ def test_an_empty_prompt_is_refused():
             align_rows(*prompts, EMPTY)
 
 
-# --- outputs of several encoders ------------------------------------------------------------------------------------
-
-
 def test_every_encoder_has_its_own_angles_and_lengths(pair):
     """SD3's layout: two encoders side by side with padding, and one below."""
     (subject, *_), (class_, *_) = (each.clone() for each in pair)  # (7, 24)
@@ -250,258 +232,3 @@ def test_conditionings_that_do_not_fit_are_refused(pair):
     assert "class_conditioning is zero where the other is not" in refusal(subject, shorter)
     with pytest.raises(ValueError, match="pooled output.*of two models"):
         adjust_pooled(subject, class_, [20], Adjustment())
-
-
-# --- prompts on diffusers' text encoders -----------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module", params=["sd1", "sdxl", "sd3", "flux"])
-def model(request, tmp_path_factory):
-    return request.param, tiny_models.denoiser_of(tiny_models.build(request.param, tmp_path_factory.mktemp("words")))
-
-
-SUBJECT, CLASS = "a photo of a sks dog in the snow", "a photo of a dog in the snow"
-
-
-def embeddings(condition) -> torch.Tensor:
-    return condition if isinstance(condition, torch.Tensor) else condition[0]
-
-
-def test_prompts_are_adjusted_encoder_by_encoder(model):
-    name, denoiser = model
-    with torch.no_grad():
-        subject, class_ = denoiser.encode_prompts([SUBJECT, CLASS])
-    adjusted = encode_adjusted(denoiser, SUBJECT, CLASS, Adjustment(0.3, 1.5))
-    own, other, moved = map(embeddings, (subject, class_, adjusted))
-    blocks = {
-        "sd1": [(WHOLE, slice(0, WIDTH))],
-        "sdxl": [(WHOLE, slice(0, WIDTH)), (WHOLE, slice(WIDTH, WIDTH + WIDTH_2))],
-        "sd3": [(slice(77), slice(0, WIDTH)), (slice(77), slice(WIDTH, WIDTH + WIDTH_2)), (slice(77, None), WHOLE)],
-        "flux": [(WHOLE, slice(0, T5_WIDTH))],
-    }[name]
-    for block in blocks:
-        torch.testing.assert_close(moved[block], rotate_and_rescale(own[block], other[block], 0.3, 1.5))
-    if name == "sd3":
-        assert not moved[:77, WIDTH + WIDTH_2 :].any()
-    if not isinstance(subject, torch.Tensor):
-        assert torch.equal(adjusted[1], subject[1])
-        with_pooled = encode_adjusted(denoiser, SUBJECT, CLASS, Adjustment(0.3, 1.5), pooled=True)
-        assert with_pooled[1].shape == subject[1].shape and not torch.allclose(with_pooled[1], subject[1])
-    noisy = torch.randn(1, *tiny_models.LATENT)
-    with torch.no_grad():
-        assert torch.isfinite(denoiser.predict(noisy, denoiser.timesteps(torch.tensor([0.5])), [adjusted])).all()
-
-
-def test_by_token_words_after_the_token_keep_their_own(model):
-    """At alpha 1 and norm_mix 1 every position is what it is compared with."""
-    name, denoiser = model
-    with torch.no_grad():
-        class_ = embeddings(denoiser.encode_prompt(CLASS))
-    by_token, by_index = (
-        embeddings(encode_adjusted(denoiser, SUBJECT, CLASS, Adjustment(1.0, norm_mix=1.0), align=align))
-        for align in ("token", "index")
-    )
-    torch.testing.assert_close(by_index, class_, rtol=1e-4, atol=1e-4)
-    if name == "flux":  # T5 splits words otherwise, and has no start
-        assert not torch.allclose(by_token, by_index, atol=1e-3)
-        return
-    columns = slice(0, WIDTH)  # start, "a photo of a", then sks and dog by dog, and "in the snow" a place further
-    torch.testing.assert_close(by_token[:6, columns], class_[:6, columns], rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(by_token[6:77, columns], class_[5:76, columns], rtol=1e-4, atol=1e-4)
-
-
-def test_the_class_prompt_is_encoded_by_the_current_or_the_pretrained_encoder(eps_denoiser, stir):
-    adapter = eps_denoiser.attach(AdapterConfig(rank=2, text_encoder=True))
-    stir(adapter)
-    with torch.no_grad():
-        expected = {
-            "current": eps_denoiser.encode_prompt(CLASS, adapted=True),
-            "pretrained": eps_denoiser.encode_prompt(CLASS),
-        }
-    assert not torch.allclose(*expected.values(), atol=1e-3)
-    for anchor, class_ in expected.items():
-        moved = encode_adjusted(eps_denoiser, SUBJECT, CLASS, Adjustment(1.0, norm_mix=1.0), anchor=anchor)
-        assert not moved.requires_grad
-        torch.testing.assert_close(moved, class_, rtol=1e-4, atol=1e-4)
-    for options, told in (({"anchor": "other"}, "anchor is 'other'"), ({"align": "shift"}, "align is 'shift'")):
-        with pytest.raises(ValueError, match=told):
-            encode_adjusted(eps_denoiser, SUBJECT, CLASS, Adjustment(), **options)
-
-
-# --- files ----------------------------------------------------------------------------------------------------------
-
-
-def test_the_anchor_is_the_row_of_the_word_that_the_tokenizer_emits(model):
-    """Not that of the piece which begins other words."""
-    _, denoiser = model
-    rows = word_rows(denoiser, "dog")
-    tokenizer, encoder = denoiser.tokenizer, denoiser.text_encoder
-    index = tokenizer.convert_tokens_to_ids("dog</w>")
-    assert index == tokenizer("dog").input_ids[1]
-    assert torch.equal(rows["clip_l"], encoder.get_input_embeddings().weight[index : index + 1])
-
-
-@pytest.mark.parametrize("count", [1, 3])
-def test_each_vector_of_a_file_is_adjusted_to_the_same_word(model, count):
-    _, denoiser = model
-    rows = word_rows(denoiser, "dog")
-    vectors = {name: torch.randn(count, row.shape[-1]) for name, row in rows.items() if name != "t5xxl"}
-    moved = adjust_embedding(vectors, "dog", rows, Adjustment(0.2, 1.5))
-    assert moved.keys() == vectors.keys()
-    for name, each in moved.items():
-        torch.testing.assert_close(each, rotate_and_rescale(vectors[name], rows[name].expand(count, -1)))
-
-
-def test_files_of_every_kind_are_read(tmp_path):
-    one, three = torch.randn(32), torch.randn(3, 32)
-    save_file({"emb_params": three}, tmp_path / "kohya.safetensors", {"sks": "yes"})
-    save_file({"<sks>": one}, tmp_path / "diffusers.safetensors")
-    save_file({"clip_l": three, "clip_g": torch.randn(3, 40)}, tmp_path / "sdxl.safetensors")
-    a1111 = {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": torch.nn.Parameter(three)},
-        "name": "sks",
-        "step": 9,
-    }
-    torch.save(a1111, tmp_path / "a1111.pt")
-    torch.save({"<sks>": one}, tmp_path / "diffusers.bin")
-    expected = {
-        "kohya.safetensors": {"emb_params": three}, "diffusers.safetensors": {"<sks>": one[None]},
-        "a1111.pt": {"emb_params": three}, "diffusers.bin": {"<sks>": one[None]},
-    }  # fmt: skip
-    for name, tensors in expected.items():
-        read, metadata = read_embedding(tmp_path / name)
-        assert read.keys() == tensors.keys() and all(torch.equal(read[key], tensors[key]) for key in read)
-        assert metadata == ({"sks": "yes"} if name.startswith("kohya") else {})
-        assert not any(each.requires_grad for each in read.values())
-    assert read_embedding(tmp_path / "sdxl.safetensors")[0].keys() == {"clip_l", "clip_g"}
-
-
-class _Harm:
-    def __reduce__(self):
-        return print, ("this must not run",)
-
-
-def test_files_that_are_no_embedding_are_refused(tmp_path, capsys):
-    torch.save({"string_to_param": {"*": _Harm()}}, tmp_path / "harm.pt")
-    torch.save({"step": 3}, tmp_path / "empty.pt")
-    (tmp_path / "text.pt").write_text("no tensors")
-    save_file({"lora_down": torch.ones(2, 2, 2)}, tmp_path / "other.safetensors")
-    save_file({"emb_params": torch.full((1, 32), math.nan)}, tmp_path / "nan.safetensors")
-    torch.save({"<sks>": torch.full((32,), math.inf)}, tmp_path / "inf.bin")
-    save_file({"emb_params": torch.randn(1, 32).to(torch.float8_e4m3fn)}, tmp_path / "fp8.safetensors")
-    save_file({"emb_params": torch.ones(0, 32)}, tmp_path / "none.safetensors")
-    save_file({"emb_params": torch.stack([torch.ones(32), torch.zeros(32)])}, tmp_path / "zero.safetensors")
-    for name, told in (
-        ("harm.pt", "cannot be read"), ("text.pt", "cannot be read"), ("nowhere.pt", "No such file"),
-        ("empty.pt", "holds no tensor"), ("other.safetensors", "holds 'lora_down'"), ("nan.safetensors", "NaN"),
-        ("inf.bin", "infinite values in '<sks>'"), ("fp8.safetensors", "in float8"),
-        ("none.safetensors", "shape .0, 32"), ("zero.safetensors", "zeros for a vector"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=told) as caught:
-            read_embedding(tmp_path / name)
-        assert "\n" not in str(caught.value) and name in str(caught.value)
-    assert "must not run" not in capsys.readouterr().out
-
-
-def test_another_models_file_and_a_class_of_several_tokens_are_refused(model):
-    _, denoiser = model
-    rows = word_rows(denoiser, "dog")
-    for vectors in ({"emb_params": torch.randn(1, 7)}, {"clip_l": torch.randn(1, WIDTH_2)}):
-        with pytest.raises(
-            ValueError, match="made for another model: its .* this model's text encoders are clip_l of 32"
-        ):
-            adjust_embedding(vectors, "dog", rows, Adjustment())
-    with pytest.raises(ValueError, match="^class_word is 'stuffed dog', which is 8 tokens of clip_l"):
-        adjust_embedding(
-            {"emb_params": torch.randn(1, WIDTH)}, "stuffed dog", word_rows(denoiser, "stuffed dog"), Adjustment()
-        )
-
-
-# --- the command line -----------------------------------------------------------------------------------------------
-
-
-def test_adjust_writes_a_file_and_says_what_it_did(model_folders, tmp_path, capsys):
-    vectors = torch.randn(2, 32)
-    save_file({"emb_params": vectors}, tmp_path / "sks.safetensors", {"name": "sks"})
-    call = [
-        "adjust",
-        str(tmp_path / "sks.safetensors"),
-        "--model",
-        str(model_folders["epsilon"]),
-        "--class-word",
-        "dog",
-    ]
-    assert cli.main([*call, "--alpha", ".3", "--beta", "1.2", "--out", str(tmp_path / "out")]) == 0
-    written = tmp_path / "out" / "sks.adjusted.safetensors"
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["file"] == written.name and report["beta"] == 1.2 and report["norm_mix"] is None
-    first = report["vectors"]["emb_params"][0]
-    assert first["cosine_after"] > first["cosine_before"]
-    moved = load_file(written)["emb_params"]
-    assert moved.norm(dim=-1).tolist() == pytest.approx(
-        [row["length_after"] for row in report["vectors"]["emb_params"]]
-    )
-    assert cli.main([*call, "--norm-mix", "1", "--alpha", "1", "--out", str(tmp_path / "mixed")]) == 0
-    anchor = load_file(tmp_path / "mixed" / "sks.adjusted.safetensors")["emb_params"]
-    torch.testing.assert_close(moved.norm(dim=-1), 1.2 * anchor.norm(dim=-1))
-    capsys.readouterr()
-    for options, told in (
-        (["--alpha", "2"], "--alpha is 2.0"),
-        (["--beta", "nan"], "--beta is nan"),
-        (["--class-word", "stuffed"], "--class_word: class_word is 'stuffed', which is 7 tokens"),
-        (["--model", str(model_folders["other"]) + "x"], "--model"),
-    ):
-        assert cli.main([*call, *options, "--out", str(tmp_path / "none")]) == 2
-        error = capsys.readouterr().err
-        assert told in error and len(error.splitlines()) == 1 and not (tmp_path / "none").exists()
-
-
-def test_sample_adjusts_prompts_to_those_of_the_adapters_class(
-    eps_denoiser, model_folders, concept, stir, tmp_path, capsys
-):
-    adapter = eps_denoiser.attach(AdapterConfig(rank=2, text_encoder=True))
-    stir(adapter)
-    file = tmp_path / "adapter.safetensors"
-    save_trained(file, eps_denoiser, concept, TrainSettings())
-    call = [
-        "sample",
-        "--model",
-        str(model_folders["epsilon"]),
-        "--prompt",
-        SUBJECT,
-        "--steps",
-        "2",
-        "--adapter",
-        str(file),
-    ]
-
-    def pixels(name: str, *options: str) -> bytes:
-        assert cli.main([*call, *options, "--out", str(tmp_path / name)]) == 0
-        return (tmp_path / name / "000.png").read_bytes()
-
-    plain = pixels("plain")
-    pictures = {
-        plain,
-        pixels("index", "--adjust", "index"),
-        pixels("token", "--adjust", "token", "--adjust-beta", "1.2"),
-    }
-    assert len(pictures) == 3
-    assert pixels("none", "--adjust", "token", "--adjust-alpha", "0", "--adjust-norm-mix", "0") == plain
-    report = json.loads((tmp_path / "token" / "report.json").read_text())
-    assert report["adjust"] == {
-        "align": "token", "alpha": 0.2, "beta": 1.2, "norm_mix": None, "pooled": False, "anchor": "current"
-    }  # fmt: skip
-    assert report["pictures"][0]["class"] == CLASS
-    capsys.readouterr()
-    for options, told in (
-        (["--adjust", "index", "--prompt", "a cat"], "does not name the subject"),
-        (["--adjust", "index", "--adjust-pooled"], "pooled is on, but this model's prompts have no pooled output"),
-        (["--adjust", "index", "--adjust_alpha", "-1"], "--adjust_alpha is -1.0"),
-        (["--adjust", "index", "--class", CLASS, "--class", CLASS], "--class: given 2 times for 1 prompts"),
-        (["--class", CLASS], "--class: rule 'cfg' reads no class prompt"),
-        (["--adjust_beta", "1.5"], "--adjust_beta: it is read with --adjust alone"),
-    ):
-        assert cli.main([*call, *options, "--out", str(tmp_path / "refused")]) == 2
-        error = capsys.readouterr().err
-        assert told in error and len(error.splitlines()) == 1 and not (tmp_path / "refused").exists()

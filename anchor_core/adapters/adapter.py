@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_number
 from .config import AdapterConfig
-from .kinds import KINDS, NAME
+from .kinds import FILE_KINDS, KINDS, NAME, Kind, WeightKind
 from .layers import LAYERS, exact_layers, matching_in_all, matching_modules
 from .strength import Blend, EarlyWeights
 from .tokens import TokenVectors
@@ -38,7 +38,6 @@ class Adapter:
         self.networks = networks
         self.config = config
         self.tokens: TokenVectors | None = None
-        self._kind = KINDS.get(config.kind)
         self._layers = layers
         self._were_trainable = frozen
         self._enabled = True
@@ -79,9 +78,9 @@ class Adapter:
                 raise ValueError(
                     f"this {type(network).__name__} has an adapter already; detach it before attaching another"
                 )
-        kind, chosen = KINDS.get(config.kind), {}
-        if kind is not None:
-            chosen = matching_in_all(networks, config.layers, norms=config.kind == "full")
+        chosen = {}
+        if config.used_kinds:
+            chosen = matching_in_all(networks, config.layers, norms="full" in config.used_kinds)
         if config.text_encoder and not any(names for prefix, names in chosen.items() if prefix):
             raise ValueError(
                 f"text_encoder is True, but layers {config.layers!r} selects none of its layers; leave it off, or "
@@ -89,8 +88,9 @@ class Adapter:
             )
         for prefix, names in chosen.items():
             for name in names:
-                if _full_name(prefix, name) not in config.ranks:
-                    kind.check(config, _full_name(prefix, name), networks[prefix].get_submodule(name))
+                full_name = _full_name(prefix, name)
+                if full_name not in config.ranks:
+                    _kind(config, full_name).check(config, full_name, networks[prefix].get_submodule(name))
         parameters = [parameter for network in networks.values() for parameter in network.parameters()]
         trainable = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in trainable:
@@ -100,11 +100,12 @@ class Adapter:
             # ComfyUI runs nodes in inference mode, where a new parameter could never be trained.
             with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
                 for prefix, names in chosen.items():
-                    if names:
-                        kind.inject(networks[prefix], names, config, _rank_pattern(config.ranks, prefix, names))
+                    for kind, own in _by_kind(config, prefix, names).items():
+                        vars(networks[prefix]).pop("peft_config", None)  # of the kind before
+                        FILE_KINDS[kind].inject(networks[prefix], own, config, _rank_pattern(config.ranks, prefix, own))
                 adapter._layers = adapter._injected(chosen)
                 for name, layer in adapter._layers.items():
-                    kind.initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
+                    adapter.kind(name).initialise(layer, _generator(f"{seed}:{keys[name] if keys else name}"))
                 if config.vectors:
                     adapter.tokens = TokenVectors(config.token, vectors)
             adapter._set_dropout(False)
@@ -134,6 +135,10 @@ class Adapter:
         """The network's own module under an adapted name."""
         return self._layers[name].get_base_layer()
 
+    def kind(self, name: str) -> Kind | WeightKind:
+        """The kind of the layer under an adapted name."""
+        return _kind(self.config, name)
+
     def layer(self, name: str) -> Any:
         """The adapter's layer, peft's or ours, under an adapted name."""
         return self._layers[name]
@@ -144,7 +149,7 @@ class Adapter:
 
     def parameter_groups(self, token_learning_rate: float = 0.0) -> list[dict[str, Any]]:
         """`parameters()` as an optimizer takes them: in one group, or the token's vectors with a rate of their own."""
-        factors = [factor for layer in self._layers.values() for _, factor in self._kind.factors(layer)]
+        factors = [factor for name, layer in self._layers.items() for _, factor in self.kind(name).factors(layer)]
         vectors = [] if self.tokens is None else list(self.tokens.vectors.values())
         if not token_learning_rate or not vectors:
             return [{"params": [*factors, *vectors]}]
@@ -214,7 +219,8 @@ class Adapter:
             ValueError: if names or shapes differ from the adapter's own.
         """
         self._check_fits(state, "the early checkpoint does not fit the attached adapter")
-        self._early = EarlyWeights(self._kind, self._layers, state)
+        kinds = {name: self.kind(name) for name in self._layers}
+        self._early = EarlyWeights(kinds, self._layers, state)
 
     @property
     def holds_early(self) -> bool:
@@ -243,11 +249,11 @@ class Adapter:
 
     def parts(self, name: str) -> dict[str, Tensor]:
         """One module's share of `state_dict()`, by part."""
-        layer, parts = self._layers[name], {}
-        for part, factor in self._kind.factors(layer):
+        layer, kind, parts = self._layers[name], self.kind(name), {}
+        for part, factor in kind.factors(layer):
             parts[part] = factor.detach().to("cpu", copy=True).contiguous()
-        if self._kind.alpha:
-            parts["alpha"] = torch.tensor(float(getattr(layer, self._kind.alpha)[NAME]))
+        if kind.alpha:
+            parts["alpha"] = torch.tensor(float(getattr(layer, kind.alpha)[NAME]))
         return parts
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -257,11 +263,12 @@ class Adapter:
             if self.tokens is not None:
                 self.tokens.load_state_dict(state)
             for name, layer in self._layers.items():
-                for part, factor in self._kind.factors(layer):
+                kind = self.kind(name)
+                for part, factor in kind.factors(layer):
                     factor.copy_(state[f"{name}.{part}"])
-                if self._kind.alpha:
+                if kind.alpha:
                     alpha = float(state[f"{name}.alpha"])
-                    getattr(layer, self._kind.alpha)[NAME] = alpha
+                    getattr(layer, kind.alpha)[NAME] = alpha
                     layer.scaling[NAME] = alpha / layer.r[NAME]
 
     def _check_fits(self, state: Mapping[str, Tensor], message: str) -> None:
@@ -278,22 +285,13 @@ class Adapter:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise ValueError(f"{message}: {'; '.join(wrong[:3])}{more}")
 
-    def adopt_factors(self, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take LoKr's two full factors of each module, of whatever shapes, at scale 1.
-
-        Raises:
-            ValueError: if a product is not as large as the module's weight.
-        """
+    def adopt_factors(self, name: str, one: Tensor, other: Tensor) -> None:
+        """Take LoKr's two full factors of a module, whose product is as large as its weight, at scale 1."""
+        layer = self._layers[name]
         with torch.inference_mode(False):
-            for name, layer in self._layers.items():
-                one, other = layers[name]["lokr_w1"], layers[name]["lokr_w2"]
-                made = (one.shape[0] * other.shape[0], one.shape[1] * other[0].numel())
-                weight = layer.get_base_layer().weight
-                if made != (weight.shape[0], weight[0].numel()):
-                    raise ValueError(f"{name} is {tuple(weight.shape)} here and {made} there")
-                for part, factor in self._kind.factors(layer):
-                    factor.data = layers[name][part].to(factor).clone()
-                layer.alpha[NAME], layer.scaling[NAME] = float(layer.r[NAME]), 1.0
+            for factor, given in zip((factor for _, factor in self.kind(name).factors(layer)), (one, other)):
+                factor.data = given.to(factor).clone()
+            layer.alpha[NAME], layer.scaling[NAME] = float(layer.r[NAME]), 1.0
 
     def detach(self) -> None:
         """Give the networks back their own modules, with the `requires_grad` they had. A second call does nothing."""
@@ -323,6 +321,18 @@ def _detach_first(layer: Any, inputs: tuple, output: Tensor) -> Tensor:
 
 def _full_name(prefix: str, name: str) -> str:
     return f"{prefix}:{name}" if prefix else name
+
+
+def _kind(config: AdapterConfig, name: str) -> Kind | WeightKind:
+    return FILE_KINDS[config.kinds.get(name, config.kind)]
+
+
+def _by_kind(config: AdapterConfig, prefix: str, names: list[str]) -> dict[str, list[str]]:
+    """A network's module names by their kind."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(config.kinds.get(_full_name(prefix, name), config.kind), []).append(name)
+    return groups
 
 
 def _rank_pattern(ranks: Mapping[str, int], prefix: str, names: list[str]) -> dict[str, int]:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
 
 from ..embeddings import Adjustment
-from .file import check_finite, load_adapter
-from .torch_file import UnreadableFile, read_torch
+from .file import load_adapter
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -27,12 +25,7 @@ def read_embedding(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]
     Raises:
         ValueError: if it is no readable file of an embedding. Of .pt and .bin files nothing but tensors is read.
     """
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        tensors, metadata = load_adapter(path)
-    else:
-        tensors, metadata = _from_pickle(path), {}
-        check_finite(str(path), tensors)
+    tensors, metadata = load_adapter(path)
     if not tensors:
         raise ValueError(f"{path} holds no tensor, but it takes a textual-inversion file of vectors (count, width)")
     for name, each in tensors.items():
@@ -43,18 +36,6 @@ def read_embedding(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]
             raise ValueError(f"{path} has zeros for a vector in {name!r}, which have no direction; train it again")
     # One vector may be written as (width,).
     return {name: each.reshape(-1, each.shape[-1]) for name, each in tensors.items()}, metadata
-
-
-def _from_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        held: Any = read_torch(path)
-    except UnreadableFile as error:
-        reason = error.strerror or "it is no file of tensors"
-        raise ValueError(f"{path} cannot be read ({reason}); give a textual-inversion file") from error
-    if isinstance(held, Mapping) and isinstance(held.get("string_to_param"), Mapping):
-        held = {"emb_params": next(iter(held["string_to_param"].values()), None)}
-    named = held.items() if isinstance(held, Mapping) else ()
-    return {str(name): each.detach() for name, each in named if isinstance(each, Tensor)}
 
 
 def adjust_embedding(

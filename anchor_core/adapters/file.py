@@ -21,17 +21,20 @@ Token vectors are a file of their own, an embedding (`tokens.py`): the whole of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, named, shown
+from ..writing import whole
 from .adapter import Adapter
-from .formats import DIFFUSERS_PREFIXES, FORMATS, STATED, convert, diffusers_form, scale_of
+from .formats import DIFFUSERS_PREFIXES, FORMATS, convert, diffusers_form
 from .kinds import NAME, NO_LAYERS
+from .parts import scale_of
+from .reading import STATED, check_names, checked
 from .tokens import to_embedding
 from .torch_file import UnreadableFile, read_torch
 
@@ -45,19 +48,14 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     from safetensors import SafetensorError
 
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        # safetensors' own save_file makes a file that other users cannot read.
-        part.write_bytes(_serialise(tensors, metadata))
-        os.replace(part, path)
+        with whole(path) as part:  # safetensors' own save_file makes a file that other users cannot read
+            part.write_bytes(_serialise(tensors, metadata))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the adapter cannot be written to {path} ({_reason(error)}); choose another place") from error
-    finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
 
 
 def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -75,32 +73,50 @@ def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> by
 
 
 def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (on the CPU) and metadata of an adapter file.
+    """Tensors (on the CPU) and metadata of an adapter's or an embedding's file: safetensors, or one of `torch.save`.
 
     Raises:
-        ValueError: if `path` is not a readable safetensors file, or holds NaN or infinite values.
+        ValueError: naming the file, if it cannot be read, holds other things than tensors, or NaN or infinite values.
     """
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).suffix.lower() in PICKLES:
+        tensors, metadata = _from_pickle(path), {}
+    else:
+        try:
+            with safe_open(str(path), framework="pt", device="cpu") as file:
+                with named(path):
+                    check_names(file.keys())
+                tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+        except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two for dtypes of no torch's
+            reason = f"{shown(path, 1000)} is not a readable safetensors file ({_reason(error)})"
+            raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
+    return checked(tensors, path), metadata
+
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+"""Files that `torch.save` wrote: A1111's embeddings, diffusers' `learned_embeds.bin` and its first LoRAs."""
+
+
+def _from_pickle(path: str | Path) -> dict[str, Tensor]:
     try:
-        with safe_open(str(path), framework="pt", device="cpu") as file:
-            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        reason = f"{path} is not a readable safetensors file ({_reason(error)})"
-        raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
-    check_finite(str(path), tensors)
-    return tensors, metadata
-
-
-def check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """ValueError, naming `name` and the tensor, for NaN or infinite values."""
-    for key, tensor in tensors.items():
-        if not torch.isfinite(tensor if tensor.dtype.itemsize > 1 else tensor.float()).all():
-            raise ValueError(f"{name} has NaN or infinite values in {key!r}; train it again")
+        held: Any = read_torch(path)
+    except UnreadableFile as error:
+        reason = error.strerror or "it is no file of tensors"
+        raise ValueError(f"{path} cannot be read ({reason}); give a file of an adapter or an embedding") from error
+    if isinstance(held, Mapping) and isinstance(held.get("string_to_param"), Mapping):
+        held = {"emb_params": next(iter(held["string_to_param"].values()), None)}
+    tensors = {}
+    for name, each in held.items() if isinstance(held, Mapping) else ():
+        if isinstance(each, Tensor):
+            tensors[str(name)] = each.detach()
+    if not tensors:
+        raise ValueError(f"{path} holds no tensor, but it takes a file of an adapter or an embedding")
+    return tensors
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "strerror", None) or error).split())
+    return shown(" ".join(str(getattr(error, "strerror", None) or error).split()))
 
 
 def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Tensor]:
@@ -109,7 +125,8 @@ def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Te
         return to_embedding(adapter.tokens)
     tensors = {}
     for name in adapter.module_names:
-        parts = _WRITTEN.get(adapter.config.kind, _as_trained)(adapter, name, adapter.parts(name))
+        kind = adapter.config.kinds.get(name, adapter.config.kind)
+        parts = _WRITTEN.get(kind, _as_trained)(adapter, name, adapter.parts(name))
         prefix = file_keys[name]
         if prefix.startswith(DIFFUSERS_PREFIXES):
             parts = diffusers_form(parts)
@@ -190,10 +207,8 @@ def convert_file(source: str | Path, target: str | Path, to: str) -> None:
     """
     check_choice("to", to, FORMATS)
     tensors, metadata = load_adapter(source)
-    try:
+    with named(source):
         converted = convert(tensors, metadata, to=to)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from error
     metadata.pop(STATED, None)  # alpha is among the tensors now
     save_adapter(target, converted, metadata)
 

@@ -12,106 +12,22 @@ UNets go by diffusers' names in `comfyui` and `kohya` files of SD1 and SD2, by t
 
 from __future__ import annotations
 
-import json
-import math
-import re
+import logging
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
-from .names import dotted, network_family, swapped_rows, to_diffusers, to_original
-from .tokens import is_embedding
+from ..checks import check_choice, shown
+from .names import network_family, swapped_rows, to_diffusers, to_original
+from .parts import PIECE, Layers, kind_of, row_sizes, scale_of
+from .prefixes import T5, module_of
+from .reading import read_layers
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("comfyui", "kohya", "diffusers")
 DIFFUSERS_PREFIXES = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
-
-_PARTS = {
-    "lora_down.weight": "lora_down.weight",
-    "lora_up.weight": "lora_up.weight",
-    "lora_A.weight": "lora_down.weight",
-    "lora_B.weight": "lora_up.weight",
-    "lora_A.default.weight": "lora_down.weight",
-    "lora_B.default.weight": "lora_up.weight",
-    "lora.down.weight": "lora_down.weight",
-    "lora.up.weight": "lora_up.weight",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
-} | {
-    part: part
-    for part in (
-        *("alpha", "dora_scale", "lora_magnitude_vector", "oft_R.weight", "svd_shift", "diff", "diff_b"),
-        *("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b"),
-        *("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    )
-}
-# Parts that tell the kind, and what a layer of that kind must have; factors `_a` and `_b` stand for their product.
-_LORA = {"lora_down.weight", "lora_up.weight"}
-_KINDS = [
-    ("lora_magnitude_vector", "dora", _LORA),
-    ("dora_scale", "dora", _LORA),
-    ("lora_", "lora", _LORA),
-    ("oft_", "oft", {"oft_R.weight"}),
-    ("lokr_", "lokr", {"lokr_w1", "lokr_w2"}),
-    ("hada_", "loha", {"hada_w1", "hada_w2"}),
-    ("svd_", "svdiff", {"svd_shift"}),
-    ("diff", "full", {"diff"}),
-]
-
-# Which network a key is of: the denoiser's by "", a text encoder by diffusers' component name.
-_PREFIXES = {
-    "lora_unet_": "",
-    "lora_transformer_": "",
-    "diffusion_model.": "",
-    "unet.": "",
-    "transformer.": "",
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
-
-STATED = "lora_adapter_metadata"  # where diffusers writes peft's config
-Layers = dict[str, dict[str, Tensor]]
-
-
-def split_key(key: str) -> tuple[str, str | None]:
-    """A key as its module's prefix and the name of its part; None if no part of that name is known."""
-    for suffix, part in _PARTS.items():
-        if key.endswith(f".{suffix}"):
-            return key[: -len(suffix) - 1], part
-    return key, None
-
-
-def split_layers(tensors: Mapping[str, Tensor]) -> Layers:
-    """The tensors of a file as prefix -> part -> tensor, in any of the formats.
-
-    Raises:
-        ValueError: if there is none, or one is no part of an adapter that can be read.
-    """
-    layers: Layers = {}
-    if is_embedding(tensors):
-        raise ValueError("this file is an embedding, for prompts and not for layers; give a LoRA file")
-    for key, tensor in tensors.items():
-        prefix, part = split_key(key)
-        if part is None:
-            raise ValueError(f"this LoRA was made for another model: {key} belongs to no module of this network")
-        layers.setdefault(prefix, {})[part] = tensor
-    if not layers:
-        raise ValueError("this file holds no LoRA: it has no tensor")
-    return layers
-
-
-def kind_of(prefix: str, parts: Mapping[str, Tensor]) -> str:
-    """The kind of adapter that a layer's parts make; ValueError if they are not whole."""
-    present = parts.keys() | {part[:-2] for part in parts if part.endswith("_a") and f"{part[:-2]}_b" in parts}
-    for beginning, kind, needed in _KINDS:
-        if any(part.startswith(beginning) for part in parts):
-            if needed <= present:
-                return kind
-            raise ValueError(f"this file is not a whole LoRA: {prefix} lacks {' and '.join(sorted(needed - present))}")
-    raise ValueError(f"this file is no LoRA that can be read: {prefix} has {' and '.join(sorted(parts))} alone")
 
 
 def format_of(prefixes: list[str]) -> str:
@@ -122,22 +38,6 @@ def format_of(prefixes: list[str]) -> str:
     return "kohya"
 
 
-def with_stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """The tensors of a diffusers file with an `.alpha` for each layer whose alpha only the metadata states."""
-    stated, result = json.loads(metadata.get(STATED, "{}")), dict(tensors)
-    for prefix, parts in split_layers(tensors).items() if stated else ():
-        component, _, name = prefix.partition(".")
-        alpha = stated.get(f"{component}.lora_alpha")
-        if alpha is None or "alpha" in parts or "lora_down.weight" not in parts:
-            continue
-        patterns = stated.get(f"{component}.alpha_pattern") or {}
-        alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", name)), alpha)
-        if stated.get(f"{component}.use_rslora"):
-            alpha *= math.sqrt(parts["lora_down.weight"].shape[0])
-        result[f"{prefix}.alpha"] = torch.tensor(float(alpha))
-    return result
-
-
 def diffusers_form(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The parts of a LoRA under diffusers' names: alpha / rank goes into B. Other kinds stay as they are."""
     if "lora_down.weight" not in parts:
@@ -146,12 +46,9 @@ def diffusers_form(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     rest = {
         part: tensor for part, tensor in parts.items() if part not in ("lora_down.weight", "lora_up.weight", "alpha")
     }
+    if "lora_up.bias" in rest:
+        rest["lora_B.bias"] = rest.pop("lora_up.bias") * scale_of(parts)
     return {"lora_A.weight": down, "lora_B.weight": up * scale_of(parts), **rest}
-
-
-def scale_of(parts: Mapping[str, Tensor]) -> float:
-    """alpha / rank of a LoRA; without alpha it is 1."""
-    return float(parts["alpha"]) / parts["lora_down.weight"].shape[0] if "alpha" in parts else 1.0
 
 
 def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, *, to: str) -> dict[str, Tensor]:
@@ -170,23 +67,52 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
         ValueError: if a key is not understood, or the adapter's kind has no form in that format.
     """
     check_choice("to", to, FORMATS)
-    for prefix, parts in split_layers(tensors).items():
-        kind = kind_of(prefix, parts)
-        if to == "diffusers" and kind != "lora" or kind == "dora" and "dora_scale" not in parts:
-            raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED[kind]}")
-    return renamed(tensors, metadata, to)
-
-
-def renamed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, to: str) -> dict[str, Tensor]:
-    """As `convert`, for our own reading: under the names of a format, whether its programs read the kind or not."""
-    layers = split_layers(with_stated_alphas(tensors, metadata or {}))
-    for parts in layers.values():
+    layers, kinds, unread = read_layers(tensors, metadata)
+    for prefix, kind in kinds.items():
+        parts = layers[prefix]
+        if to == "diffusers" and (kind != "lora" or "lora_mid.weight" in parts):
+            raise ValueError(f"to is {to!r}, but this is a {kind} file, and {_NOT_CONVERTED.get(kind, _LORA_ONLY)}")
+        if kind == "dora" and "dora_scale" not in parts:
+            raise ValueError(f"to is {to!r}, but this is a dora file, and {_NOT_CONVERTED[kind]}")
         parts.pop("lora_magnitude_vector", None)
-    named: dict[str, Layers] = {}
+    strangers = [key for key in unread if not key.startswith(BUNDLED)]
+    strangers += [prefix for prefix in layers if module_of(prefix) is None]
+    if strangers:
+        raise ValueError(
+            f"this file is in no known format: {shown(strangers[0])} is of neither ComfyUI's, kohya's nor diffusers' "
+            "keys"
+        )
+    if unread:
+        logger.warning("%d bundled embeddings of the file are left out: give them as a file of their own", len(unread))
+    made = renamed(layers, metadata, to)
+    for prefix, parts in made.items():
+        if PIECE in parts:
+            raise ValueError(
+                f"to is {to!r}, but {prefix} is fused in one format alone, where only LoRA and full follow"
+            )
+    return _joined(made)
+
+
+BUNDLED = "bundle_emb."
+"""Before embeddings that OneTrainer writes into a LoRA file."""
+
+
+def renamed(layers: Layers, metadata: Mapping[str, str] | None, to: str) -> Layers:
+    """Layers under the prefixes of a format, whether its programs read their kind or not; strangers stay as they are.
+
+    Raises:
+        ValueError: if the family is not told by names and shapes, or a layer cannot be split or fused.
+    """
+    named: dict[str, Layers] = {"": {}}
+    result: Layers = {}
     for prefix, parts in layers.items():
-        component, name = _component(prefix)
-        named.setdefault(component, {})[name] = parts
-    network = named.pop("", {})
+        found = module_of(prefix)
+        if found is None:
+            result[prefix] = parts
+        else:
+            component, name = found
+            named.setdefault(component, {})[name] = parts
+    network = named.pop("")
     family = network_family(network, (metadata or {}).get("modelspec.architecture", ""), "text_encoder_2" in named)
     if to == "diffusers":
         network, prefix = _split_all(network, family), "unet." if family in ("sd", "sdxl") else "transformer."
@@ -196,45 +122,38 @@ def renamed(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None, t
         network, prefix = _fuse_all(network, family), "lora_unet_"
         if to == "comfyui" and family != "sdxl":
             prefix = "diffusion_model."
-    result = _joined(network, prefix)
+    result |= _prefixed(network, prefix)
     one = family == "sd" and not any(prefix.startswith("lora_te1_") for prefix in layers)
+    prefixes = {"text_encoder": "lora_te_" if one else "lora_te1_", "text_encoder_2": "lora_te2_", T5: "lora_te3_"}
+    if to == "diffusers":
+        prefixes = {"text_encoder": "text_encoder.", "text_encoder_2": "text_encoder_2.", T5: "text_encoder_3."}
+    if family == "flux":  # it has no second CLIP
+        prefixes[T5] = prefixes["text_encoder_2"]
     for component, parts in named.items():
-        prefix = f"{component}."
-        if to != "diffusers":
-            prefix = "lora_te_" if one else {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}[component]
-        result |= _joined(parts, prefix)
+        result |= _prefixed(parts, prefixes[component])
     return result
 
 
+_LORA_ONLY = "diffusers reads LoRA only"
 _NOT_CONVERTED = {
     "dora": "its magnitudes depend on the base weights, so that they cannot be rewritten without the model",
-    "lokr": "diffusers reads LoRA only",
-    "loha": "diffusers reads LoRA only",
-    "oft": "diffusers reads LoRA only",
-    "full": "diffusers reads LoRA only",
-    "svdiff": "diffusers reads LoRA only",
 }
 
 
-def _component(prefix: str) -> tuple[str, str]:
-    for beginning, component in _PREFIXES.items():
-        if prefix.startswith(beginning):
-            name = prefix[len(beginning) :]
-            return component, name if "." in beginning else dotted(name)
-    raise ValueError(f"this file is in no known format: {prefix} is of neither ComfyUI's, kohya's nor diffusers' keys")
+def _prefixed(layers: Layers, prefix: str) -> Layers:
+    dots = prefix.endswith(".")
+    return {prefix + (name if dots else name.replace(".", "_")): parts for name, parts in layers.items()}
 
 
-def _joined(layers: Layers, prefix: str) -> dict[str, Tensor]:
+def _joined(layers: Layers) -> dict[str, Tensor]:
     """File keys again. Every tensor of its own memory, as safetensors wants them."""
     tensors = {}
-    for name, parts in layers.items():
-        if "." not in prefix:
-            name = name.replace(".", "_")
-        else:
-            parts = parts if prefix == "diffusion_model." else diffusers_form(parts)
+    for prefix, parts in layers.items():
+        if prefix.startswith((*DIFFUSERS_PREFIXES, "text_encoder_3.")):
+            parts = diffusers_form(parts)
         if "lora_down.weight" in parts:
             parts = {"alpha": torch.tensor(float(parts["lora_down.weight"].shape[0])), **parts}
-        tensors |= {f"{prefix}{name}.{part}": tensor.clone().contiguous() for part, tensor in parts.items()}
+        tensors |= {f"{prefix}.{part}": tensor.clone().contiguous() for part, tensor in parts.items()}
     return tensors
 
 
@@ -264,46 +183,66 @@ def _fuse_all(layers: Layers, family: str) -> Layers:
 
 def _split(parts: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor] | None]:
     """One fused layer's as `count` separate ones; None for a LoRA that is 0 while others are not."""
-    if "diff" in parts:
-        sizes = _sizes(*parts["diff"].shape[:2], count)
+    kind = kind_of("a fused layer", parts)
+    if kind == "full" and "diff" in parts:
+        sizes = row_sizes(*parts["diff"].shape[:2], count)
         rows = {part: tensor.split(sizes) for part, tensor in parts.items()}
         return [{part: pieces[index] for part, pieces in rows.items()} for index in range(count)]
-    if "lora_down.weight" not in parts:
-        raise ValueError("a fused layer's adapter of this kind cannot be split")
+    if kind in ("lokr", "loha") and "dora_scale" not in parts:
+        return [{**parts, PIECE: torch.tensor([index, count])} for index in range(count)]
+    if kind not in ("lora", "dora") or "lora_mid.weight" in parts:
+        raise ValueError(f"a fused layer's adapter of kind {kind} cannot be split")
     down, up = parts["lora_down.weight"], parts["lora_up.weight"]
-    rows = up.split(_sizes(up.shape[0], down.shape[1], count))
+    sizes = row_sizes(up.shape[0], down.shape[1], count)
+    beside = {part: tensor for part, tensor in parts.items() if part in _BY_ROW}
+    if any(tensor.shape[0] != len(up) for tensor in beside.values()):
+        raise ValueError("a fused layer's adapter of magnitudes by input channel cannot be split")
+    rows = up.split(sizes)
     used = [piece.flatten(1).any(0) for piece in rows]  # (rank,) each
-    block_form = torch.stack(used).sum(0).eq(1).all()  # every rank serves one part alone
+    block_form = torch.stack(used).sum(0).eq(1).all() and not beside  # every rank serves one part alone
     scale = scale_of(parts)
     pieces: list[dict[str, Tensor] | None] = []
-    for piece, mask in zip(rows, used, strict=True):
+    for index, (piece, mask) in enumerate(zip(rows, used, strict=True)):
         if not block_form:
             mask = torch.ones_like(mask)
         rank = int(mask.sum())
-        alpha = {"alpha": torch.tensor(scale * rank)} if "alpha" in parts else {}
-        made = {"lora_down.weight": down[mask], "lora_up.weight": piece[:, mask], **alpha}
+        made = {"lora_down.weight": down[mask], "lora_up.weight": piece[:, mask]}
+        made |= {"alpha": torch.tensor(scale * rank)} if "alpha" in parts else {}
+        made |= {part: tensor.split(sizes)[index] for part, tensor in beside.items()}
         pieces.append(made if rank else None)
     return pieces
 
 
-def _sizes(rows: int, width: int, count: int) -> list[int]:
-    """Rows of each part of a fused layer: of four, q, k and v are as wide as the input, the MLP has the rest."""
-    return [width] * 3 + [rows - 3 * width] if count == 4 else [rows // count] * count
+_BY_ROW = ("lora_up.bias", "diff_b", "dora_scale", "lora_magnitude_vector")
+"""Parts beside the factors that have an element for each row."""
 
 
 def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:
-    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form; of full, their rows."""
+    """Separate LoRAs as the fused one: with one `down` if theirs are equal, else in block form; of full, their rows.
+
+    Other kinds give each piece's parts as `<index>/<part>`, and `piece` (0, count), which only the formulas read.
+    """
     kinds = {kind_of(name, piece) for piece in pieces.values()}
-    if kinds == {"full"}:
+    if kinds == {"full"} and all("diff" in piece for piece in pieces.values()):
         return _fuse_rows(pieces, count)
-    if kinds != {"lora"}:
-        kind = min(kinds - {"lora"})
-        raise ValueError(f"{name} is one fused layer there, and {kind} factors of its parts cannot be fused")
+    magnitudes = {part for piece in pieces.values() for part in piece if part in _BY_ROW[2:]}
+    whole = len(pieces) == count and all(
+        part in piece and piece[part].shape[0] == len(piece["lora_up.weight"])
+        for part in magnitudes
+        for piece in pieces.values()
+    )
+    odd = any("lora_mid.weight" in piece for piece in pieces.values())
+    if not kinds <= {"lora", "dora"} or (magnitudes and not whole) or odd:
+        held = {f"{index}/{part}": tensor for index, piece in pieces.items() for part, tensor in piece.items()}
+        return {**held, PIECE: torch.tensor([0, count])}
     order = sorted(pieces)
-    downs = [pieces[index]["lora_down.weight"] for index in order]
-    ups = {index: pieces[index]["lora_up.weight"] for index in order}
+    downs = [pieces[index]["lora_down.weight"].flatten(1) for index in order]
+    ups = {index: pieces[index]["lora_up.weight"].flatten(1) for index in order}
     scales = {index: scale_of(pieces[index]) for index in order}
     width = downs[0].shape[1]
+    if any(down.shape[1:] != downs[0].shape[1:] for down in downs):
+        raise ValueError(f"this LoRA was made for another model: the parts of {name} read inputs of different widths")
+    biases = _fused_biases(pieces, _rows_of(ups, width, count), scales)
     if len(set(scales.values())) > 1:
         ups, scales = {index: up * scales[index] for index, up in ups.items()}, dict.fromkeys(order, 1.0)
     shared = len(order) == count and all(torch.equal(down, downs[0]) for down in downs)
@@ -316,7 +255,23 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
         up[row : row + sizes[index], column : column + piece.shape[1]] = piece
         column += 0 if shared else piece.shape[1]
     alpha = torch.tensor(scales[order[0]] * down.shape[0])
-    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha}
+    rest = {part: torch.cat([pieces[index][part].flatten() for index in order]) for part in magnitudes}
+    rest = {part: tensor[:, None] if part == "dora_scale" else tensor for part, tensor in rest.items()}
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha, **rest, **biases}
+
+
+def _fused_biases(
+    pieces: Mapping[int, Mapping[str, Tensor]], sizes: list[int], scales: Mapping[int, float]
+) -> dict[str, Tensor]:
+    """What the pieces add to the layer's bias, (out,), as `diff_b`; nothing where none does."""
+    held = {}
+    for index, piece in pieces.items():
+        if "diff_b" in piece or "lora_up.bias" in piece:
+            held[index] = piece["diff_b"] if "diff_b" in piece else piece["lora_up.bias"] * scales[index]
+    if not held:
+        return {}
+    like = next(iter(held.values()))
+    return {"diff_b": torch.cat([held.get(index, like.new_zeros(size)) for index, size in enumerate(sizes)])}
 
 
 def _fuse_rows(pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> dict[str, Tensor]:

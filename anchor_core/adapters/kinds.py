@@ -76,6 +76,19 @@ class Kind:
                 factor.copy_(starts[part](layer, factor.shape, generator))
 
 
+class BiasedKind(Kind):
+    """A LoRA whose second factor has a bias, which counts alpha / rank as well: peft's `lora_bias`."""
+
+    def factors(self, layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from super().factors(layer)
+        yield "lora_up.bias", layer.lora_B[NAME].bias
+
+    def initialise(self, layer: Any, generator: torch.Generator) -> None:
+        with torch.no_grad():
+            for _, factor in self.factors(layer):
+                factor.data = torch.zeros_like(factor.data, dtype=torch.float32)
+
+
 @dataclass(frozen=True)
 class WeightKind:
     """A kind that trains weights themselves, with the interface of `Kind`; its layers are ours and start as they are.
@@ -242,6 +255,14 @@ KINDS = {
 }
 """Kinds by name. LoRA: arXiv 2106.09685; DoRA: 2402.09353; LoKr: 2309.14859; LoHa: 2108.06098; OFT: 2306.07280;
 full: DreamBooth's own fine-tuning, 2208.12242; SVDiff: 2303.11305."""
+
+FILE_KINDS = {
+    **KINDS,
+    "lora_bias": BiasedKind(
+        lambda config, shared: _lora(config, shared, lora_bias=True), _LORA_PARTS, "lora_alpha", _check_rank
+    ),
+}
+"""The kinds of layers that a file may have."""
 
 NO_LAYERS = "none"
 """The kind that adapts no layer at all: token vectors alone, Textual Inversion."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 
+import regex
 from torch import nn
+
+from ..checks import shown
 
 # attn1.to_q, attn.add_k_proj, x_block.attn.qkv, img_attn.proj; a single-stream block of Flux fuses attention and MLP.
 _ATTENTION = (
@@ -44,9 +48,32 @@ def layer_choices() -> str:
     return f"one of {', '.join(LAYERS)}, {EVERYTHING}, or a regular expression over module names"
 
 
-def exact_layers(names: list[str]) -> str:
+SECONDS = 1.0
+LENGTH = 10_000
+
+
+def compile_layers(layers: str) -> regex.Pattern[str]:
+    """A preset's or the user's expression; ValueError if it is none, or longer than anybody writes one."""
+    try:
+        if len(layers) > LENGTH:
+            raise regex.error(f"it has {len(layers)} letters")
+        # As `re`, but with a time limit: some expressions never end.
+        return regex.compile(layers)
+    except (regex.error, OverflowError, RecursionError, MemoryError) as error:
+        raise ValueError(f"layers is {shown(layers)!r} ({shown(error)}), but it takes {layer_choices()}") from error
+
+
+class ExactLayers(str):
+    """An `AdapterConfig.layers` that is names of modules: as an expression, which peft takes, and as they are."""
+
+    names: frozenset[str]
+
+
+def exact_layers(names: list[str]) -> ExactLayers:
     """The `AdapterConfig.layers` that matches these module names and no others."""
-    return "^(" + "|".join(map(re.escape, names)) + ")$"
+    made = ExactLayers("^(" + "|".join(map(re.escape, names)) + ")$")
+    made.names = frozenset(names)
+    return made
 
 
 def matching_names(names: Iterable[str], layers: str, prefix: str = "") -> list[str]:
@@ -58,12 +85,25 @@ def matching_names(names: Iterable[str], layers: str, prefix: str = "") -> list[
         prefix: of a text encoder, `te1`; empty for the denoising network.
     """
     names = list(names)
+    if isinstance(layers, ExactLayers):
+        return [name for name in names if (f"{prefix}:{name}" if prefix else name) in layers.names]
     # SD3.5 calls its second self-attention attn2 as well.
     if layers == "cross_attention_kv" and not prefix and any(map(_JOINT_ATTENTION.search, names)):
         return []
-    pattern = re.compile((_TEXT_LAYERS if prefix else LAYERS).get(layers, layers))
+    pattern = compile_layers((_TEXT_LAYERS if prefix else LAYERS).get(layers, layers))
     full = prefix and layers not in _TEXT_LAYERS
-    return [name for name in names if pattern.search(f"{prefix}:{name}" if full else name)]
+    end = time.monotonic() + SECONDS
+    try:
+        return [
+            name
+            for name in names
+            if pattern.search(f"{prefix}:{name}" if full else name, timeout=max(end - time.monotonic(), 1e-3))
+        ]
+    except TimeoutError as error:
+        raise ValueError(
+            f"layers is {shown(layers)!r}, which takes more than a second to match the names of the layers; write an "
+            "expression without a repetition of a repetition, such as (a+)+"
+        ) from error
 
 
 def matching_modules(network: nn.Module, layers: str, prefix: str = "") -> list[str]:
@@ -96,7 +136,7 @@ def matching_in_all(networks: dict[str, nn.Module], layers: str, norms: bool = F
 
 def selected_modules(network: nn.Module, layers: str, prefix: str = "", norms: bool = False) -> list[str]:
     """As `matching_in_all`, of one network; empty if there is none."""
-    leaves = not prefix and (layers == EVERYTHING or norms and layers not in LAYERS)
+    leaves = isinstance(layers, ExactLayers) or not prefix and (layers == EVERYTHING or norms and layers not in LAYERS)
     kinds = nn.Linear if layers in _TEXT_LAYERS and layers != "all_linear_conv" else (nn.Linear, nn.Conv2d)
     parts = network.named_modules()
     names = [name for name, part in parts if (is_leaf(part) if leaves else isinstance(part, kinds))]

@@ -22,7 +22,8 @@ _WORDS = (
     "to_add_out ff_context norm1_context norm_out proj_mlp time_text_embed timestep_embedder text_embedder "
     "guidance_embedder query_norm key_norm norm_q norm_k norm_added_q norm_added_k ln_q ln_k "
     # text encoders
-    "text_model self_attn q_proj k_proj v_proj out_proj text_projection"
+    "text_model self_attn q_proj k_proj v_proj out_proj text_projection final_layer_norm token_embedding "
+    "position_embedding wi_0 wi_1 layer_norm1 layer_norm2"
 ).split()
 _TOKEN = re.compile(f"(?:{'|'.join(sorted(_WORDS, key=len, reverse=True))}|[^_]+)(?=_|$)")
 

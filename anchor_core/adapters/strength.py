@@ -9,17 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .kinds import NAME, Kind
+from .kinds import NAME
 
 
 class EarlyWeights:
     """The weights of an early checkpoint beside those of the adapter: `state`, a `state_dict()` that fits it."""
 
-    def __init__(self, kind: Kind, layers: Mapping[str, Any], state: Mapping[str, Tensor]):
-        self._kind, self._layers = kind, layers
+    def __init__(self, kinds: Mapping[str, Any], layers: Mapping[str, Any], state: Mapping[str, Tensor]):
+        self._kinds, self._layers = kinds, layers
         self._held: dict[str, dict[str, Any]] = {}
         with torch.inference_mode(False):
             for name, layer in layers.items():
+                kind = kinds[name]
                 factors = kind.factors(layer)
                 self._held[name] = {part: state[f"{name}.{part}"].to(factor, copy=True) for part, factor in factors}
                 if kind.alpha:
@@ -35,10 +36,10 @@ class EarlyWeights:
             self._exchange(name)
 
     def _exchange(self, name: str) -> None:
-        layer, held = self._layers[name], self._held[name]
-        for part, factor in self._kind.factors(layer):
+        layer, kind, held = self._layers[name], self._kinds[name], self._held[name]
+        for part, factor in kind.factors(layer):
             factor.data, held[part] = held[part].to(factor), factor.data
-        if self._kind.alpha:
+        if kind.alpha:
             layer.scaling[NAME], held["scaling"] = held["scaling"], layer.scaling[NAME]
 
 

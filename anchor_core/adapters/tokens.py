@@ -54,7 +54,24 @@ class TokenVectors:
 
 def is_embedding(tensors: Mapping[str, Tensor]) -> bool:
     """Whether these are an embedding file's tensors."""
-    return bool(tensors) and tensors.keys() <= set(EMBEDDING_KEYS.values())
+    return embedding_of(tensors) is not None
+
+
+def embedding_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str] | None:
+    """An embedding file's tensors by text encoder, and the word that they stand for if it is told; None if it is none.
+
+    Known are `emb_params` (SD1, SD2), `clip_l` and `clip_g` (SDXL, SD3; T5's `t5xxl` is left out), and diffusers'
+    `learned_embeds` of one tensor under the word itself, (width,) or (count, width).
+    """
+    held = {key: tensor for key, tensor in tensors.items() if key != "t5xxl"}
+    if not held or not all(isinstance(each, Tensor) and each.ndim in (1, 2) for each in held.values()):
+        return None
+    if held.keys() <= set(EMBEDDING_KEYS.values()):
+        return held, ""
+    word = next(iter(held))
+    if len(tensors) > 1 or "." in word or not word.strip():
+        return None
+    return {EMBEDDING_KEYS["te"]: held[word]}, "" if word == "*" else word
 
 
 def to_embedding(tokens: TokenVectors) -> dict[str, Tensor]:
@@ -71,7 +88,10 @@ def from_embedding(tensors: Mapping[str, Tensor], encoders: Mapping[str, nn.Modu
     takes = {EMBEDDING_KEYS[name]: _rows(encoder).shape[1] for name, encoder in encoders.items()}
     has = {key: tensor.shape[-1] for key, tensor in tensors.items()}
     # One vector may be written as (width,).
-    vectors = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items()}
+    vectors = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items() if tensor.numel()}
+    count = max(map(len, vectors.values()), default=0)
+    if not vectors.keys() == tensors.keys() or count > 75:
+        raise ValueError(f"this embedding has {count if vectors else 'no'} vectors, but a prompt has room for 1 to 75")
     if has != takes or len(set(map(len, vectors.values()))) != 1:
         made, wanted = (", ".join(f"{key} {width}" for key, width in sizes.items()) for sizes in (has, takes))
         raise ValueError(f"this embedding was made for another model: it is of {made}, and this one takes {wanted}")

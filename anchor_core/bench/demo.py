@@ -12,7 +12,8 @@ from ..backends.diffusers.denoiser import DiffusersDenoiser
 from ..evaluation import report
 from ..sandbox import model, subjects
 from ..sandbox.judge import Judge
-from ..training.saving import save_trained
+from ..training.events import Event
+from ..training.saving import Files
 from .personalise import ANCHORED, DREAMBOOTH, PRIOR_PRESERVATION, SETTINGS, TOKEN, Personalisation
 
 METHODS = (DREAMBOOTH, PRIOR_PRESERVATION, ANCHORED)
@@ -34,12 +35,12 @@ def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTIN
     personalisation = Personalisation(denoiser, Judge(), subject, seed)
     results, histories, pictures = {}, {}, {}
     for method in METHODS:
-        started = time.perf_counter()
+        started, adapter = time.perf_counter(), out / f"{method.name}.safetensors"
         with tqdm(total=settings.steps, desc=LABELS[method.name]) as bar:
-            history = personalisation.train(method, settings, on_step=lambda r: _advance(bar, r))
+            history = personalisation.train(
+                method, settings, files=Files.beside(adapter), tell=lambda event: _advance(bar, event)
+            )
         seconds = time.perf_counter() - started
-        adapter = out / f"{method.name}.safetensors"
-        save_trained(adapter, denoiser, personalisation.concept, replace(method.settings(settings), seed=seed))
         drawn = personalisation.sample()
         scores = asdict(personalisation.score(drawn))
         denoiser.detach()
@@ -62,10 +63,11 @@ def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTIN
     return result
 
 
-def _advance(bar: tqdm, step) -> None:
-    bar.update()
-    if step.drift is not None:
-        bar.set_postfix(loss=f"{step.loss:.3f}", drift=f"{step.drift:.2f}")
+def _advance(bar: tqdm, event: Event) -> None:
+    if event.event == "step":
+        bar.update()
+    elif event.event == "measured":
+        bar.set_postfix(drift=f"{event.result.drift:.2f}")
 
 
 def table(result: dict) -> str:

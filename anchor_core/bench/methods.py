@@ -25,6 +25,7 @@ from ..evaluation.metrics import rank
 from ..guidance import make_rule
 from ..objectives import matched_learning_rate
 from ..sandbox import subjects
+from ..training.events import Event
 from ..training.methods import method_options
 from ..training.settings import TrainSettings
 from .ablation import COLUMNS, cell, paired
@@ -213,9 +214,7 @@ class _Run:
         try:
             if found is None:
                 early = max(1, settings.steps // EARLY)
-                history = self.personalisation.fit(
-                    settings, config, lambda step: self._save(f"{name}, early") if step.step == early else None
-                )
+                history = self.personalisation.fit(settings, config, lambda event: self._early(event, name, early))
                 self._save(name)
                 found = self._write(name, trained, self._score(), history.seconds)
             if shown:
@@ -227,6 +226,10 @@ class _Run:
         finally:
             if self._opened is not None:
                 self._opened.denoiser.detach()
+
+    def _early(self, event: Event, name: str, early: int) -> None:
+        if event.event == "step" and event.step == early:
+            self._save(f"{name}, early")
 
     def _sampling(self, row: str, options: dict[str, Any], name: str, config: AdapterConfig, drifts: dict) -> dict:
         denoiser = self.personalisation.denoiser

@@ -15,16 +15,18 @@ from ..adapters.config import AdapterConfig
 from ..backends.diffusers.adjust import encode_adjusted
 from ..backends.diffusers.denoiser import DiffusersDenoiser
 from ..concept import Concept
-from ..data.prepare import sample_class_latents
+from ..data.prepare import ClassPictures, prepare
 from ..drift import DriftProbe
 from ..embeddings import Adjustment
 from ..evaluation.metrics import mean_pairwise_cosine, text_alignment
 from ..objectives import matched_learning_rate
 from ..sandbox.judge import Judge
 from ..sandbox.subjects import Subject
-from ..training.history import History, StepReport
+from ..training.events import Event, Tell
+from ..training.history import History
+from ..training.run import fit
+from ..training.saving import Files
 from ..training.settings import TrainSettings
-from ..training.trainer import train
 
 TOKEN = "sks"
 TUNING_SUBJECTS = ("rosie", "ziggy")
@@ -91,10 +93,11 @@ class Personalisation:
         self.references = torch.stack([_pixels(picture) for picture in subject.references()])  # (N, 3, 64, 64)
         self.latents = denoiser.encode_images(self.references)
         self.shape = tuple(self.latents.shape[1:])
-        self.class_latents = sample_class_latents(
-            denoiser, self.concept, CLASS_PICTURES, self.shape, seed=seed, **SAMPLING
-        )
-        self.probe = DriftProbe(denoiser, self.latents, self.concept, noises=2, seed=seed)
+        self.material = prepare(
+            denoiser, self.latents, self.concept, seed=seed, probe={"noises": 2, "seed": seed},
+            class_pictures=ClassPictures(CLASS_PICTURES, sampling=SAMPLING),
+        )  # fmt: skip
+        self.class_latents, self.probe = self.material.class_latents, self.material.probe
         self.class_probe = DriftProbe(
             denoiser, self.class_latents[:6], self.concept, noises=2, seed=seed, latents_are="class"
         )
@@ -106,35 +109,31 @@ class Personalisation:
         adapter: AdapterConfig = ADAPTER,
         *,
         at: Iterable[int] = (),
-        on_step: Callable[[StepReport], None] | None = None,
+        files: Files | None = None,
+        tell: Tell = lambda event: None,
         on_scores: Callable[[int, Scores], None] | None = None,
     ) -> History:
-        """Train `method`; the adapter stays attached. At the step counts `at`, score and pass on to `on_scores`."""
+        """Train `method`; the adapter stays attached. Save it in `files`. At the step counts `at`, score and pass
+        on to `on_scores`."""
         at = set(at)
 
-        def after(report: StepReport) -> None:
-            if on_step is not None:
-                on_step(report)
-            if report.step in at and on_scores is not None:
-                on_scores(report.step, self.score(self.sample()))
+        def after(event: Event) -> None:
+            tell(event)
+            if event.event == "step" and event.step in at and on_scores is not None:
+                on_scores(event.step, self.score(self.sample()))
 
-        return self.fit(method.settings(settings), adapter, after)
+        return self.fit(method.settings(settings), adapter, after, files)
 
     def fit(
-        self, settings: TrainSettings, adapter: AdapterConfig, on_step: Callable[[StepReport], None] | None = None
+        self,
+        settings: TrainSettings,
+        adapter: AdapterConfig,
+        tell: Tell = lambda event: None,
+        files: Files | None = None,
     ) -> History:
         """Train an adapter with this seed; it stays attached."""
-        attached = self.denoiser.attach(adapter, seed=self.seed)
-        return train(
-            self.denoiser,
-            attached,
-            self.latents,
-            self.concept,
-            replace(settings, seed=self.seed),
-            class_latents=self.class_latents,
-            probe=self.probe,
-            on_step=on_step,
-        )
+        self.denoiser.attach(adapter, seed=self.seed)
+        return fit(self.denoiser, self.material, replace(settings, seed=self.seed), files=files, tell=tell).history
 
     @torch.no_grad()
     def sample(

@@ -57,11 +57,12 @@ def ours(model, latents, w: float) -> None:
     from anchor_core.training.trainer import train
 
     bar = comfy.utils.ProgressBar(int(steps))
-    settings = TrainSettings(w=w, steps=int(steps), batch_size=1, learning_rate=1e-4, precision="bf16")
+    precision = "bf16" if device == "cpu" else "auto"  # the stock node trains in bf16; on a card, what ComfyUI takes
+    settings = TrainSettings(w=w, steps=int(steps), batch_size=1, learning_rate=1e-4, precision=precision)
     with ComfyDenoiser(model, Encoder(), None) as denoiser:
         adapter = denoiser.attach(AdapterConfig(rank=RANK), 0)
         concept = Concept("a photo of a sks dog", "a photo of a dog")
-        train(denoiser, adapter, latents, concept, settings, on_step=lambda _: bar.update(1))
+        train(denoiser, adapter, latents, concept, settings, tell=lambda event: bar.update(event.event == "step"))
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,114 +12,132 @@ from pathlib import Path
 
 from ..adapters.config import AdapterConfig
 from ..checks import check_count
+from ..concept import Concept
+from ..data.pictures import bucket_sizes, load_references
 from ..objectives import w_from_lambda
+from ..training.events import Event, Tell
+from ..training.methods import check_combination
+from ..training.orders import Orders
+from ..training.parallel import Workers
 from ..training.settings import DataSettings, TrainSettings
 from .shared import check_writable, given, open_model, resolution
 
 
 def train(options: Namespace) -> int:
-    from tqdm import tqdm
-
-    from ..concept import Concept
     from ..data.cache import Cache
-    from ..data.pictures import bucket_sizes, load_references
-    from ..data.prepare import build_dataset, of_one_size, sample_class_latents
-    from ..drift import DriftProbe
-    from ..evaluation import report
-    from ..training.methods import check_combination
-    from ..training.parallel import Workers
-    from ..training.saving import save_trained
-    from ..training.trainer import train as run
+    from ..data.prepare import ClassPictures
+    from ..training.run import run
+    from ..training.saving import Files
 
     if options.lambda_ is not None:
         options.w = w_from_lambda(options.lambda_)
     settings, config, data = (given(options, kind) for kind in (TrainSettings, AdapterConfig, DataSettings))
     concept = Concept(options.subject, options.class_prompt)
-    check_count("class_pictures", options.class_pictures)
-    if {settings.precision, options.dtype} == {"fp16", "bf16"}:
-        raise ValueError(
-            f"precision is {settings.precision!r}, but dtype is {options.dtype!r}, which does not mix with it; take "
-            "the same, or fp32 for one"
-        )
-    prompts = [(concept.subject_prompt, concept.class_prompt)]
-    check_combination(settings, config, prompts, data.caption_dropout)
+    classes = ClassPictures(check_count("class_pictures", options.class_pictures), folder=options.cache)
+    _check_precision(settings, options.dtype)
+    check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
     out, workers = check_writable(options.out), Workers.launched(int(os.environ.get("WORLD_SIZE", "1")))
     options.device = options.device or workers.device
     denoiser = open_model(options)
-    settings.check_model(denoiser.prediction_type)
+    references = _references(options, denoiser, data)
+    with _bar(settings.steps, workers.is_first) as show, _signals() as orders:
+        outcome = run(
+            denoiser, references, concept, settings, config, data, files=Files.beside(out / "adapter.safetensors"),
+            class_pictures=classes, probe={"noises": 2, "seed": settings.seed}, tell=show, orders=orders,
+            checkpoints=_checkpoints(options, out, settings), cache=Cache(denoiser, options.cache), workers=workers,
+        )  # fmt: skip
+    if workers.is_first:
+        _report(out, outcome, options, concept, references.names, settings, config, data)
+    return 130 if outcome.how == "cancelled" else 0
+
+
+def _check_precision(settings: TrainSettings, dtype: str) -> None:
+    if {settings.precision, dtype} == {"fp16", "bf16"}:
+        raise ValueError(
+            f"precision is {settings.precision!r}, but dtype is {dtype!r}, which does not mix with it; take the same, "
+            "or fp32 for one"
+        )
+
+
+def _references(options: Namespace, denoiser, data: DataSettings):
     size = resolution(options, denoiser)
     sizes = bucket_sizes(size, 8 * denoiser.downscale) if data.buckets else size
-    references = load_references(options.references, sizes, masks=data.masks, captions=data.captions)
-    cache = Cache(denoiser, options.cache)
-    dataset = build_dataset(
-        denoiser, references, concept, shuffle=data.shuffle, caption_dropout=data.caption_dropout, flip=data.flip,
-        cache=cache, seed=settings.seed,
-    )  # fmt: skip
-    adapter = denoiser.attach(config, seed=settings.seed)
-    checkpoints = _checkpoints(options, out, settings)
-    # Pictures of one size, the first one's, for what takes a stack: class pictures and the probe.
-    latents = of_one_size(dataset)
-    class_latents = None
-    if settings.make_objective().reads_class_pictures:
-        shape = tuple(latents.shape[1:])
-        class_latents = sample_class_latents(
-            denoiser, concept, options.class_pictures, shape, seed=settings.seed, cache=cache
-        )
-    probe = DriftProbe(denoiser, latents, concept, noises=2, seed=settings.seed)
-    with tqdm(total=settings.steps, desc="training", disable=not workers.is_first, delay=1e-3) as bar:
+    return load_references(options.references, sizes, masks=data.masks, captions=data.captions)
 
-        def show(step) -> None:
-            bar.update(step.step - bar.n)
-            if step.drift is not None:
-                bar.set_postfix(loss=f"{step.loss:.4f}", drift=f"{step.drift:.3f}")
 
-        with _interrupt() as interrupted:
-            history = run(
-                denoiser, adapter, dataset, concept, settings, class_latents=class_latents, probe=probe, on_step=show,
-                should_stop=interrupted.is_set, checkpoints=checkpoints, cache=cache, workers=workers,
-            )  # fmt: skip
-    if not workers.is_first:
-        return 0
-    path = out / "adapter.safetensors"
-    files = save_trained(path, denoiser, concept, settings, history.kept)
+def _report(out: Path, outcome, options: Namespace, concept: Concept, names, settings, config, data) -> None:
+    """`report.png`, `report.json` and a line, of a training that made a step."""
+    from ..evaluation import report
+
+    history = outcome.history
+    if outcome.trained is None:
+        print("cancelled before the first step; nothing was written")
+        return
+    path, *embedding = outcome.files
     figure = report.new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     report.draw_drift(left, {settings.objective: history})
     report.draw_loss(right, {settings.objective: history})
-    figure.savefig(out / "report.png")
     written = {
         "adapter": path.name,
-        "embedding": files[-1].name if config.vectors else None,
+        "embedding": [path, *embedding][-1].name if config.vectors else None,
         "method": options.method,
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
-        "references": references.names,
+        "references": names,
         "settings": asdict(settings),
         "data": asdict(data),
         **asdict(config),
         "history": history.to_dict(),
     }
-    report.write_json(out / "report.json", written)
     drift = dict(history.probes)[history.kept].drift
     state = f"cancelled after {len(history.losses)} steps; " if history.cancelled else ""
     print(f"{state}{path}  step {history.kept}, drift {drift:.3f}, {history.seconds:.0f} s")
-    return 130 if history.cancelled else 0
+    try:
+        figure.savefig(out / "report.png")
+        report.write_json(out / "report.json", written)
+    except OSError as error:
+        raise ValueError(
+            f"--out: the adapter is in {path}, but its report cannot be written ({error.strerror}); make room in {out}"
+        ) from error
 
 
 @contextmanager
-def _interrupt() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that the training ends after its step; a second one ends the process."""
-    interrupted = threading.Event()
+def _bar(steps: int, shown: bool) -> Iterator[Tell]:
+    """A listener that shows a progress bar on the terminal."""
+    from tqdm import tqdm
 
-    def set_once(*_) -> None:
-        interrupted.set()
-        signal.signal(signal.SIGINT, before)
+    with tqdm(total=steps, desc="training", disable=not shown, delay=1e-3) as bar:
+        loss = 0.0
 
-    before = signal.signal(signal.SIGINT, set_once)
+        def show(event: Event) -> None:
+            nonlocal loss
+            if event.event == "step":
+                loss = event.loss
+                bar.update(event.step - bar.n)
+            elif event.event == "measured" and event.step:
+                bar.set_postfix(loss=f"{loss:.4f}", drift=f"{event.result.drift:.3f}")
+
+        yield show
+
+
+@contextmanager
+def _signals() -> Iterator[Orders]:
+    """Orders that the first Ctrl-C or SIGTERM cancels, after its step; a second one ends the process."""
+    orders, before = Orders(), {}
+
+    def cancel_once(*_) -> None:
+        orders.cancel()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, cancel_once)
     try:
-        yield interrupted
+        yield orders
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _checkpoints(options: Namespace, out: Path, settings: TrainSettings):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Condition, Denoiser
+from ..writing import whole
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +52,10 @@ class Cache:
             self._write(probe, b"probe")
             (self.folder / probe).unlink()
 
-    def latents(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+    def latents(self, pictures: Sequence[Tensor], gap: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Scaled latents, (C, h, w) each, float32 on the CPU, of pictures (3, H, W) in [0, 1] of any sizes.
+
+        `gap` is called before each batch.
 
         Raises:
             ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
@@ -68,6 +71,7 @@ class Cache:
                     self._latents[name] = known[0]["latents"]
         for group in missing.values():
             for start in range(0, len(group), BATCH):
+                gap()
                 part = list(group)[start : start + BATCH]
                 encoded = self.denoiser.encode_images(torch.stack([group[name] for name in part]))
                 for name, row in zip(part, encoded.detach().to("cpu", torch.float32)):
@@ -146,14 +150,10 @@ class Cache:
     # --- files ------------------------------------------------------------------------------------------------
 
     def _write(self, name: str, content: bytes) -> None:
-        part = self.folder / f".{name}.{os.getpid()}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+            with whole(self.folder / name) as part:
                 part.write_bytes(content)
-                os.replace(part, self.folder / name)
-            finally:
-                part.unlink(missing_ok=True)
         except OSError as error:
             raise ValueError(
                 f"the cache folder {self.folder} cannot be written ({error.strerror}); "

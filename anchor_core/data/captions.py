@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 
-from ..concept import Concept, check_template
+from ..checks import shown
+from ..concept import Concept, check_template, plain_text
+from .folder import read_text
 
 ORDERS = 8
 """How many orders of its tags a shuffled caption is seen in, so that the set of prompts stays finite."""
+_FEW = 3  # tags, which have 3! = 6 orders
+MAX_BYTES = 2**16
+"""Of a caption's file; T5, the longest encoder, reads some 2,000."""
 
 
 def read_caption(picture: Path) -> str:
-    """The text of the .txt file beside a picture, on one line; ValueError, naming it, if there is none."""
+    """The text of the .txt file beside a picture, by `plain_text`; ValueError, naming the file, if there is none."""
     file = picture.with_suffix(".txt")
     try:
-        text = " ".join(file.read_text(encoding="utf-8-sig").split())
+        text = plain_text(read_text(file, MAX_BYTES))
     except FileNotFoundError as error:
-        raise ValueError(f"picture {picture} has no caption; write one into {file.name} beside it") from error
+        told = f"picture {shown(picture)} has no caption; write one into {shown(file.name)} beside it"
+        raise ValueError(told) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8"
-        raise ValueError(f"caption {file} cannot be read ({reason}); write it again as UTF-8 text") from error
+        raise ValueError(f"caption {shown(file)} cannot be read ({reason}); write it again as UTF-8 text") from error
     if not text:
-        raise ValueError(f"caption {file} is empty; write what the picture shows, with the subject's words")
+        raise ValueError(f"caption {shown(file)} is empty; write what the picture shows, with the subject's words")
     return text
 
 
@@ -86,7 +91,7 @@ def _orders(caption: str, seed: int) -> list[str]:
     """Up to `ORDERS` different orders of a caption's tags, always the same ones for a seed."""
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     orders = {", ".join(tags): None}  # a set that keeps its order
-    if math.factorial(len(tags)) <= ORDERS:
+    if len(tags) <= _FEW:
         return list(orders | {", ".join(order): None for order in permutations(tags)})
     chance = random.Random(f"{seed}:{caption}")
     for _ in range(20 * ORDERS):  # repeated tags have fewer orders than it seems

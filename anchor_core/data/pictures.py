@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..checks import check_count
+from ..checks import check_count, shown
+from ..concept import plain_text
 from .captions import read_caption
+from .folder import MASK_ENDING, picture_contents
+from .reading import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-MASK_ENDING = "-masklabel.png"
-"""The mask of dog.jpg is dog-masklabel.png beside it, as OneTrainer and mask editors name it: white counts."""
 MAX_ASPECT = 4
+_OPAQUE = (64, 64)  # what ComfyUI's LoadImage gives, all 0, as the mask of a picture without transparency
 
 Sizes = int | Sequence[tuple[int, int]]
 """The edge of a square, or the (height, width) sizes of which a picture takes the one nearest in aspect ratio."""
@@ -38,14 +38,17 @@ class References:
 
     Args:
         pixels: one (3, H, W) a picture, in [0, 1].
+        names: what the pictures are called in errors and reports.
         masks: one (1, H, W) a picture, in [0, 1], 1 where its loss counts; each counts somewhere.
         captions: one text a picture.
+        left_out: files of their folder that are not among them, each with the reason.
     """
 
     pixels: list[Tensor]
     names: list[str]
     masks: list[Tensor] | None = None
     captions: list[str] | None = None
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not self.pixels:
@@ -97,71 +100,96 @@ def bucket_sizes(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
     return sorted({*pairs, *((b, a) for a, b in pairs)})
 
 
-def picture_files(folder: str | Path, option: str = "references") -> list[Path]:
-    """The picture files of a folder, without masks, in natural order; ValueError, naming `option`, if there is none."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{option} is {str(folder)!r}, which is no folder, but it takes a folder of pictures")
-    files = [file for file in folder.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES and file.is_file()]
-    files = sorted((f for f in files if not f.name.endswith(MASK_ENDING)), key=lambda file: _natural(file.name))
-    if not files:
-        raise ValueError(f"{option} folder {folder} holds no picture; put {', '.join(PICTURE_SUFFIXES)} files there")
-    return files
-
-
 def read_picture(file: Path) -> Tensor:
     """A picture (3, H, W) in [0, 1] at its own size, upright, over white; ValueError if it cannot be read."""
-    return _to_tensor(_over_white(_open(file)))
+    return _to_tensor(_over_white(open_picture(file)))
 
 
 def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, captions: bool = False) -> References:
     """The pictures of a folder, in natural order (2.png before 10.png).
 
     The EXIF orientation is applied and transparency is laid over white. Each picture is cut to the aspect ratio of its
-    size about its centre and resized to it; one that is smaller is enlarged, which is logged. Files that are no
-    pictures by their suffix are passed over, and so are masks.
+    size about its centre and resized to it; one that is smaller is enlarged, which is logged. What of the folder is
+    read, and what is left out of it, is as `picture_contents` says.
 
     Args:
         size: edge of a square, or sizes as `bucket_sizes` gives them.
-        masks: read a mask for every picture: `name-masklabel.png` beside it, as large as it, or else its alpha channel.
+        masks: read a mask for every picture: `name-masklabel.png` (or another format) beside it, as large as it, or
+            else its alpha channel.
         captions: read `name.txt` beside every picture.
 
     Raises:
         ValueError: if the folder does not exist or holds no picture; naming the picture if it, its mask or its caption
             cannot be read, is empty or is missing, or if it is longer than 4:1.
     """
-    sizes, files = _sizes(size), picture_files(folder)
-    texts = [read_caption(file) for file in files] if captions else None
-    read = [_read(file, sizes, masks) for file in files]
-    names = [file.name for file in files]
-    found = [mask for _, mask in read if mask is not None]
-    if masks and len(found) < len(read):
-        bare = next(name for name, (_, mask) in zip(names, read) if mask is None)
-        masked = next((f", while {name} has one" for name, (_, mask) in zip(names, read) if mask is not None), "")
+    sizes, found = _sizes(size), picture_contents(folder)
+    texts = [read_caption(file) for file in found.pictures] if captions else None
+    names = [shown(file.name) for file in found.pictures]
+    pixels, own = [], []
+    for file in found.pictures:
+        picture, mask = _read(file, sizes, found.mask_of(file) if masks else None)
+        pixels.append(picture)
+        own.append(mask)
+    if masks and any(mask is None for mask in own):
+        bare = found.pictures[own.index(None)].stem
+        masked = next((f", while {name} has one" for name, mask in zip(names, own) if mask is not None), "")
         raise ValueError(
-            f"masks are asked for, but {bare} has neither an alpha channel nor a {Path(bare).stem}{MASK_ENDING}"
-            f"{masked}; give every picture a mask or train without masks"
+            f"masks are asked for, but {names[own.index(None)]} has neither an alpha channel nor a "
+            f"{shown(bare)}{MASK_ENDING}.png{masked}; give every picture a mask or train without masks"
         )
-    return References([pixels for pixels, _ in read], names, found if masks else None, texts)
+    left_out = tuple(f"{shown(name)}: {reason}" for name, reason in found.left_out.items())
+    return References(pixels, names, own if masks else None, texts, left_out)
 
 
 def from_images(
-    images: Tensor, size: Sizes | None = None, masks: Tensor | bool | None = None, name: str = "images"
+    images: Tensor | Sequence[Tensor],
+    size: Sizes | None = None,
+    masks: Tensor | Sequence[Tensor] | bool | None = None,
+    name: str = "images",
+    *,
+    captions: Sequence[str] | None = None,
+    invert_masks: bool = False,
 ) -> References:
     """References from ComfyUI's IMAGE, (B, H, W, C) in [0, 1] with C = 3, or 4 (alpha laid over white).
 
     Args:
+        images: a batch, or ComfyUI's list of batches, whose sizes may differ.
         size: as for `load_references`; without it, the pictures are taken as they are.
-        masks: ComfyUI's MASK, (B, H, W), 1 where the loss counts; or True for the alpha channel.
+        masks: ComfyUI's MASK, (B, H, W), 1 where the loss counts, one for each batch; or True for the alpha channel.
         name: what the images are called in errors.
+        captions: one text a picture.
+        invert_masks: the masks are as Load Image gives them: 1 where a picture is transparent, where the loss does not
+            count, and an empty one of 64 x 64 for a picture without transparency.
 
     Raises:
         ValueError: for other shapes, no picture, NaN, an empty mask, or pictures that are longer than 4:1.
     """
+    batches = [images] if isinstance(images, Tensor) else list(images)
+    if not sum(map(len, batches)):
+        raise ValueError(f"{name} holds no picture, but it takes at least one")
+    given = [masks] * len(batches) if masks is None or isinstance(masks, bool) else masks
+    given = [given] if isinstance(given, Tensor) else list(given)
+    if len(given) != len(batches):
+        raise ValueError(f"masks has {len(given)} batches, but it takes one for each of {len(batches)} of {name}")
+    pixels, own = [], []
+    for number, (batch, mask) in enumerate(zip(batches, given), 1):
+        called = name if len(batches) == 1 else f"{name} {number}"
+        pictures, cut = _from_batch(batch, size, mask, called, invert_masks)
+        pixels += pictures
+        own += [] if cut is None else cut
+    if own:
+        share = sum(mask.mean().item() for mask in own) / len(own)
+        logger.info("masks: the loss counts in %.0f %% of the pixels of %s", 100 * share, name)
+    texts = None if captions is None else [plain_text(caption) for caption in captions]
+    return References(pixels, [f"image {number + 1}" for number in range(len(pixels))], own or None, texts)
+
+
+def _from_batch(
+    images: Tensor, size: Sizes | None, masks: Tensor | bool | None, name: str, invert_masks: bool
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The pictures (3, h, w) of a batch and their masks (1, h, w)."""
     if images.ndim != 4 or images.shape[-1] not in (3, 4):
         raise ValueError(f"{name} is {tuple(images.shape)}, but it takes (B, H, W, 3) or (B, H, W, 4)")
-    if not len(images):
-        raise ValueError(f"{name} holds no picture, but it takes at least one")
     if not bool(torch.isfinite(images).all()):
         raise ValueError(f"{name} holds NaN or infinite values, but it takes values in [0, 1]")
     height, width = images.shape[1:3]
@@ -171,21 +199,29 @@ def from_images(
         if pixels.shape[1] == 3:
             raise ValueError(f"masks of the alpha channel are asked for, but {name} has none; connect masks")
         masks = pixels[:, 3]
+    elif isinstance(masks, Tensor):
+        masks = _counting(masks, images.shape[:3], invert_masks)
     if pixels.shape[1] == 4:
         alpha = pixels[:, 3:]
         pixels = pixels[:, :3] * alpha + (1 - alpha)
-    if isinstance(masks, Tensor):
-        if masks.shape != images.shape[:3]:
-            raise ValueError(f"masks is {tuple(masks.shape)}, but for these images it takes {tuple(images.shape[:3])}")
-        masks = masks.detach().float().unsqueeze(1).clone()  # (B, 1, H, W)
-    else:
-        masks = None
+    masks = masks.detach().float().unsqueeze(1).clone() if isinstance(masks, Tensor) else None  # (B, 1, H, W)
     if size is not None:
         target = _nearest(_sizes(size), width, height)
         pixels = _fit(pixels, target, "bicubic")
         masks = None if masks is None else _fit(masks, target, "bilinear").clamp(0, 1)
-    names = [f"image {index + 1}" for index in range(len(images))]
-    return References(list(pixels.clamp(0, 1)), names, None if masks is None else list(masks))
+    return list(pixels.clamp(0, 1)), None if masks is None else list(masks)
+
+
+def _counting(masks: Tensor, shape: tuple[int, ...], inverted: bool) -> Tensor:
+    """MASK, 1 where the loss counts; `inverted`, or for one picture without its batch, it is made so."""
+    masks = masks.unsqueeze(0) if masks.ndim == 2 else masks
+    opaque = tuple(masks.shape[1:]) == _OPAQUE != tuple(shape[1:]) and not bool(masks.any())
+    if inverted:
+        masks = torch.ones(shape) if opaque else 1 - masks
+    if tuple(masks.shape) != tuple(shape):
+        hint = "; Load Image gives an empty 64x64 for a picture without transparency: invert masks" if opaque else ""
+        raise ValueError(f"masks is {tuple(masks.shape)}, but for these images it takes {tuple(shape)}{hint}")
+    return masks
 
 
 def _sizes(size: Sizes) -> list[tuple[int, int]]:
@@ -226,57 +262,31 @@ def _fit(batch: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return batch if batch.shape[2:] == size else interpolate(batch, size, mode=mode, antialias=True)
 
 
-def _natural(name: str) -> list[Any]:
-    # Digits and text alternate, so that numbers are only ever compared with numbers.
-    return [int(part) if part.isdigit() else part.casefold() for part in re.split(r"([0-9]+)", name)] + [name]
-
-
-def _read(file: Path, sizes: list[tuple[int, int]], masks: bool) -> tuple[Tensor, Tensor | None]:
-    """A picture, (3, h, w), and its mask, (1, h, w), if masks are read and it has one."""
+def _read(file: Path, sizes: list[tuple[int, int]], mask_file: Path | None) -> tuple[Tensor, Tensor | None]:
+    """A picture, (3, h, w), and its mask, (1, h, w): that of the file, or its alpha channel if it has one."""
     from PIL import Image
 
-    picture = _open(file)
-    _check_aspect(f"picture {file}", *picture.size)
-    mask = None
+    picture, mask = open_picture(file), None
+    _check_aspect(f"picture {shown(file)}", *picture.size)
     if picture.mode == "RGBA":
         mask = picture.getchannel("A")
         picture = _over_white(picture)
-    mask_file = file.with_name(f"{file.stem}{MASK_ENDING}")
-    if masks and mask_file.is_file():
-        mask = _open(mask_file).convert("L")
+    if mask_file is not None:
+        mask = open_picture(mask_file).convert("L")
         if mask.size != picture.size:
             raise ValueError(
-                f"mask {mask_file} is {mask.width}x{mask.height}, but it takes {picture.width}x{picture.height}, "
-                f"the size of {file.name}"
+                f"mask {shown(mask_file)} is {mask.width}x{mask.height}, but it takes "
+                f"{picture.width}x{picture.height}, the size of {shown(file.name)}"
             )
     height, width = size = _nearest(sizes, *picture.size)
     box = _box(*picture.size, size)
     if box[2] - box[0] < width or box[3] - box[1] < height:
-        logger.warning("%s is %dx%d, and is enlarged to %dx%d", file, *picture.size, width, height)
+        logger.warning("%s is %dx%d, and is enlarged to %dx%d", shown(file), *picture.size, width, height)
     # Cut first: a resize of a box would let in what is outside of it.
     pixels = _to_tensor(picture.crop(box).resize((width, height), Image.Resampling.LANCZOS))
-    if mask is None or not masks:
+    if mask is None:
         return pixels, None
     return pixels, _to_tensor(mask.crop(box).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _open(file: Path) -> Image:
-    """The whole picture, upright, in RGB or (with transparency) RGBA."""
-    import numpy
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        with Image.open(file) as opened:
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
-                picture = Image.fromarray((numpy.asarray(picture).clip(0, 65535) >> 8).astype(numpy.uint8))
-            clear = picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-            return picture.convert("RGBA" if clear else "RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"picture {file} cannot be read ({reason}); replace it or take it out of the folder"
-        ) from error
 
 
 def _over_white(picture: Image) -> Image:

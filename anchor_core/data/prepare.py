@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +14,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from ..checks import check_count, check_number
 from ..concept import Concept
 from ..denoiser import Denoiser
+from ..drift import DriftProbe
 from .cache import Cache
 from .captions import check_captions, prompt_pairs
 from .dataset import Dataset, Example, check_dropout
@@ -28,6 +32,7 @@ def build_dataset(
     flip: bool = False,
     cache: Cache | None = None,
     seed: int = 0,
+    gap: Callable[[], None] = lambda: None,
 ) -> Dataset:
     """The references, encoded, each with what may be said of it.
 
@@ -38,6 +43,7 @@ def build_dataset(
         caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
         flip: encode the mirrored pictures too, which are drawn half of the time.
         cache: latents that are known already; without it, none are.
+        gap: called before each batch of the autoencoder; what it raises ends the preparation.
 
     Raises:
         ValueError: before any encoding, for prompts that do not fit (see `prompt_pairs`) or a share out of range;
@@ -49,8 +55,8 @@ def build_dataset(
         longest = {name: max((subject for subject, _ in told), key=len) for name, told in zip(references.names, pairs)}
         check_captions(longest, denoiser.count_tokens, denoiser.token_limit)
     cache = cache or Cache(denoiser)
-    latents = cache.latents(references.pixels)
-    flipped = cache.latents([picture.flip(-1) for picture in references.pixels]) if flip else [None] * len(latents)
+    latents = cache.latents(references.pixels, gap)
+    flipped = cache.latents([picture.flip(-1) for picture in references.pixels], gap) if flip else [None] * len(latents)
     masks = references.masks or [None] * len(latents)
     examples = []
     for name, own, mirrored, mask, told in zip(references.names, latents, flipped, masks, pairs):
@@ -89,12 +95,14 @@ def sample_class_latents(
     guidance: float = 5.0,
     batch_size: int = 8,
     cache: Cache | None = None,
+    gap: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
 
     `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
     through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
-    their noise, the sampling, and what two steps make of the first one, in every bit.
+    their noise, the sampling, and what two steps make of the first one, in every bit. `gap` is called before each
+    batch.
     """
     check_count("count", count)
     check_number("guidance", guidance, minimum=0)
@@ -103,10 +111,10 @@ def sample_class_latents(
     class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
 
     def make() -> Tensor:
-        pictures = [
-            denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance)
-            for part in noise.split(batch_size)
-        ]
+        pictures = []
+        for part in noise.split(batch_size):
+            gap()
+            pictures.append(denoiser.sample([class_] * len(part), negative, part, steps=steps, guidance=guidance))
         return torch.cat(pictures)
 
     with denoiser.adapter_disabled():
@@ -116,3 +124,91 @@ def sample_class_latents(
         begun = denoiser.sample([class_], negative, noise[:1], steps=2, guidance=guidance)
         parts = [noise, begun, f"{steps} steps, guidance {guidance}, {batch_size} at once"]
         return cache.made("class-pictures", parts, make).to(denoiser.device)
+
+
+@dataclass(frozen=True)
+class ClassPictures:
+    """The class pictures of objectives that read some: those given, or how the pretrained model makes them.
+
+    Args:
+        count: how many are made.
+        pixels: (N, 3, H, W) in [0, 1] to take instead, called `name` in errors.
+        folder: where made ones are kept for the next training.
+        sampling: options of `sample_class_latents`.
+    """
+
+    count: int = 24
+    pixels: Tensor | None = None
+    name: str = "class_images"
+    folder: Path | None = None
+    sampling: Mapping[str, Any] | None = None
+
+    def latents(
+        self, denoiser: Denoiser, concept: Concept, shape: tuple[int, ...], seed: int, gap: Callable[[], None]
+    ) -> Tensor:
+        """(N, C, h, w)."""
+        if self.pixels is None:
+            cache = None if self.folder is None else Cache(denoiser, self.folder)
+            options = {"seed": seed, "cache": cache, "gap": gap, **(self.sampling or {})}
+            return sample_class_latents(denoiser, concept, self.count, shape, **options)
+        try:
+            return denoiser.encode_images(self.pixels)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a training sees of the subject, made once.
+
+    Attributes:
+        latents: (N, C, h, w), those of the first picture's size, for what takes a stack.
+        class_latents: (M, C, h, w), or None.
+        cache: of encoded prompts.
+    """
+
+    concept: Concept
+    dataset: Dataset
+    latents: Tensor
+    class_latents: Tensor | None
+    probe: DriftProbe | None
+    cache: Cache
+
+
+def prepare(
+    denoiser: Denoiser,
+    references: References | Tensor,
+    concept: Concept,
+    *,
+    class_pictures: ClassPictures | None,
+    probe: Mapping[str, Any] | None,
+    seed: int,
+    cache: Cache | None = None,
+    begin: Callable[[str], None] = lambda phase: None,
+    gap: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> Material:
+    """All that a training sees of the subject.
+
+    Args:
+        references: pictures, or their latents (N, C, h, w), which all have the concept's two prompts.
+        class_pictures: None for an objective that reads none.
+        probe: options of the `DriftProbe`, None for none.
+        begin: told the phases `preparing`, `class_pictures` and `measuring`.
+        gap: called between any two calls of the model; what it raises ends the preparation.
+        options: of `build_dataset`, where references are pictures.
+    """
+    cache = cache or Cache(denoiser)
+    begin("preparing")
+    if isinstance(references, Tensor):
+        dataset = Dataset.of_latents(references, concept)
+    else:
+        dataset = build_dataset(denoiser, references, concept, cache=cache, seed=seed, gap=gap, **options)
+    latents, class_latents, drift = of_one_size(dataset), None, None
+    if class_pictures is not None:
+        begin("class_pictures")
+        class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)
+    if probe is not None:
+        begin("measuring")
+        drift = DriftProbe(denoiser, latents, concept, **probe)
+    return Material(concept, dataset, latents, class_latents, drift, cache)

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checks import shown
 from ..data.captions import read_caption
-from ..data.pictures import PICTURE_SUFFIXES, picture_files
+from ..data.folder import contents, is_inside, picture_files, read_text
 
+MAX_BYTES = 2**22
+"""Of a file of prompts, and of a report."""
 _LIVE = ("cat", "dog")
 _NUMBERED = re.compile(r"(\d+)[_-]\d+")
 _SUBJECT_ROW = re.compile(r"^(\w+),([\w ]+)$", re.MULTILINE)
@@ -78,6 +81,7 @@ def _subject_folders(folder: Path, option: str) -> dict[str, Path]:
         ValueError: naming `option`, if no picture is found.
     """
     inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    inside = [path for path in inside if not path.name.startswith(".") and is_inside(folder, path)]
     if _holds_pictures(folder) or not any(map(_holds_pictures, inside)):
         picture_files(folder, option)
         return {folder.resolve().name: folder}
@@ -85,7 +89,7 @@ def _subject_folders(folder: Path, option: str) -> dict[str, Path]:
 
 
 def _holds_pictures(folder: Path) -> bool:
-    return folder.is_dir() and any(file.suffix.lower() in PICTURE_SUFFIXES for file in folder.iterdir())
+    return folder.is_dir() and bool(contents(folder).pictures)
 
 
 def class_only(prompt: str, token: str) -> str:
@@ -104,9 +108,9 @@ def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
         ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
     """
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")
+        text = read_text(Path(file), MAX_BYTES)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompts is {str(file)!r}, which cannot be read ({error}); give a text file") from error
+        raise ValueError(f"prompts is {shown(file)!r}, which cannot be read ({error}); give a text file") from error
     if "prompt_list" not in text:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
@@ -148,13 +152,14 @@ def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: s
         told = {str(entry["file"]): str(entry["prompt"]) for entry in listed}
         odd = {file.name for file in files} ^ told.keys()
         if odd:
-            raise ValueError(f"pictures of {system}: {min(odd)} is in one alone of {folder} and its report.json")
+            told_of = f"{shown(min(odd))} is in one alone of {shown(folder)} and its report.json"
+            raise ValueError(f"pictures of {system}: {told_of}")
         return files, [told[file.name] for file in files]
     texts = [file.with_suffix(".txt") for file in files]
     if any(text.is_file() for text in texts):
         bare = next((text for text in texts if not text.is_file()), None)
         if bare is not None:
-            raise ValueError(f"pictures of {system}: {bare} is missing, while others have a text; add it")
+            raise ValueError(f"pictures of {system}: {shown(bare)} is missing, while others have a text; add it")
         try:
             return files, [read_caption(file) for file in files]
         except ValueError as error:
@@ -186,9 +191,9 @@ def in_order(prompts: Sequence[str], count: int, what: str) -> list[str]:
 def _read_report(folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); repair it or take it away") from error
+        found = json.loads(read_text(file, MAX_BYTES)) if file.is_file() else {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{shown(file)} cannot be read ({error}); repair it or take it away") from error
     return found if isinstance(found, dict) else {}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from torch import Tensor
 from ..data.pictures import as_picture
 from ..drift import ProbeResult
 from ..training.history import History
+from ..writing import whole
 
 
 def write_json(path: Path, value: Any) -> None:
     """Atomically; NaN and infinity are refused, because other readers of JSON would not take them."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    with whole(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def save_picture(path: Path, picture: Tensor) -> None:

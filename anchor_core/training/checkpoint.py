@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from pathlib import Path
@@ -10,9 +9,7 @@ from typing import Any
 
 import torch
 
-from ..adapters.torch_file import UnreadableFile, read_torch
-
-logger = logging.getLogger(__name__)
+from ..writing import whole
 
 KEPT = 2
 """Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
@@ -48,38 +45,14 @@ class Checkpoints:
             ValueError: if it cannot be written.
         """
         path = self.folder / f"step-{step:06}.ckpt"
-        part = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with part.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
+            with whole(path, stale=0.0) as part:  # nobody else writes here
+                torch.save(state, part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise self._unwritable(error) from error
-        finally:
-            part.unlink(missing_ok=True)
         for old in self.files()[:-KEPT]:
             old.unlink(missing_ok=True)
-        for left in self.folder.glob("*.part"):  # of a process that was killed while it wrote
-            left.unlink(missing_ok=True)
         return path
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest state that can be read, or None where there is no checkpoint.
-
-        Raises:
-            ValueError: if there are checkpoints, and none can be read.
-        """
-        files = self.files()
-        for path in reversed(files):
-            try:
-                return read_torch(path)
-            except UnreadableFile as error:
-                logger.warning("checkpoint %s cannot be read (%s)", path, error)
-        if files:
-            raise ValueError(f"checkpoint: none of the {len(files)} in {self.folder} can be read; remove them")
-        return None
 
     def _unwritable(self, error: Exception) -> ValueError:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]

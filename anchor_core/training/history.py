@@ -8,24 +8,13 @@ from typing import Any
 from ..drift import ProbeResult
 
 
-@dataclass(frozen=True)
-class StepReport:
-    """One finished step, counted from 1. `loss` is the sum of `terms`; `drift` is set when the probe has just run."""
-
-    step: int
-    steps: int
-    loss: float
-    terms: dict[str, float]
-    drift: float | None = None
-
-
 @dataclass
 class History:
     """What happened: a loss and its weighted terms for each step made, and the probes as (steps made, result).
 
     Attributes:
         kept: the step whose weights the adapter was left with.
-        cancelled: `should_stop` ended the training.
+        cancelled, stopped: the order that ended the training.
         over_budget: `stop_on_drift` ended it.
     """
 
@@ -36,6 +25,7 @@ class History:
     kept: int = 0
     cancelled: bool = False
     over_budget: bool = False
+    stopped: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and numbers that JSON holds."""

@@ -1,20 +1,26 @@
-"""The file of a training: the adapter, and what it says of how it was made."""
+"""The files of a training: the adapter, its token vectors, and what they say of how they were made."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .. import __version__
 from ..adapters.config import AdapterConfig
-from ..adapters.file import EMBEDDING_FILE, save_adapter, to_file_keys
-from ..adapters.formats import convert
+from ..adapters.file import EMBEDDING_FILE, load_adapter, save_adapter, to_file_keys
+from ..adapters.formats import DIFFUSERS_PREFIXES, convert
 from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
 from ..adapters.tokens import to_embedding
 from ..concept import Concept
+from ..writing import claimed
+from .precision import resolve
 from .settings import TrainSettings
 
 _BASE_VERSIONS = {
@@ -34,6 +40,7 @@ def adapter_metadata(
 
     No date, so that the same training makes the same file.
     """
+    settings = resolve(settings, denoiser)
     config, made = denoiser.adapter.config, settings.steps if steps is None else steps
     architecture = getattr(denoiser, "architecture", "stable-diffusion-v1")
     diffusers_names = any("transformer_blocks" in name for name in denoiser.adapter.module_names)
@@ -58,7 +65,7 @@ def adapter_metadata(
     }
     anchor = {
         **{option.name: getattr(settings, option.name) for option in fields(settings)},
-        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
+        **{option.name: getattr(config, option.name) for option in fields(config) if "help" in option.metadata},
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "steps": made,
@@ -90,6 +97,75 @@ def _resolution(size: int | tuple[int, int] | None) -> str | None:
     return None if size is None else f"{width}x{height}"
 
 
+@dataclass(frozen=True)
+class Files:
+    """Where a training writes: `adapter`, and `embedding` for token vectors that are trained beside layers.
+
+    Args:
+        new: what has come there meanwhile is not overwritten: the next number is taken, as `claimed` does.
+    """
+
+    adapter: Path
+    embedding: Path
+    new: bool = False
+
+    @classmethod
+    def beside(cls, adapter: Path) -> Files:
+        """The token vectors in `embedding.safetensors` beside the adapter."""
+        return cls(adapter, adapter.with_name(EMBEDDING_FILE))
+
+    def at(self, step: int) -> Files:
+        """Files of their own for the weights after `step` steps."""
+        adapter, embedding = (
+            path.with_stem(f"{path.stem.rstrip('_')}_step{step:06}") for path in (self.adapter, self.embedding)
+        )
+        return Files(adapter, embedding, self.new)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An adapter as its file has it: tensors on the CPU, metadata, and the token vectors that it was trained with."""
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    vectors: Mapping[str, Tensor] | None
+
+    @classmethod
+    def of(cls, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None) -> Trained:
+        """The adapter attached to `denoiser`; `steps` if fewer than planned were made."""
+        adapter = denoiser.adapter
+        metadata = adapter_metadata(denoiser, concept, settings, steps)
+        tensors = to_file_keys(adapter, denoiser.file_keys())
+        if adapter.config.kind == "full" and any(name.startswith(DIFFUSERS_PREFIXES) for name in tensors):
+            # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
+            tensors = convert(tensors, metadata, to="comfyui")
+        return cls(tensors, metadata, None if adapter.tokens is None else to_embedding(adapter.tokens))
+
+    @classmethod
+    def read(cls, files: Files) -> Trained:
+        """What `save` wrote; ValueError if it cannot be read."""
+        tensors, metadata = load_adapter(files.adapter)
+        if metadata.get("anchor.kind") == NO_LAYERS:
+            return cls(tensors, metadata, tensors)
+        beside = files.embedding != files.adapter and files.embedding.is_file()
+        return cls(tensors, metadata, load_adapter(files.embedding)[0] if beside else None)
+
+    def save(self, files: Files) -> tuple[Path, ...]:
+        """Write them, each whole or not at all; gives the files that were written, the adapter's first.
+
+        Raises:
+            ValueError: if one cannot be written.
+        """
+        place = claimed if files.new else nullcontext
+        with place(files.adapter) as adapter:
+            save_adapter(adapter, self.tensors, self.metadata)
+        if self.vectors is None or self.vectors.keys() == self.tensors.keys():
+            return (adapter,)
+        with place(files.embedding) as embedding:
+            save_adapter(embedding, self.vectors, embedding_metadata(self.metadata))
+        return adapter, embedding
+
+
 def save_trained(
     path: str | Path, denoiser: Any, concept: Concept, settings: TrainSettings, steps: int | None = None
 ) -> list[Path]:
@@ -101,14 +177,4 @@ def save_trained(
     Returns:
         the files: of the adapter, and of the embedding where it is another.
     """
-    adapter, files = denoiser.adapter, [Path(path)]
-    metadata = adapter_metadata(denoiser, concept, settings, steps)
-    tensors = to_file_keys(adapter, denoiser.file_keys())
-    if adapter.config.kind == "full":
-        # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
-        tensors = convert(tensors, metadata, to="comfyui")
-    save_adapter(path, tensors, metadata)
-    if adapter.tokens is not None and adapter.config.kind != NO_LAYERS:
-        files.append(files[0].with_name(EMBEDDING_FILE))
-        save_adapter(files[1], to_embedding(adapter.tokens), embedding_metadata(metadata))
-    return files
+    return list(Trained.of(denoiser, concept, settings, steps).save(Files.beside(Path(path))))

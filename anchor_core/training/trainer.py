@@ -6,8 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,31 +14,31 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.metadata import base_fingerprint
 from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
 from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
 from ..drift import DriftProbe
 from .checkpoint import Checkpoints
+from .events import Measured, PhaseBegun, StepMade, Tell
 from .gradient_checkpointing import checkpointed
-from .history import History, StepReport
+from .history import History
 from .keeping import Candidates
 from .methods import check_combination
 from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
+from .orders import Orders
 from .parallel import ALONE, Workers
+from .precision import LOWEST_SCALE, autocast_dtype, make_scaler, resolve
+from .resuming import resume, state_of
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
-"""Settings that a resumed training may have otherwise: they do not enter the steps already made."""
-
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The adapter still holds its last finite weights."""
+    """The loss or its gradient became NaN or infinite, or in fp16 at every scale of the loss. The adapter still holds
+    its last finite weights."""
 
 
 def train(
@@ -51,8 +50,9 @@ def train(
     *,
     class_latents: Tensor | None = None,
     probe: DriftProbe | None = None,
-    on_step: Callable[[StepReport], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    tell: Tell | None = None,
+    orders: Orders | None = None,
+    answer: Callable[[str, int], None] | None = None,
     checkpoints: Checkpoints | None = None,
     cache: Cache | None = None,
     workers: Workers = ALONE,
@@ -67,8 +67,11 @@ def train(
         references: a dataset, or scaled latents (N, C, h, w) that all have the concept's two prompts.
         class_latents: (M, C, h, w), for prior preservation.
         probe: measured before the first step, every `settings.probe_every` steps, and after the last.
-        on_step: called after each step; what it raises ends the training and is passed on.
-        should_stop: asked before each step; True ends the training with what has been learnt.
+        tell: is told `StepMade` after each step and `Measured` after each probe; what it raises ends the training
+            and is passed on.
+        orders: answered before each step and after the last.
+        answer: given `orders.PICTURE` or `orders.SAVE` and the steps made, while the adapter has the weights that would
+            be kept now.
         checkpoints: written every `settings.checkpoint_every` steps and at the end; where it holds one already, the
             training goes on from there.
         cache: of encoded prompts.
@@ -80,6 +83,7 @@ def train(
             settings need and that is missing, a checkpoint of another training, or a model, objective, adapter and
             prompts that do not go together.
     """
+    settings = resolve(settings, denoiser)
     objective = settings.make_objective()
     settings.check_model(denoiser.prediction_type)
     if not isinstance(references, Dataset):
@@ -96,6 +100,43 @@ def train(
         classes = Dataset([Example(row, (concept.class_prompt,), (concept.class_prompt,)) for row in own])
     if probe is None and (settings.keep == "best" or settings.stop_on_drift):
         raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; set probe_every above 0")
+    with _set_up(denoiser, settings):
+        datasets = [references] if classes is None else [references, classes]
+        cache = cache or Cache(denoiser)
+        run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
+        run.tell, run.orders, run.answer = tell or _ignore, orders or Orders(), answer or _ignore
+        try:
+            run.loop()
+        finally:
+            run.average.apply()
+        run.keep()
+        return run.history
+
+
+def one_pass(
+    denoiser: Denoiser,
+    datasets: list[Dataset],
+    concept: Concept,
+    settings: TrainSettings,
+    cache: Cache,
+    watching: AbstractContextManager,
+) -> None:
+    """Compute the gradient of the first pass of a training inside `watching`, and throw it away."""
+    settings = resolve(settings, denoiser)
+    with _set_up(denoiser, settings):
+        run = _Run(denoiser, denoiser.adapter, datasets, concept, settings, None, None, cache, ALONE)
+        for parameter in run.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            with watching:
+                run.pass_()
+        finally:
+            run.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _set_up(denoiser: Denoiser, settings: TrainSettings) -> Iterator[None]:
+    """What holds while gradients are computed."""
     with ExitStack() as stack:
         # ComfyUI runs nodes in inference mode, where nothing can be trained.
         stack.enter_context(torch.inference_mode(False))
@@ -103,15 +144,7 @@ def train(
         stack.enter_context(_own_random_state(denoiser.device, settings.seed))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
-        datasets = [references] if classes is None else [references, classes]
-        cache = cache or Cache(denoiser)
-        run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
-        try:
-            run.loop(on_step, should_stop)
-        finally:
-            run.average.apply()
-        run.keep()
-        return run.history
+        yield
 
 
 class _Run:
@@ -137,7 +170,8 @@ class _Run:
         self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
-        self.scaler = torch.amp.GradScaler(denoiser.device.type, enabled=settings.precision == "fp16")
+        self.scaler = make_scaler(settings, denoiser)
+        self.autocast_dtype = autocast_dtype(settings, denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
@@ -146,42 +180,64 @@ class _Run:
         reads_pooled = self.objective.reads_pooled
         self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
         if checkpoints is not None:
-            self._resume()
+            resume(self)
 
     @property
     def made(self) -> int:
         return len(self.history.losses)
 
+    @property
+    def steps(self) -> int:
+        """How many are to be made, as far as is known."""
+        return self.settings.steps + self.orders.more
+
     # --- the loop -----------------------------------------------------------------------------------------------
 
-    def loop(self, on_step: Callable[[StepReport], None] | None, should_stop: Callable[[], bool] | None) -> None:
+    def loop(self) -> None:
         settings, history = self.settings, self.history
         if self.probe is not None and not history.probes:
             self._measure()
-        while self.made < settings.steps and not history.over_budget:
-            if should_stop is not None and should_stop():
-                history.cancelled = True
+        while self.orders.goes_on(self.made, settings.steps) and not history.over_budget:
+            self._attend()
+            ending = self.orders.ending
+            history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
+            if ending:
                 break
             terms = self._optimize()
             history.losses.append(sum(terms.values()))
             for name, value in terms.items():
                 history.terms.setdefault(name, []).append(value)
-            measured = self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps)
-            if measured:
-                self._measure()
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
+            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds))
+            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == self.steps):
+                self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
                 self._save()
-            if on_step is not None:
-                drift = history.probes[-1][1].drift if measured else None
-                on_step(StepReport(self.made, settings.steps, history.losses[-1], terms, drift))
         if self.probe is not None and history.probes[-1][0] != self.made:
             self._measure()
         if self.made and (settings.checkpoint_every and self.made % settings.checkpoint_every):
             self._save()
+        self._attend()
         history.seconds += time.perf_counter() - self.started
         logger.info("trained %d of %d steps in %.1f s", self.made, settings.steps, history.seconds)
+
+    def _attend(self) -> None:
+        """Answer the orders of the time since the last step, and wait while it is paused, which counts no time."""
+        began, paused = time.perf_counter(), False
+        while True:
+            for what in self.orders.take():
+                with self.average:
+                    self.answer(what, self.made)
+            if not self.orders.paused or self.made == self.steps:
+                break
+            if not paused:
+                self.tell(PhaseBegun("paused"))
+            paused = True
+            self.orders.wait()
+        if paused:
+            self.tell(PhaseBegun("training"))
+        self.started += time.perf_counter() - began
 
     def _optimize(self) -> dict[str, float]:
         """One step of the optimizer; gives the weighted terms of the loss."""
@@ -192,16 +248,13 @@ class _Run:
             vectors.grad = torch.zeros_like(vectors)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.accumulation):
-            with self.adapter.dropout(), self._autocast():
-                terms = self.objective(self._draw())
-            self.scaler.scale(sum(terms.values()) / settings.accumulation).backward()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
+            for name, term in self.pass_().items():
+                sums[name] = sums.get(name, 0) + term
         self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
-        values = {name: value.item() for name, value in sums.items()}
-        self._check_finite("loss", sum(values.values()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
+        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        self._check_finite("loss", sum(terms))
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
@@ -210,33 +263,55 @@ class _Run:
         if self.scaler.get_scale() >= scale:
             self.schedule.step()
             self.average.update()
-        return values
+        elif self.scaler.get_scale() < LOWEST_SCALE:
+            raise TrainingDiverged(
+                f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
+                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+            )
+        return dict(zip(sums, terms, strict=True))
+
+    def pass_(self) -> dict[str, Tensor]:
+        """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
+        sums: dict[str, Tensor] = {}
+        for part in self._draw():
+            share = self.settings.accumulation * self.settings.batch_size / len(part.latents)
+            with self.adapter.dropout(), self._autocast():
+                terms = self.objective(part)
+            self.scaler.scale(sum(terms.values()) / share).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / share
+        return sums
 
     def _autocast(self):
-        dtype = _DTYPES[self.settings.precision]
-        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = self.autocast_dtype
+        return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
-    def _draw(self) -> Step:
-        (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
-        prior = None
-        if len(self.datasets) > 1:
-            drawn, class_rows, share = self._rows(self.datasets[1])
-            prior = PriorBatch(*drawn, self._encoded(class_rows.class_prompts[share], adapted=True))
-        masks = None if rows.masks is None else rows.masks[mine].to(latents)
+    def _draw(self) -> Iterator[Step]:
+        """The rows of a pass, drawn at once and computed in parts of `micro_batch` rows."""
+        drawn, rows, mine = self._rows(self.datasets[0])
+        classes = [self._rows(dataset) for dataset in self.datasets[1:]]
+        masks = None if rows.masks is None else rows.masks[mine].to(drawn[0])
         encode = partial(self._encoded, adapted=True)
-        texts = Texts(rows.class_prompts[mine], encode, self.concept.subject_prompt, self.class_pooled)
-        return Step(
-            self.denoiser,
-            latents,
-            noise,
-            timesteps,
-            self._encoded(rows.subject_prompts[mine], adapted=True),
-            self._encoded(rows.class_prompts[mine]),
-            prior,
-            weights,
-            masks,
-            texts,
-        )
+        at_once = self.settings.micro_batch or self.settings.batch_size
+        for first in range(0, self.settings.batch_size, at_once):
+            part = slice(first, first + at_once)
+            latents, noise, timesteps, weights = _part_of(drawn, part)
+            prior = None
+            for class_drawn, class_rows, share in classes:
+                prior = PriorBatch(*_part_of(class_drawn, part), encode(class_rows.class_prompts[share][part]))
+            class_prompts = rows.class_prompts[mine][part]
+            yield Step(
+                self.denoiser,
+                latents,
+                noise,
+                timesteps,
+                encode(rows.subject_prompts[mine][part]),
+                self._encoded(class_prompts),
+                prior,
+                weights,
+                None if masks is None else masks[part],
+                Texts(class_prompts, encode, self.concept.subject_prompt, self.class_pooled),
+            )
 
     def _rows(self, dataset: Dataset):
         """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None: of all workers, then this one's share."""
@@ -263,7 +338,7 @@ class _Run:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise TrainingDiverged(
-                f"the {what} became {value} at step {self.made + 1} of {self.settings.steps}; take a learning_rate "
+                f"the {what} became {value} at step {self.made + 1} of {self.steps}; take a learning_rate "
                 f"below {self.settings.learning_rate:g}, and pictures and latents without NaN"
             )
 
@@ -279,6 +354,7 @@ class _Run:
         with self.average:
             result = self.probe.measure()
             self.history.probes.append((self.made, result))
+            self.tell(Measured(self.made, result))
             if settings.stop_on_drift and result.drift > settings.stop_on_drift:
                 if self.made == 0:
                     raise ValueError(
@@ -297,70 +373,17 @@ class _Run:
             self.adapter.load_state_dict(chosen["weights"])
             self.history.kept = chosen["step"]
 
-    # --- checkpoints --------------------------------------------------------------------------------------------
-
-    def _about(self) -> dict[str, Any]:
-        """What a checkpoint must agree in with the training that goes on from it."""
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in _MAY_CHANGE}
-        return {
-            "base model": base_fingerprint(self.denoiser),
-            "adapter": asdict(self.adapter.config),
-            "number of processes": self.workers.count,
-            "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in self.datasets[0].examples],
-            "prompts": self.datasets[0].prompts(),
-            **settings,
-        }
-
     def _save(self) -> None:
-        if self.checkpoints is None or not self.workers.is_first:
-            return
-        devices = [self.denoiser.device] if self.denoiser.device.type == "cuda" else []
-        state = {
-            "about": self._about(),
-            "adapter": self.adapter.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "average": self.average.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "generator": self.generator.get_state(),
-            "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
-            "datasets": [dataset.state_dict() for dataset in self.datasets],
-            "history": self.history.to_dict(),
-            "candidates": self.candidates.state_dict(),
-        }
-        self.checkpoints.save(self.made, state)
-
-    def _resume(self) -> None:
-        state = self.checkpoints.load()
-        if state is None:
-            return
-        for name, value in self._about().items():
-            saved = state["about"].get(name)
-            if saved != value:
-                raise ValueError(
-                    f"checkpoint in {self.checkpoints.folder} is of another training: its {name} is "
-                    f"{_short(saved)}, and {_short(value)} here; give another folder or the same settings"
-                )
-        self.adapter.load_state_dict(state["adapter"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.average.load_state_dict(state["average"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["random"][0])
-        for random in state["random"][1:]:
-            torch.cuda.set_rng_state(random, self.denoiser.device)
-        for dataset, saved in zip(self.datasets, state["datasets"], strict=True):
-            dataset.load_state_dict(saved)
-        self.candidates.load_state_dict(state["candidates"])
-        self.history = History.from_dict(state["history"])
-        self.history.cancelled = False
-        logger.info("going on from step %d of %d", self.made, self.settings.steps)
+        if self.checkpoints is not None and self.workers.is_first:
+            self.checkpoints.save(self.made, state_of(self))
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _part_of(drawn: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[part] for tensor in drawn]
+
+
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _check_latents(name: str, latents: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Run under ComfyUI's interpreter: what its stock LoRA loader makes of our files, for `test_adapter_formats.py`.
+"""Run under ComfyUI's interpreter: what its stock LoRA loader makes of our files, for `test_stock_loaders.py`.
 
 Usage: check_kinds.py COMFYUI FOLDER. Each `<case>.json` in FOLDER has `keys` (file prefix to weight name) or `family`
 and `config` (then the stock key maps for transformers are used), beside `<case>.base.safetensors` (weights) and

@@ -27,6 +27,7 @@ from objective_parts import CONCEPT, PARTS, SHAPE  # noqa: E402
 from anchor_core.adapters.config import AdapterConfig  # noqa: E402
 from anchor_core.backends.comfyui.denoiser import ComfyDenoiser  # noqa: E402
 from anchor_core.sandbox.comfyui import load  # noqa: E402
+from anchor_core.training.preview import Preview  # noqa: E402
 from anchor_core.training.settings import TrainSettings  # noqa: E402
 
 
@@ -48,12 +49,13 @@ def check_preview(denoiser) -> None:
     adapter = denoiser.attach(AdapterConfig(**PARTS["lora with text"]))
     try:
         contract.stir(adapter)
-        watch = train_node()._Watch(denoiser, CONCEPT, TrainSettings(), 1, torch.zeros(1, *SHAPE))
-        before = watch.subject, watch.negative
-        watch._picture()
-        for condition, old in zip((watch.subject, watch.negative), before):
+        preview = Preview(denoiser, CONCEPT, SHAPE, 5.0, 0)
+        pretrained = denoiser.encode_prompts([CONCEPT.subject_prompt, ""])
+        for condition, old in zip(preview.conditions(), pretrained):
             assert not condition.cross_attention.requires_grad
             assert not torch.allclose(condition.cross_attention, old.cross_attention, atol=1e-4)
+        picture = preview.picture()
+        assert picture.ndim == 3 and picture.shape[0] == 3 and not picture.requires_grad
     finally:
         denoiser.detach()
 
@@ -61,7 +63,7 @@ def check_preview(denoiser) -> None:
 def check_class_count(denoiser) -> None:
     settings = TrainSettings(objective="prior_preservation")
     try:
-        train_node()._class_latents(denoiser, CONCEPT, settings, None, 0, torch.zeros(1, *SHAPE))
+        train_node()._class_pictures(settings, None, 0)
     except ValueError as error:
         assert str(error).startswith("class_count is 0"), error
     else:

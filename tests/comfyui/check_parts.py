@@ -69,13 +69,13 @@ def check_tokens(model, clip, vae, shape=SHAPE) -> None:
 
 
 def check_embedding_file(model, clip, vae, shape=SHAPE) -> None:
-    """`embedding:name` in ComfyUI's own prompt is the token in training, with weights, and in a long prompt."""
+    """`embedding:name` in ComfyUI's own prompt is the token in training, in parentheses, and in a long prompt."""
     for count in (1, 3):
         with ComfyDenoiser(model, clip, vae) as denoiser:
             adapter = trained(denoiser, shape, kind="none", vectors=count, initial="star")
             save_adapter(EMBEDDINGS / "ours.safetensors", to_file_keys(adapter, denoiser.file_keys()), {})
             ours = {}
-            for prompt in ("a photo of a {} star", "a (red {}:1.3), in the snow", "{} " + "a star in the snow, " * 20):
+            for prompt in ("a photo of a {} star", "a (red {} one), in the snow", "{} " + "a star in the snow, " * 20):
                 ours[prompt.format("embedding:ours")] = predict(denoiser, prompt.format("sks"), True, shape)
         with ComfyDenoiser(model, clip, vae) as denoiser:
             for prompt, expected in ours.items():
@@ -154,7 +154,10 @@ class Tokenizing:
 
 
 def check_tokenizers(model, clip, vae) -> None:
-    """Ids, places and weights are those of `embedding:name`, for models of one, two and three text encoders."""
+    """Ids, places and weights are those of `embedding:name`, for models of one, two and three text encoders.
+
+    Parentheses are letters, which ComfyUI's own prompts escape.
+    """
     vectors = {"te1": torch.randn(2, 768), "te2": torch.randn(2, 1280)}
     for kind, prefixes in (
         (comfy.sd1_clip.SD1Tokenizer, {"te": "l"}),
@@ -167,7 +170,8 @@ def check_tokenizers(model, clip, vae) -> None:
         tokenizers = {name: (key, getattr(those.tokenizer, f"clip_{key}")) for name, key in prefixes.items()}
         for prompt in ("a {} dog", "{}", "a photo of (a {}, red:1.2) dog and {}, in the snow"):
             ours = tokenize(those, prompt.format("sks", "SKS"), tokens, tokenizers)
-            theirs = those.tokenize(prompt.format("embedding:many", "embedding:many"))
+            escaped = prompt.replace("(", r"\(").replace(")", r"\)")
+            theirs = those.tokenize(escaped.format("embedding:many", "embedding:many"))
             assert ours.keys() == theirs.keys()
             for key in ours:
                 if key in prefixes.values():

@@ -11,7 +11,7 @@ def lora(value: float = 0.01, width: int = 128):
 
 
 def sd3(part: int):
-    from .models import build
+    from .comfy_models import build
 
     return build("sd3")[part]
 
@@ -32,7 +32,7 @@ VALUES = {
         "nan": lambda: lora(torch.nan),
         "none": dict,
         "wide": lambda: lora(width=99),
-        "other": lambda: {"elsewhere.lora_down.weight": torch.ones(4, 9)},
+        "other": lambda: {"elsewhere.lora_down.weight": torch.ones(4, 9), "elsewhere.lora_up.weight": torch.ones(9, 4)},
         "tokens": lambda: WithTokens(lora()),
     },
     "CONDITIONING": {

@@ -1,4 +1,4 @@
-"""Run under ComfyUI's interpreter: what its backend computes, for `test_nodes.py` to compare with diffusers.
+"""Run under ComfyUI's interpreter: what its backend computes, for `test_parity_comfyui.py` to compare with diffusers.
 
 Usage: parity.py COMFYUI PACK WEIGHTS INPUTS OUTPUTS (the last two are safetensors files). The outputs hold the
 results; under `untouched.` whether the model was the same afterwards, for each way in which a training can end; under
@@ -43,15 +43,15 @@ CONCEPT = Concept("a photo of a sks star", "a photo of a star")
 def ends_by(error: type[BaseException], model, clip, vae, latents) -> bool:
     """Whether a training that ends by `error` after two steps leaves the model as it was."""
 
-    def stop(report) -> None:
-        if report.step == 2:
+    def stop(event) -> None:
+        if event.event == "step" and event.step == 2:
             raise error("in the middle of a training")
 
     before = fingerprint(model)
     try:
         with ComfyDenoiser(model, clip, vae) as denoiser:
             adapter = denoiser.attach(AdapterConfig(rank=4), 0)
-            train(denoiser, adapter, latents, CONCEPT, TrainSettings(steps=5, batch_size=2), on_step=stop)
+            train(denoiser, adapter, latents, CONCEPT, TrainSettings(steps=5, batch_size=2), tell=stop)
     except error:
         return same(before, fingerprint(model))
     return False

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -265,9 +267,8 @@ def test_every_kind_of_adapter_trains_and_is_read_again(references, tmp_path, ki
     assert seen["after"]["drift"] != seen["before"]["drift"]
 
 
-def test_an_interrupted_training_keeps_the_adapter_so_far(references, tmp_path):
-    import signal
-    import time
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_training_keeps_the_adapter_so_far(references, tmp_path, number):
 
     command = [
         sys.executable,
@@ -286,7 +287,7 @@ def test_an_interrupted_training_keeps_the_adapter_so_far(references, tmp_path):
         while not list((tmp_path / "run").glob("checkpoints/*.ckpt")):
             assert process.poll() is None, "the training ended before its first step"
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()

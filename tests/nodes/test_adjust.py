@@ -10,34 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.comfyui import check_adjust, comfy_server
-from tests.nodes.test_nodes import node, pixels, sampling, training
+from tests.comfyui import comfy_server
+from tests.nodes.graphs import node, pixels, sampling, training
 
 found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("adjust")
-    output = folder / "outcomes.json"
-    comfy_server.run_script(check_adjust.__file__, comfy_server.ROOT, output, folder=folder)
-    return json.loads(output.read_text())
-
-
-@pytest.mark.parametrize("check", check_adjust.CHECKS)
-def test_conditionings(outcomes, check):
-    assert not outcomes[check], outcomes[check]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    base = tmp_path_factory.mktemp("comfyui")
-    comfy_server.install_pack(base / "custom_nodes" / comfy_server.PACK)
-    server = comfy_server.ComfyServer(*found, base)
-    yield server
-    server.stop()
-
 
 SUBJECT, CLASS = "a photo of a sks star at night", "a photo of a star at night"
 

@@ -7,8 +7,10 @@ import json
 import pytest
 
 from tests.comfyui import comfy_server
-from tests.evaluation.test_compare import encoder_folders  # noqa: F401  (a fixture)
-from tests.nodes.test_nodes import node, pytestmark  # noqa: F401
+from tests.nodes.graphs import node
+
+found = comfy_server.find()
+pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 VISION = '''
 import torch
@@ -40,7 +42,7 @@ NODE_CLASS_MAPPINGS = {"TinyVision": TinyVision}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory, encoder_folders):  # noqa: F811
+def server(tmp_path_factory, encoder_folders):
     base = tmp_path_factory.mktemp("comfyui")
     comfy_server.install_pack(base / "custom_nodes" / comfy_server.PACK)
     (base / "custom_nodes/tiny_vision").mkdir()
@@ -48,7 +50,7 @@ def server(tmp_path_factory, encoder_folders):  # noqa: F811
     (base / "models/clip_vision").mkdir(parents=True)
     for name in ("clip", "dino"):
         (base / "models/clip_vision" / name).symlink_to(encoder_folders / name, target_is_directory=True)
-    server = comfy_server.ComfyServer(*comfy_server.find(), base)
+    server = comfy_server.ComfyServer(*found, base)
     yield server
     server.stop()
 
@@ -189,12 +191,12 @@ def test_every_workflow_fits_the_nodes(server, file):
 
 def test_the_ip_adapter_workflow_compares_both_systems(server):
     """With IP-Adapter's nodes left out, every other value of the workflow is one that ComfyUI takes."""
-    workflow = json.loads((comfy_server.ROOT / "workflows/compare_ip_adapter.json").read_text())
+    workflow = json.loads((comfy_server.ROOT / "docs/compare_ip_adapter.json").read_text())
     object_info = server.get("/object_info")
     for type_, schema in FOREIGN.items():
         specs = {name: [kind, {}] for name, kind in schema["inputs"].items()}
         object_info[type_] = {"input": {"required": specs}, "input_order": {"required": list(specs)}}
-    prompt = server.to_api(workflow, object_info)
+    prompt = comfy_server.to_api(workflow, object_info)
     (compare,) = (entry["inputs"] for entry in prompt.values() if entry["class_type"] == "AnchorCompare")
     assert len(compare["names"].splitlines()) == sum(name.startswith("pictures.") for name in compare)
     assert "IPAdapterAdvanced" in {entry["class_type"] for entry in prompt.values()}

@@ -10,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui import comfy_server, odd_nodes
-from tests.nodes.test_nodes import node, pytestmark, sampling, training  # noqa: F401
+from tests.nodes.graphs import node, sampling, training
+
+found = comfy_server.find()
+pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,7 @@ def server(tmp_path_factory):
     save_file({"emb_params": torch.randn(2, 128)}, base / "models/embeddings/pip.safetensors")
     save_file(odd_nodes.lora(), base / "models/loras/told.safetensors", {"anchor.guidance": "lots"})
     save_file(odd_nodes.lora(torch.nan), base / "models/loras/nan.safetensors")
-    server = comfy_server.ComfyServer(*comfy_server.find(), base)
+    server = comfy_server.ComfyServer(*found, base)
     yield server
     server.stop()
 

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from anchor_core.adapters.config import AdapterConfig
+from anchor_core.adapters.torch_file import read_torch
 from anchor_core.drift import DriftProbe
 from anchor_core.training.checkpoint import KEPT, Checkpoints
+from anchor_core.training.orders import Orders
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import TrainingDiverged, train
 
@@ -26,11 +28,16 @@ def run(denoiser, latents, concept, folder=None, stop_after=None, config=None, w
     """Attach, train, detach: (history, adapter weights)."""
     adapter = denoiser.attach(config or AdapterConfig(rank=2, dropout=0.3))
     probe = DriftProbe(denoiser, latents, concept, timesteps=2, noises=1) if with_probe else None
-    made = []
+    made = 0
+
+    def count(event):
+        nonlocal made
+        made += event.event == "step"
+
     try:
         history = train(
             denoiser, adapter, latents, concept, TrainSettings(**{**SETTINGS, **settings}), probe=probe,
-            class_latents=latents.flip(0), on_step=made.append, should_stop=lambda: len(made) == stop_after,
+            class_latents=latents.flip(0), orders=Orders(lambda: made == stop_after), tell=count,
             checkpoints=None if folder is None else Checkpoints(folder),
         )  # fmt: skip
         return history, adapter.state_dict()
@@ -119,14 +126,10 @@ def test_the_newest_readable_checkpoint_counts(eps_denoiser, latents, concept, t
     assert resumed.losses == unbroken.losses and same(weights, weights_resumed)
 
 
-def test_unreadable_checkpoints_are_not_taken_for_none(tmp_path):
+def test_unreadable_checkpoints_are_not_taken_for_none(eps_denoiser, latents, concept, tmp_path):
     (tmp_path / "step-000002.ckpt").write_bytes(b"not a checkpoint")
     with pytest.raises(ValueError, match="none of the 1 in .* can be read"):
-        Checkpoints(tmp_path).load()
-
-
-def test_no_checkpoint_is_none(tmp_path):
-    assert Checkpoints(tmp_path / "new").load() is None
+        run(eps_denoiser, latents, concept, tmp_path)
 
 
 def test_nan_keeps_the_last_good_checkpoint(eps_denoiser, latents, concept, tmp_path):
@@ -139,11 +142,11 @@ def test_nan_keeps_the_last_good_checkpoint(eps_denoiser, latents, concept, tmp_
 
     with pytest.raises(TrainingDiverged, match="at step 6 of 9"):
         train(
-            eps_denoiser, adapter, latents, concept, TrainSettings(**SETTINGS), on_step=poison,
+            eps_denoiser, adapter, latents, concept, TrainSettings(**SETTINGS), tell=poison,
             checkpoints=Checkpoints(tmp_path),
         )  # fmt: skip
     eps_denoiser.detach()
-    state = Checkpoints(tmp_path).load()
+    state = read_torch(Checkpoints(tmp_path).files()[-1])
     assert len(state["history"]["losses"]) == 4
     assert all(torch.isfinite(value).all() for value in state["adapter"].values())
 
@@ -178,8 +181,8 @@ def test_killed_at_20_random_moments(eps_denoiser, latents, concept, tmp_path):
         time.sleep(draw.uniform(0, whole))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        state = Checkpoints(folder).load()
-        made.append(0 if state is None else len(state["history"]["losses"]))
+        files = Checkpoints(folder).files() if folder.is_dir() else []
+        made.append(len(read_torch(files[-1])["history"]["losses"]) if files else 0)
         _, resumed = run(eps_denoiser, latents, concept, folder, **options)
         assert same(weights, resumed), f"killed after step {made[-1]}"
         assert not list(folder.glob("*.part"))

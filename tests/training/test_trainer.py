@@ -9,7 +9,8 @@ import torch
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.drift import DriftProbe
 from anchor_core.objectives import OBJECTIVES
-from anchor_core.training.history import StepReport
+from anchor_core.training.events import Event, Measured, StepMade
+from anchor_core.training.orders import Orders
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import TrainingDiverged, train
 
@@ -113,17 +114,20 @@ def test_anchor_keeps_the_prediction_nearer_to_the_pretrained_one(eps_denoiser, 
 def test_terms_sum_to_the_loss_and_history_is_json(eps_denoiser, latents, concept):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     probe = DriftProbe(eps_denoiser, latents, concept, timesteps=2, noises=1)
-    reports: list[StepReport] = []
+    events: list[Event] = []
     settings = TrainSettings(steps=5, batch_size=2, probe_every=2)
-    history = train(eps_denoiser, adapter, latents, concept, settings, probe=probe, on_step=reports.append)
+    history = train(eps_denoiser, adapter, latents, concept, settings, probe=probe, tell=events.append)
     assert set(history.terms) == {"reconstruction", "anchor"}
+    reports = [event for event in events if isinstance(event, StepMade)]
     for index, report in enumerate(reports):
         assert (report.step, report.steps, report.loss) == (index + 1, 5, history.losses[index])
         assert report.loss == pytest.approx(sum(report.terms.values()), rel=1e-6)
         assert report.terms == {name: values[index] for name, values in history.terms.items()}
     assert [step for step, _ in history.probes] == [0, 2, 4, 5]
-    assert [report.drift is not None for report in reports] == [False, True, False, True, True]
-    assert reports[-1].drift == history.probes[-1][1].drift
+    measured = [event for event in events if isinstance(event, Measured)]
+    assert [(event.step, event.result) for event in measured] == history.probes
+    order = [(event.event, event.step) for event in events]
+    assert order == sorted(order, key=lambda pair: (pair[1], pair[0] == "measured"))  # a step, then its measurement
     read = json.loads(json.dumps(history.to_dict(), allow_nan=False))
     assert read["losses"] == history.losses and read["probes"][1]["step"] == 2 and read["cancelled"] is False
     assert history.seconds > 0
@@ -137,7 +141,7 @@ def test_probe_does_not_change_the_training(eps_denoiser, latents, concept):
     assert measured.losses == plain.losses and same(weights, adapter.state_dict())
 
 
-def test_should_stop_keeps_what_was_learnt(eps_denoiser, latents, concept):
+def test_an_order_to_end_keeps_what_was_learnt(eps_denoiser, latents, concept):
     _, two_steps = run(eps_denoiser, latents, concept, steps=2)
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     probe = DriftProbe(eps_denoiser, latents, concept, timesteps=2, noises=1)
@@ -149,10 +153,10 @@ def test_should_stop_keeps_what_was_learnt(eps_denoiser, latents, concept):
         concept,
         TrainSettings(**{**QUICK, "steps": 50}),
         probe=probe,
-        on_step=made.append,
-        should_stop=lambda: len(made) == 2,
+        tell=made.append,
+        orders=Orders(lambda: StepMade in map(type, made) and made[-1].step == 2),
     )
-    assert history.cancelled and len(history.losses) == len(made) == 2
+    assert history.cancelled and not history.stopped and len(history.losses) == 2
     assert [step for step, _ in history.probes] == [0, 2]
     assert same(adapter.state_dict(), two_steps)
 
@@ -160,23 +164,23 @@ def test_should_stop_keeps_what_was_learnt(eps_denoiser, latents, concept):
 def test_stop_before_the_first_step(eps_denoiser, latents, concept):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     before = adapter.state_dict()
-    history = train(eps_denoiser, adapter, latents, concept, TrainSettings(), should_stop=lambda: True)
+    history = train(eps_denoiser, adapter, latents, concept, TrainSettings(), orders=Orders(lambda: True))
     assert history.cancelled and history.losses == [] and same(before, adapter.state_dict())
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_on_step_leaves_the_network_restorable(denoiser, latents, concept, make_step, error):
+def test_an_exception_of_a_listener_leaves_the_network_restorable(denoiser, latents, concept, make_step, error):
     with torch.no_grad():
         untouched = make_step(denoiser).subject
     parameters = {name: (id(p), p.detach().clone()) for name, p in denoiser.network.named_parameters()}
     adapter = denoiser.attach(AdapterConfig(rank=2, dropout=0.2))
 
-    def fail(report: StepReport):
-        if report.step == 2:
+    def fail(event: Event):
+        if event.event == "step" and event.step == 2:
             raise error("stop here")
 
     with pytest.raises(error, match="stop here"):
-        train(denoiser, adapter, latents, concept, TrainSettings(**QUICK), on_step=fail)
+        train(denoiser, adapter, latents, concept, TrainSettings(**QUICK), tell=fail)
     assert adapter.enabled
     with torch.no_grad():
         assert not torch.equal(make_step(denoiser).subject, untouched)
@@ -214,13 +218,13 @@ def test_nan_names_the_step_and_keeps_finite_weights(eps_denoiser, latents, conc
 def test_divergence_on_the_way_names_its_step(eps_denoiser, latents, concept):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
 
-    def poison(report: StepReport):
-        if report.step == 3:
+    def poison(event: Event):
+        if event.event == "step" and event.step == 3:
             with torch.no_grad():
                 adapter.parameters()[1].fill_(math.inf)
 
     with pytest.raises(TrainingDiverged, match="at step 4 of 9"):
-        train(eps_denoiser, adapter, latents, concept, TrainSettings(**{**QUICK, "steps": 9}), on_step=poison)
+        train(eps_denoiser, adapter, latents, concept, TrainSettings(**{**QUICK, "steps": 9}), tell=poison)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight(eps_denoiser, latents, concept):

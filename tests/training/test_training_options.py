@@ -164,7 +164,7 @@ def test_fp16_leaves_out_a_step_whose_scaled_gradient_overflows(eps_denoiser, la
     before = adapter.state_dict()
     handle = adapter.parameters()[1].register_hook(lambda gradient: gradient * math.inf)
     settings = TrainSettings(**{**QUICK, "steps": 1}, precision="fp16")
-    train(eps_denoiser, adapter, latents, concept, settings, on_step=lambda _: handle.remove())
+    train(eps_denoiser, adapter, latents, concept, settings, tell=lambda _: handle.remove())
     assert all(torch.equal(before[name], value) for name, value in adapter.state_dict().items())
 
 

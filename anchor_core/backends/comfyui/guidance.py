@@ -19,9 +19,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...checks import check_number
+from ...checks import check_number, named
 from ...guidance import CLASS, Branch, Rule, step_at
-from .apply import TEXT_PREFIXES, adapter_patches
+from .apply import adapter_patches
 from .attention import WordAttention, word_position
 from .families import TextInput
 from .rows import Patches, RowStrengths, check_layers
@@ -95,10 +95,8 @@ def make_guider(
 
 
 def _patches(model: comfy.model_patcher.ModelPatcher, name: str, lora: Mapping[str, Tensor]) -> Patches:
-    try:
-        return adapter_patches(model, {key: value for key, value in lora.items() if not key.startswith(TEXT_PREFIXES)})
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+    with named(getattr(lora, "file", "") or name):
+        return adapter_patches(model, lora)
 
 
 @dataclass

@@ -24,9 +24,11 @@ def tokenize(
 ) -> Tokens:
     """A prompt's tokens, with the vectors at the places of the word; encoders without vectors read it without the word.
 
-    Weights, as in `(sks:1.2)`, and the breaking of long prompts are ComfyUI's own: the vectors' places are first held
-    by a word of one token that the prompt does not have.
+    Prompts and captions of a training are plain text, in diffusers too: `(sks:1.2)` is no weight, and its parentheses
+    are escaped here. The breaking of long prompts is ComfyUI's own: the vectors' places are first held by a word of one
+    token that the prompt does not have.
     """
+    prompt = prompt.replace("(", r"\(").replace(")", r"\)")
     pieces = [prompt] if tokens is None else tokens.split(prompt)
     if len(pieces) == 1:
         return clip.tokenize(prompt)

@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...adapters.layers import is_leaf
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from ...denoiser import Condition
+from ...devices import free_bytes
 from ...guidance import NULL, SUBJECT, Branch, Rule
-from .families import TextEncoder, family_of
+from .families import family_of
 from .guidance import RuleSteps
-from .load import open_pipeline
+from .load import open_pipeline, place
+from .names import own_layers
+from .text import TextEncoder
 
 TRAINING_GUIDANCE = 1.0
 SAMPLING_GUIDANCE = 3.5
@@ -49,17 +51,7 @@ class DiffusersDenoiser:
     ):
         family = family_of(network)
         pairs = ((tokenizer, text_encoder), (tokenizer_2, text_encoder_2), (tokenizer_3, text_encoder_3))
-        for name, (_, encoder) in zip(family.text_parts, pairs):
-            if encoder is None and name not in family.optional:
-                raise ValueError(
-                    f"the model has no {name}, but a {family.pipeline} takes {', '.join(family.text_parts)}"
-                )
-        takes, gives = family.channels(network)
-        if takes != vae.config.latent_channels or gives != vae.config.latent_channels:
-            raise ValueError(
-                f"the network takes {takes} and gives {gives} channels, but the autoencoder has "
-                f"{vae.config.latent_channels}; inpainting and depth models are not supported"
-            )
+        family.check_parts(network, [encoder for _, encoder in pairs], vae)
         self._noise = family.noise_process(scheduler)
         self.prediction_type: str = self._noise.prediction_type
         self.network = network
@@ -92,14 +84,7 @@ class DiffusersDenoiser:
             ValueError: if `path` is no model of SD1.x, SD2.x, SDXL, SD3 or Flux, or one that is not supported.
         """
         pipeline = open_pipeline(path, dtype, config)
-        for name, module in pipeline.components.items():
-            if isinstance(module, nn.Module):
-                # SDXL's autoencoder overflows in half precision, and says so.
-                upcast = name == "vae" and dtype == torch.float16 and module.config.get("force_upcast")
-                wanted = torch.float32 if upcast else dtype
-                module.to(device)
-                if module.dtype != wanted:
-                    module.to(wanted)
+        place(pipeline, device, dtype)
         try:
             return cls.from_pipeline(pipeline)
         except ValueError as error:
@@ -127,6 +112,13 @@ class DiffusersDenoiser:
         return next(self.network.parameters()).dtype
 
     compute_dtype = dtype
+
+    def make_room(self, needed: int) -> int:
+        return free_bytes(self.device)
+
+    @property
+    def family(self) -> str:
+        return self._family.name
 
     @property
     def architecture(self) -> str:
@@ -282,31 +274,19 @@ class DiffusersDenoiser:
 
     def snr(self, timesteps: Tensor) -> Tensor:
         """alpha_t^2 / sigma_t^2, (B,)."""
-        alpha, sigma = self._noise.coefficients(timesteps)
-        return (alpha / sigma).square()
-
-    def _columns(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """alpha_t and sigma_t, (B, 1, 1, 1) each."""
-        return (part.view(-1, 1, 1, 1) for part in self._noise.coefficients(timesteps))
+        return self._noise.snr(timesteps)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t = alpha_t z_0 + sigma_t eps, (B, C, h, w)."""
-        alpha, sigma = self._columns(timesteps)
-        return alpha * latents + sigma * noise
+        return self._noise.add_noise(latents, noise, timesteps)
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """eps; v = alpha_t eps - sigma_t z_0; or the velocity eps - z_0 of a flow; (B, C, h, w)."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "flow":
-            return noise - latents
-        alpha, sigma = self._columns(timesteps)
-        return alpha * noise - sigma * latents
+        """What the network is to predict, (B, C, h, w): see `NoiseProcess.target`."""
+        return self._noise.target(latents, noise, timesteps)
 
     def epsilon_scale(self, timesteps: Tensor) -> Tensor:
-        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v, and for flow, as eps = z_t + alpha_t u."""
-        alpha, _ = self._noise.coefficients(timesteps)
-        return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
+        """What turns a difference of predictions to one of epsilon, (B,)."""
+        return self._noise.epsilon_scale(timesteps)
 
     # The network
 
@@ -375,6 +355,8 @@ class DiffusersDenoiser:
     def blocks(self) -> list[nn.Module]:
         return self._family.blocks
 
+    can_checkpoint = True
+
     # The adapter
 
     def attach(self, config: AdapterConfig, seed: int = 0, vectors: Mapping[str, Tensor] | None = None) -> Adapter:
@@ -403,6 +385,9 @@ class DiffusersDenoiser:
             self.adapter.detach()
             self.adapter = None
 
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        return layer.weight
+
     def adapter_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
@@ -411,22 +396,9 @@ class DiffusersDenoiser:
 
         Modules of a text encoder that can be adapted are there too, under `te1:<name>`.
         """
-        keys = self._family.file_keys(self._layers("", self.network))
+        adapted = self.adapter.module_names if self.adapter is not None else ()
+        keys = self._family.file_keys(own_layers(self.network, adapted))
         for key, encoder in self.text_encoders.items():
-            names = self._layers(f"{key}:", encoder)
+            names = own_layers(encoder, adapted, f"{key}:")
             keys.update({f"{key}:{name}": self._family.text_file_key(key, name) for name in names})
         return keys
-
-    def _layers(self, prefix: str, network: nn.Module) -> list[str]:
-        """Names of a network's own modules that hold parameters alone, in its order, whether adapted or not."""
-        adapted = self.adapter.module_names if self.adapter is not None else ()
-        own = {name.removeprefix(prefix) for name in adapted if name.startswith(prefix)}
-        names, wrapper = [], None
-        for name, module in network.named_modules():
-            if name in own:
-                names.append(name)
-                wrapper = f"{name}."
-            # The parts of an adapted module are not the network's own.
-            elif is_leaf(module) and not (wrapper and name.startswith(wrapper)):
-                names.append(name)
-        return names

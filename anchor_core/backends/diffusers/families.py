@@ -2,93 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...adapters.tokens import TokenVectors
 from ...denoiser import Condition
 from ...embeddings import WHOLE, Part, side_by_side
+from ...families import unet_family
 from .names import ldm_names
-from .noise import Diffusion, Flow, FluxFlow
-
-logger = logging.getLogger(__name__)
-
-
-class TextEncoder:
-    """A frozen text encoder with its tokenizer."""
-
-    def __init__(self, tokenizer: Any, model: nn.Module):
-        self.tokenizer = tokenizer
-        self.model = model
-        self._tokens: TokenVectors | None = None
-        self._vectors: Tensor | None = None
-
-    @contextmanager
-    def reading(self, tokens: TokenVectors | None, prefix: str | None) -> Iterator[None]:
-        """While it is open, prompts have the vectors of this encoder in the place of `tokens`' word, or no word if
-        there are none."""
-        self._tokens = tokens
-        self._vectors = tokens.vectors.get(prefix) if tokens is not None else None
-        try:
-            yield
-        finally:
-            self._tokens = self._vectors = None
-
-    def __call__(self, prompt: str, length: int | None = None, **options: Any) -> Any:
-        """The model's output for one prompt, padded to `length` tokens (default: the tokenizer's own)."""
-        length = length or self.tokenizer.model_max_length
-        pieces = [prompt] if self._tokens is None else self._tokens.split(prompt)
-        if len(pieces) > 1 and self._vectors is not None:
-            return self._with_vectors(*self._expanded(pieces, length), **options)
-        if len(pieces) > 1:
-            prompt = " ".join(piece.strip() for piece in pieces if piece.strip())
-        tokens = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        if self.count(prompt) > length:
-            logger.warning("the prompt %r is longer than %d tokens; its end is not used", prompt, length)
-        return self.model(tokens.input_ids.to(self.model.device), **options)
-
-    def _with_vectors(self, ids: list[int], places: list[int], **options: Any) -> Any:
-        """The model's output for token ids, with the vectors, over and over, as the embeddings at `places`."""
-        device = self.model.device
-        vectors = self._vectors[torch.arange(len(places), device=device) % len(self._vectors)]
-        index = torch.zeros(len(places), dtype=torch.long, device=device), torch.tensor(places, device=device)
-
-        def put(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            return output.index_put(index, vectors.to(output))
-
-        hook = self.model.get_input_embeddings().register_forward_hook(put)
-        try:
-            return self.model(torch.tensor([ids], device=device), **options)
-        finally:
-            hook.remove()
-
-    def _expanded(self, pieces: Sequence[str], length: int) -> tuple[list[int], list[int]]:
-        """Token ids, `length` of them, of the pieces with the vectors' places between them, and these places."""
-        start, end = self.tokenizer("").input_ids
-        ids, places = [start], []
-        for number, piece in enumerate(pieces):
-            if number:
-                places += range(len(ids), len(ids) + len(self._vectors))
-                ids += [0] * len(self._vectors)  # what stands there is replaced
-            ids += self.tokenizer(piece, add_special_tokens=False).input_ids
-        if len(ids) >= length:
-            logger.warning("a prompt is longer than %d tokens with its vectors; its end is not used", length)
-        ids = [*ids[: length - 1], end]
-        return ids + [self.tokenizer.pad_token_id] * (length - len(ids)), [p for p in places if p < length - 1]
-
-    def pooled(self, prompt: str) -> Tensor:
-        """A CLIP's last layer at the prompt's end token, projected where it has a projection, (D,)."""
-        output = self(prompt)
-        return (output.text_embeds if "text_embeds" in output else output.pooler_output)[0]
-
-    def count(self, prompt: str) -> int:
-        """Tokens of a prompt, with those of its start and end."""
-        return len(self.tokenizer(prompt).input_ids)
+from .noise import Diffusion, Flow, FluxFlow, NoiseProcess
+from .text import TextEncoder
 
 
 class Family:
@@ -100,6 +24,8 @@ class Family:
         downscale: pixels to a latent along an edge, as the autoencoder has it.
     """
 
+    name: str
+    """Of `FAMILIES`."""
     pipeline: str
     """diffusers' class of the whole model."""
     network_class: str
@@ -111,7 +37,7 @@ class Family:
     """Those of them that a model may go without."""
     text_prefixes: dict[str, str]
     """Key of each text encoder that can be adapted, in the pipeline's order, to what its file keys begin with."""
-    noise_process: type = Flow
+    noise_process: type[NoiseProcess] = Flow
     patch: int = 1
     """Latents to an image token along an edge."""
     distilled: bool = False
@@ -135,6 +61,19 @@ class Family:
     @classmethod
     def check(cls, network: nn.Module) -> None:
         """ValueError if a network that fits is not supported."""
+
+    @classmethod
+    def check_parts(cls, network: nn.Module, encoders: Sequence[nn.Module | None], vae: nn.Module) -> None:
+        """ValueError if a text encoder is missing, or the network is of other latents than the autoencoder."""
+        for name, encoder in zip(cls.text_parts, encoders):
+            if encoder is None and name not in cls.optional:
+                raise ValueError(f"the model has no {name}, but a {cls.pipeline} takes {', '.join(cls.text_parts)}")
+        takes, gives = cls.channels(network)
+        if takes != vae.config.latent_channels or gives != vae.config.latent_channels:
+            raise ValueError(
+                f"the network takes {takes} and gives {gives} channels, but the autoencoder has "
+                f"{vae.config.latent_channels}; inpainting and depth models are not supported"
+            )
 
     @classmethod
     def channels(cls, network: nn.Module) -> tuple[int, int]:
@@ -212,6 +151,10 @@ class StableDiffusion(Family):
                 )
 
     @property
+    def name(self):
+        return unet_family(self.network.config.cross_attention_dim)
+
+    @property
     def architecture(self):
         """Told by the width of the text embeddings."""
         return "stable-diffusion-v2" if self.network.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
@@ -238,6 +181,7 @@ class StableDiffusionXL(StableDiffusion):
     An empty prompt is encoded like any other, and the size conditions say: made at this size, not cropped.
     """
 
+    name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     text_parts = ("text_encoder", "text_encoder_2")
     text_prefixes = {"te1": "lora_te1_", "te2": "lora_te2_"}
@@ -294,6 +238,7 @@ class StableDiffusion3(Family):
     that layer after them: zeros for a model without T5.
     """
 
+    name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -346,6 +291,7 @@ class Flux(Family):
     Four latents make one token: (B, C, h, w) is packed to (B, h/2 w/2, 4 C) for the network.
     """
 
+    name = "flux"
     pipeline = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2")

@@ -55,6 +55,18 @@ def open_pipeline(path: str | Path, dtype: torch.dtype, config: str | Path | Non
         return pipeline.from_pretrained(str(path), torch_dtype=dtype, local_files_only=True, **given)
 
 
+def place(pipeline: Any, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move every network of a pipeline to a device and a precision."""
+    for name, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            # SDXL's autoencoder overflows in half precision, and says so.
+            upcast = name == "vae" and dtype == torch.float16 and module.config.get("force_upcast")
+            wanted = torch.float32 if upcast else dtype
+            module.to(device)
+            if module.dtype != wanted:
+                module.to(wanted)
+
+
 def _open_file(path: Path, dtype: torch.dtype, config: str | Path | None) -> Any:
     if find_spec("accelerate") is None:
         # Without it, diffusers leaves weights that it does not find at random values, without a word.

@@ -1,10 +1,12 @@
-"""Names of a UNet's modules in the original (LDM) layout, which adapter files of SDXL use."""
+"""Names of modules: a network's own, and a UNet's in the original (LDM) layout, which adapter files of SDXL use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
+
+from ...adapters.layers import is_leaf
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -66,3 +68,21 @@ def _layer(block: nn.Module, name: str, layer: int, place: str) -> Iterator[tupl
     yield f"{name}.resnets.{layer}", f"{place}.0"
     if getattr(block, "attentions", None):
         yield f"{name}.attentions.{layer}", f"{place}.1"
+
+
+def own_layers(network: nn.Module, adapted: Collection[str] = (), prefix: str = "") -> list[str]:
+    """Names of a network's own modules that hold parameters alone, in its order, whether adapted or not.
+
+    Args:
+        adapted: names of adapted modules, of this network those that begin with `prefix`.
+    """
+    own = {name.removeprefix(prefix) for name in adapted if name.startswith(prefix)}
+    names, wrapper = [], None
+    for name, module in network.named_modules():
+        if name in own:
+            names.append(name)
+            wrapper = f"{name}."
+        # The parts of an adapted module are not the network's own.
+        elif is_leaf(module) and not (wrapper and name.startswith(wrapper)):
+            names.append(name)
+    return names

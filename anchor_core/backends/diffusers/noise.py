@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Diffusion:
+class NoiseProcess:
+    """alpha_t and sigma_t of a schedule, and what follows from them for the `prediction_type` of its network."""
+
+    prediction_type: str
+
+    def timesteps(self, levels: Tensor) -> Tensor:
+        """Levels in [0, 1) to timesteps, (B,)."""
+        raise NotImplementedError
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t, (B,) each."""
+        raise NotImplementedError
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """alpha_t^2 / sigma_t^2, (B,)."""
+        alpha, sigma = self.coefficients(timesteps)
+        return (alpha / sigma).square()
+
+    def _columns(self, timesteps: Tensor) -> Iterator[Tensor]:
+        """alpha_t and sigma_t, (B, 1, 1, 1) each."""
+        return (part.view(-1, 1, 1, 1) for part in self.coefficients(timesteps))
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """z_t = alpha_t z_0 + sigma_t eps, (B, C, h, w)."""
+        alpha, sigma = self._columns(timesteps)
+        return alpha * latents + sigma * noise
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """eps; v = alpha_t eps - sigma_t z_0; or the velocity eps - z_0 of a flow; (B, C, h, w)."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "flow":
+            return noise - latents
+        alpha, sigma = self._columns(timesteps)
+        return alpha * noise - sigma * latents
+
+    def epsilon_scale(self, timesteps: Tensor) -> Tensor:
+        """1 for epsilon; alpha_t for v, as eps = sigma_t z_t + alpha_t v, and for flow, as eps = z_t + alpha_t u."""
+        alpha, _ = self.coefficients(timesteps)
+        return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
+
+    def sampler(self, steps: int, tokens: int) -> Any:
+        """A scheduler that goes from unit noise to a picture of so many image tokens in `steps`."""
+        raise NotImplementedError
+
+
+class Diffusion(NoiseProcess):
     """A discrete schedule: alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]), t an integer.
 
     Nothing is divided by alpha_t, which is 0 at the last timestep of a schedule with zero terminal SNR.
@@ -28,7 +75,7 @@ class Diffusion:
                 "the scheduler has zero terminal SNR with prediction_type 'epsilon', which says nothing of z_0 there; "
                 "set rescale_betas_zero_snr to false, or give a v_prediction model"
             )
-        self.prediction_type: str = kind
+        self.prediction_type = kind
         self._config = scheduler.config
         self._alphas_cumprod = scheduler.alphas_cumprod.double()  # (T,)
 
@@ -53,7 +100,7 @@ class Diffusion:
         return scheduler
 
 
-class Flow:
+class Flow(NoiseProcess):
     """Rectified flow: alpha_t = 1 - sigma_t, timesteps 1000 sigma_t, the network's velocity eps - z_0."""
 
     TIMESTEPS = 1000

@@ -1,0 +1,106 @@
+"""What a training tells while it goes on: one stream of plain events, each with a dict form that JSON takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from ..drift import ProbeResult
+
+PHASES = ("preparing", "class_pictures", "measuring", "training", "paused", "saving")
+"""Pictures and prompts are encoded; class pictures made; the probe's pretrained predictions; the loop; the file."""
+
+ENDINGS = ("finished", "stopped", "cancelled", "over_budget", "diverged", "failed")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened."""
+
+    event: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """`event` and the fields, in lists, texts and numbers; NaN and infinity are null, as JSON has neither."""
+        return {"event": self.event, **{each.name: _plain(getattr(self, each.name)) for each in fields(self)}}
+
+
+@dataclass(frozen=True)
+class PhaseBegun(Event):
+    """`phase` of `PHASES` has begun; "training" again where a pause ends."""
+
+    event = "phase"
+    phase: str
+
+
+@dataclass(frozen=True)
+class StepMade(Event):
+    """One finished step, counted from 1. `loss` is the sum of `terms`; `seconds` are those of the loop so far."""
+
+    event = "step"
+    step: int
+    steps: int
+    loss: float
+    terms: Mapping[str, float]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Measured(Event):
+    """The drift probe after `step` steps, 0 before the first."""
+
+    event = "measured"
+    step: int
+    result: ProbeResult
+
+
+@dataclass(frozen=True)
+class PictureMade(Event):
+    """A sample of `prompt` after `step` steps: `pixels`, (3, H, W) in [0, 1] on the CPU; as a dict their shape."""
+
+    event = "picture"
+    step: int
+    prompt: str
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """The adapter of `step` steps is in `files`: its own, then that of its token vectors where it has them."""
+
+    event = "saved"
+    step: int
+    files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Ended(Event):
+    """The last event: how it ended (of `ENDINGS`), the step whose weights were kept, the steps made, and why."""
+
+    event = "ended"
+    how: str
+    kept: int
+    made: int
+    reason: str = ""
+
+
+Tell = Callable[[Event], None]
+"""A listener. What it raises ends the training, which keeps the steps made, and is passed on."""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return list(value.shape)
+    if isinstance(value, ProbeResult):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value

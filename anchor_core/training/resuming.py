@@ -1,0 +1,133 @@
+"""What a checkpoint holds of a training's loop, and how the loop goes on from one."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.metadata import base_fingerprint
+from ..adapters.torch_file import read_torch
+from .history import History
+
+logger = logging.getLogger(__name__)
+
+_MAY_CHANGE = (
+    "steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory gradient_checkpointing".split()
+)
+"""Settings that a resumed training may have otherwise: they do not enter the steps already made, or nothing but the
+memory that a step takes."""
+
+
+def state_of(loop: Any) -> dict[str, Any]:
+    """Everything that changes while the loop goes on, and what it must find again to go on from it."""
+    devices = [loop.denoiser.device] if loop.denoiser.device.type == "cuda" else []
+    return {
+        "about": _about(loop),
+        "steps": loop.settings.steps,
+        "adapter": loop.adapter.state_dict(),
+        "optimizer": loop.optimizer.state_dict(),
+        "schedule": loop.schedule.state_dict(),
+        "average": loop.average.state_dict(),
+        "scaler": loop.scaler.state_dict(),
+        "generator": loop.generator.get_state(),
+        "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
+        "datasets": [dataset.state_dict() for dataset in loop.datasets],
+        "history": loop.history.to_dict(),
+        "candidates": loop.candidates.state_dict(),
+    }
+
+
+class _OfAnotherTraining(ValueError):
+    pass
+
+
+def resume(loop: Any) -> None:
+    """Bring the loop to the newest of its checkpoints that is whole; to none, if there is none.
+
+    Raises:
+        ValueError: they are of another training, or none of them is whole.
+    """
+    broken = 0
+    for path in reversed(loop.checkpoints.files()):
+        try:
+            _restore(loop, read_torch(path))  # all of it, so that nothing stays of a broken one before
+        except _OfAnotherTraining:
+            raise
+        except Exception as error:  # whatever a file's contents lead to
+            broken += 1
+            logger.warning("checkpoint %s cannot be gone on from (%s: %s)", path, type(error).__name__, error)
+            continue
+        if broken:
+            logger.warning("going on from %s, the newest checkpoint that is whole", path)
+        logger.info("going on from step %d of %d", loop.made, loop.settings.steps)
+        return
+    if broken:
+        raise ValueError(f"checkpoint: none of the {broken} in {loop.checkpoints.folder} can be read; remove them")
+
+
+def _restore(loop: Any, state: dict[str, Any]) -> None:
+    _check_about(loop, state["about"])
+    _check_weights(loop.adapter.state_dict(), state["adapter"])
+    loop.adapter.load_state_dict(state["adapter"])
+    loop.optimizer.load_state_dict(state["optimizer"])
+    loop.schedule.load_state_dict(state["schedule"])
+    loop.average.load_state_dict(state["average"])
+    if state["scaler"] or not loop.scaler.is_enabled():
+        loop.scaler.load_state_dict(state["scaler"])
+    else:
+        logger.info("the checkpoint has no scale of the loss, from before fp16 models had one; it starts anew")
+    loop.generator.set_state(state["generator"])
+    torch.set_rng_state(state["random"][0])
+    for random in state["random"][1:]:
+        torch.cuda.set_rng_state(random, loop.denoiser.device)
+    for dataset, saved in zip(loop.datasets, state["datasets"], strict=True):
+        dataset.load_state_dict(saved)
+    loop.candidates.load_state_dict(state["candidates"])
+    loop.history = History.from_dict(state["history"])
+    loop.history.cancelled = loop.history.stopped = False
+    planned = state.get("steps", loop.settings.steps)
+    if loop.settings.schedule != "constant" and planned != loop.settings.steps:
+        logger.warning(
+            "the %s schedule was begun for %d steps and ends after %d now, so that this is not the training that an "
+            "unbroken one of %d steps would have been",
+            loop.settings.schedule, planned, loop.settings.steps, loop.settings.steps,
+        )  # fmt: skip
+
+
+def _about(loop: Any) -> dict[str, Any]:
+    """What a checkpoint must agree in with the training that goes on from it."""
+    settings = {name: value for name, value in asdict(loop.settings).items() if name not in _MAY_CHANGE}
+    return {
+        "base model": base_fingerprint(loop.denoiser),
+        "adapter": asdict(loop.adapter.config),
+        "number of processes": loop.workers.count,
+        "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in loop.datasets[0].examples],
+        "prompts": loop.datasets[0].prompts(),
+        **settings,
+    }
+
+
+def _check_about(loop: Any, about: dict[str, Any]) -> None:
+    for name, value in _about(loop).items():
+        if about.get(name) != value:
+            raise _OfAnotherTraining(
+                f"checkpoint in {loop.checkpoints.folder} is of another training: its {name} is "
+                f"{_short(about.get(name))}, and {_short(value)} here; give another folder or the same settings"
+            )
+
+
+def _check_weights(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    for name, tensor in own.items():
+        if saved[name].shape != tensor.shape:
+            raise ValueError(f"its {name} is {tuple(saved[name].shape)}, and {tuple(tensor.shape)} here")
+        if not torch.isfinite(saved[name]).all():
+            raise ValueError(f"its {name} has NaN or infinite values")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
