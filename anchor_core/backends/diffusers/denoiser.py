@@ -126,8 +126,6 @@ class DiffusersDenoiser:
         """The modelspec name of the architecture."""
         return self._family.architecture
 
-    # Pictures
-
     @property
     def downscale(self) -> int:
         """Pixels of a picture to one of its latents, along an edge."""
