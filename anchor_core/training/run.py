@@ -21,9 +21,11 @@ from ..denoiser import Denoiser
 from .checkpoint import Checkpoints
 from .events import Ended, Event, PhaseBegun, PictureMade, Saved, StepMade, Tell
 from .history import History
+from .memory import check_memory
 from .methods import check_combination
 from .orders import PICTURE, Orders
 from .parallel import ALONE, Workers
+from .precision import resolve
 from .preview import Preview
 from .saving import Files, Trained
 from .settings import DataSettings, TrainSettings
@@ -135,6 +137,8 @@ def fit(
     A step that `Orders.keep` chose is read back from its file: `Outcome` and the files have it, the adapter does not.
     """
     orders = orders or Orders()
+    settings = resolve(settings, denoiser)
+    settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
     orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
     tell(PhaseBegun("training"))

@@ -113,6 +113,7 @@ class DiffusersDenoiser:
         return next(self.network.parameters()).dtype
 
     compute_dtype = dtype
+    can_checkpoint = True
 
     def make_room(self, needed: int) -> int:
         return free_bytes(self.device)
@@ -353,8 +354,6 @@ class DiffusersDenoiser:
     @property
     def blocks(self) -> list[nn.Module]:
         return self._family.blocks
-
-    can_checkpoint = True
 
     # The adapter
 
