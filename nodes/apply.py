@@ -53,8 +53,11 @@ class AnchorApplyAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, model, strength: float, file: str, lora=None, clip=None) -> io.NodeOutput:
         from ..anchor_core.backends.comfyui.apply import apply_adapter
+        from ..anchor_core.checks import named
 
-        return io.NodeOutput(*apply_adapter(model, chosen_lora(file, lora), strength, clip))
+        tensors = chosen_lora(file, lora)
+        with named(getattr(tensors, "file", "") or "lora"):
+            return io.NodeOutput(*apply_adapter(model, tensors, strength, clip))
 
 
 class AnchorSaveAdapter(io.ComfyNode):
@@ -132,13 +135,12 @@ class AnchorLoadAdapter(io.ComfyNode):
     @classmethod
     def execute(cls, file: str, embedding: str = NO_EMBEDDING) -> io.NodeOutput:
         from ..anchor_core.adapters.file import load_adapter
-        from ..anchor_core.adapters.metadata import recommended_guidance
+        from ..anchor_core.adapters.metadata import recommended_guidance, stated_prompt, told
 
         (tensors, metadata), *beside = (load_adapter(path) for path in _files(file, embedding))
-        prompts = [metadata.get(f"anchor.{name}", "") for name in ("subject_prompt", "class_prompt")]
-        settings = "\n".join(f"{key}: {value}" for key, value in sorted(metadata.items()))
+        prompts = [stated_prompt(metadata, name) or "" for name in ("subject", "class")]
         lora = AdapterTensors(tensors, metadata, beside[0][0] if beside else None)
-        return io.NodeOutput(lora, *prompts, settings, recommended_guidance(metadata))
+        return io.NodeOutput(lora, *prompts, told(metadata), recommended_guidance(metadata))
 
 
 def _files(file: str, embedding: str) -> list[Path]:

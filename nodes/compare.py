@@ -7,11 +7,6 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.checks import shown
-from ..anchor_core.data.pictures import from_images
-from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
-from ..anchor_core.evaluation.picture_folders import class_only, in_order
-from .plot import figure_image
 from .types import CATEGORY, ReferencesType, one_each
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
@@ -89,6 +84,10 @@ class AnchorCompare(io.ComfyNode):
     def _compare(
         cls, references, pictures, names, prompts, token, clip, dino, clip_vision=None, dino_vision=None
     ) -> io.NodeOutput:
+        from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
+        from ..anchor_core.evaluation.picture_folders import class_only, in_order
+        from .plot import figure_image
+
         named = _named(list(pictures.values()), names)
         comparison = Comparison(_encoders(clip, dino, clip_vision, dino_vision))
         comparison.add_references("", references.pixels)
@@ -103,6 +102,9 @@ class AnchorCompare(io.ComfyNode):
 
 def _named(batches: list, names: str) -> dict[str, list]:
     """Name -> pictures (3, H, W) of each batch; ValueError if the names are not one a batch."""
+    from ..anchor_core.checks import shown
+    from ..anchor_core.data.pictures import from_images
+
     lines = [shown(line.strip(), 100) for line in names.splitlines() if line.strip()]
     lines = lines or [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):

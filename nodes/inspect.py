@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..anchor_core.data.pictures import from_images
 from .types import CATEGORY, ConceptType, HistoryType, LoraModel, check_connected, checked_lora
 
 
@@ -48,6 +47,7 @@ class AnchorDriftReport(io.ComfyNode):
     def execute(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
         from ..anchor_core.adapters.attach import attach_tensors
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+        from ..anchor_core.data.pictures import from_images
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot
 

@@ -31,6 +31,7 @@ class AdapterTensors(dict[str, Tensor]):
         super().__init__(tensors)
         self.metadata = metadata
         self.embedding = embedding
+        self.file = ""  # what messages call it; empty for "lora"
 
 
 def check_connected(**inputs: Any) -> None:
@@ -177,7 +178,9 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
     from ..anchor_core.adapters.file import load_adapter
 
     if file != CONNECTED:
-        return AdapterTensors(*load_adapter(lora_file(file)))
+        tensors = AdapterTensors(*load_adapter(lora_file(file)))
+        tensors.file = file
+        return tensors
     if lora is None:
         raise ValueError("no LoRA is connected and no file is chosen; connect one or choose one")
     return checked_lora("lora", lora)
@@ -186,10 +189,7 @@ def chosen_lora(file: str, lora: dict[str, Tensor] | None) -> dict[str, Tensor]:
 def checked_lora(name: str, lora: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a connected LoRA; ValueError if there are none, or NaN among them."""
     from ..anchor_core.adapters.reading import checked
-    from ..anchor_core.checks import named
 
     if not lora:
         raise ValueError(f"{name} holds no tensor; connect a LoRA that was trained")
-    with named(name):
-        tensors = checked(lora)
-    return AdapterTensors(tensors, getattr(lora, "metadata", None) or {}, getattr(lora, "embedding", None))
+    return AdapterTensors(checked(lora, name), getattr(lora, "metadata", None) or {}, getattr(lora, "embedding", None))

@@ -10,7 +10,7 @@ logger = logging.getLogger(__name__)
 
 
 class Written:
-    """The files that nodes have written since ComfyUI started, by the node's id (hidden `unique_id`).
+    """The files that nodes have written since ComfyUI started, by the node (its id, or what it was told).
 
     ComfyUI keeps what a node has given for as long as its inputs and its `fingerprint_inputs` stay the same, whatever
     has become of the file. With `fingerprint` in that, a node whose file was deleted runs again, once.

@@ -184,7 +184,7 @@ def attach_tensors(
         read, called = embedding_of(checked(embedding)) or (embedding, "")
         vectors = from_embedding(read, denoiser.text_encoders)
         count = len(next(iter(vectors.values())))
-        options |= {"vectors": count, "token": token or said.get("anchor.token", "") or called}
+        options |= {"vectors": count, "token": token or shown(said.get("anchor.token", "")) or called}
     kinds: dict[str, str] = {}
     if layers:
         weights = {name: _module(denoiser, name) for name in layers}
@@ -292,7 +292,7 @@ def attach_file(denoiser: Any, path: str | Path, embedding: str | Path | None = 
         raise ValueError(
             f"embedding is {embedding}, but it takes a file of token vectors, beside an adapter file of layers"
         )
-    token = about.get("anchor.token") or (held[1] if held else "") or Path(embedding or path).stem
+    token = shown(about.get("anchor.token", "")) or (held[1] if held else "") or Path(embedding or path).stem
     with named(path):
         return attach_tensors(denoiser, tensors, metadata, vectors, token), metadata
 

@@ -21,7 +21,6 @@ Token vectors are a file of their own, an embedding (`tokens.py`): the whole of 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, named, shown
+from ..writing import whole
 from .adapter import Adapter
 from .formats import DIFFUSERS_PREFIXES, FORMATS, convert, diffusers_form
 from .kinds import NAME, NO_LAYERS
@@ -48,19 +48,14 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     from safetensors import SafetensorError
 
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        # safetensors' own save_file makes a file that other users cannot read.
-        part.write_bytes(_serialise(tensors, metadata))
-        os.replace(part, path)
+        with whole(path) as part:  # safetensors' own save_file makes a file that other users cannot read
+            part.write_bytes(_serialise(tensors, metadata))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the adapter cannot be written to {path} ({_reason(error)}); choose another place") from error
-    finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
 
 
 def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -96,8 +91,7 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two for dtypes of no torch's
             reason = f"{shown(path, 1000)} is not a readable safetensors file ({_reason(error)})"
             raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
-    with named(path):
-        return checked(tensors), metadata
+    return checked(tensors, path), metadata
 
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..checks import check_number
+from ..checks import check_number, shown
 from ..guidance import RECOMMENDED_GUIDANCE
 
 
@@ -17,13 +17,27 @@ def embedding_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {**own, "modelspec.architecture": f"{architecture}/textual-inversion"}
 
 
+def stated_prompt(metadata: Mapping[str, str], which: str) -> str | None:
+    """The `subject` or `class` prompt that a file states, fit to be shown; None where it states none."""
+    said = metadata.get(f"anchor.{which}_prompt")
+    return None if said is None else shown(said, 2000)
+
+
+def told(metadata: Mapping[str, str]) -> str:
+    """What a file says of itself, a line each, fit to be shown: of each entry the start and the end."""
+    lines = [f"{shown(key)}: {shown(value, 1000)}" for key, value in sorted(metadata.items())]
+    return "\n".join(lines[:200] + [f"... and {len(lines) - 200} more"] * (len(lines) > 200))
+
+
 def recommended_guidance(metadata: Mapping[str, str]) -> float:
     """The scale that a file recommends for sampling, or the default; ValueError if what it says is no scale."""
     said = metadata.get("anchor.guidance", str(RECOMMENDED_GUIDANCE))
     try:
         return check_number("anchor.guidance", float(said), minimum=0)
     except ValueError as error:
-        raise ValueError(f"the file's anchor.guidance is {said!r}, but it takes a number of at least 0") from error
+        raise ValueError(
+            f"the file's anchor.guidance is {shown(said)!r}, but it takes a number of at least 0"
+        ) from error
 
 
 def base_fingerprint(denoiser: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import named, shown
 from .parts import UNREAD, Layers, kind_of, split_layers
 
 logger = logging.getLogger(__name__)
@@ -44,31 +44,39 @@ def check_names(names: Sequence[Any]) -> None:
             )
 
 
-def checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checked(tensors: Mapping[str, Tensor], what: Any = "it") -> dict[str, Tensor]:
     """The tensors of an adapter or an embedding, on their device, 8-bit floats as bfloat16, which holds them exactly.
+
+    Args:
+        what: the file or input that they are of, for messages.
 
     Raises:
         ValueError: too many, unprintable names, numbers of another type, NaN or infinite values.
     """
-    check_names(list(tensors))
-    return {name: _number(name, tensor) for name, tensor in tensors.items()}
+    with named(what):
+        check_names(list(tensors))
+    return {name: _number(what, name, tensor) for name, tensor in tensors.items()}
 
 
-def _number(name: str, tensor: Tensor) -> Tensor:
+def _number(what: Any, name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name!r} is a {type(tensor).__name__} instead of a tensor; give a LoRA or an embedding")
+        raise ValueError(
+            f"{what} has {name!r} as a {type(tensor).__name__} instead of a tensor; give a LoRA or an embedding"
+        )
     dtype = str(tensor.dtype).removeprefix("torch.")
     narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
     # Counts, such as alpha, may be whole numbers.
     whole = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex and tensor.numel() <= 8
     if tensor.layout != torch.strided or tensor.is_quantized or not (tensor.dtype.is_floating_point or whole):
-        raise ValueError(f"{name!r} holds numbers of type {dtype}, but layers and vectors are of floats; convert it")
+        raise ValueError(f"{what} has {name!r} in {dtype}, but layers and vectors are of floats; convert it")
     if narrow:
         if "x2" in dtype or dtype == "float8_e8m0fnu":
-            raise ValueError(f"{name!r} holds packed numbers or scales ({dtype}), which are not read; convert it")
+            raise ValueError(
+                f"{what} has {name!r} in {dtype}, packed numbers or scales, which are not read; convert it"
+            )
         tensor = tensor.to(torch.bfloat16)
     if not torch.isfinite(tensor).all():
-        raise ValueError(f"it has NaN or infinite values in {name!r}; train it again")
+        raise ValueError(f"{what} has NaN or infinite values in {name!r}; train it again")
     return tensor
 
 

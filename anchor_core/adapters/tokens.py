@@ -88,7 +88,10 @@ def from_embedding(tensors: Mapping[str, Tensor], encoders: Mapping[str, nn.Modu
     takes = {EMBEDDING_KEYS[name]: _rows(encoder).shape[1] for name, encoder in encoders.items()}
     has = {key: tensor.shape[-1] for key, tensor in tensors.items()}
     # One vector may be written as (width,).
-    vectors = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items()}
+    vectors = {key: tensor.reshape(-1, tensor.shape[-1]) for key, tensor in tensors.items() if tensor.numel()}
+    count = max(map(len, vectors.values()), default=0)
+    if not vectors.keys() == tensors.keys() or count > 75:
+        raise ValueError(f"this embedding has {count if vectors else 'no'} vectors, but a prompt has room for 1 to 75")
     if has != takes or len(set(map(len, vectors.values()))) != 1:
         made, wanted = (", ".join(f"{key} {width}" for key, width in sizes.items()) for sizes in (has, takes))
         raise ValueError(f"this embedding was made for another model: it is of {made}, and this one takes {wanted}")

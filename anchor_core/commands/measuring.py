@@ -129,10 +129,11 @@ def compare(options: Namespace) -> None:
 
 def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):
     """The prompts given, else those that an adapter's file names."""
+    from ..adapters.metadata import stated_prompt
     from ..concept import Concept
 
-    subject = subject or metadata.get("anchor.subject_prompt")
-    class_prompt = class_prompt or metadata.get("anchor.class_prompt")
+    subject = subject or stated_prompt(metadata, "subject")
+    class_prompt = class_prompt or stated_prompt(metadata, "class")
     for option, value in (("--subject", subject), ("--class", class_prompt)):
         if value is None:
             raise ValueError(f"{option}: {file} does not name this prompt in its metadata; give the option")

@@ -117,6 +117,7 @@ def _prompt_adjustment(options: Namespace):
 
 def _class_prompts(options: Namespace, metadata: dict[str, str], rule) -> list[str]:
     """The class prompt of each prompt: as given, or by the two prompts that the adapter was trained on."""
+    from ..adapters.metadata import stated_prompt
     from ..concept import Concept
 
     if options.class_prompt:
@@ -128,7 +129,7 @@ def _class_prompts(options: Namespace, metadata: dict[str, str], rule) -> list[s
             if rule is not None and rule.masked and prompt == class_prompt:
                 raise ValueError(f"--class: it is the prompt {prompt!r} itself; for a mask, leave the token out of it")
         return options.class_prompt
-    trained = [metadata.get(f"anchor.{name}_prompt") for name in ("subject", "class")]
+    trained = [stated_prompt(metadata, name) for name in ("subject", "class")]
     if None in trained:
         told = (
             f"{options.adapter} does not name its prompts in its metadata" if options.adapter else "there is no adapter"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +10,6 @@ import torch
 
 from .settings import TrainSettings
 
-_PACKAGES = {
-    "adamw": ("torch.optim", "AdamW"),
-    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit"),
-    "prodigy": ("prodigyopt", "Prodigy"),
-    "schedule_free": ("schedulefree", "AdamWScheduleFree"),
-}
-
 
 def make_optimizer(groups: Sequence[Any], settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer that `settings` names, of parameters or of groups of them.
@@ -25,11 +17,10 @@ def make_optimizer(groups: Sequence[Any], settings: TrainSettings) -> torch.opti
     Raises:
         ValueError: if its package is not installed.
     """
-    module, name = _PACKAGES[settings.optimizer]
     try:
-        kind = getattr(importlib.import_module(module), name)
+        kind = _optimizer_class(settings.optimizer)
     except ImportError as error:
-        package = module.split(".")[0]
+        package = (error.name or str(error)).split(".")[0]
         raise ValueError(
             f"optimizer is {settings.optimizer!r}, which needs the package {package}; install it or take adamw"
         ) from error
@@ -37,6 +28,23 @@ def make_optimizer(groups: Sequence[Any], settings: TrainSettings) -> torch.opti
     if settings.optimizer == "schedule_free":
         options["warmup_steps"] = settings.warmup
     return kind(groups, lr=settings.learning_rate, **options)
+
+
+def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
+    """Of `OPTIMIZERS`; ImportError where its package is missing."""
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit
+    if name == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy
+    if name == "schedule_free":
+        from schedulefree import AdamWScheduleFree
+
+        return AdamWScheduleFree
+    return torch.optim.AdamW
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> torch.optim.lr_scheduler.LambdaLR:

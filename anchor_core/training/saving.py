@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapters.config import AdapterConfig
-from ..adapters.file import EMBEDDING_FILE, save_adapter, to_file_keys
+from ..adapters.file import EMBEDDING_FILE, load_adapter, save_adapter, to_file_keys
 from ..adapters.formats import DIFFUSERS_PREFIXES, convert
 from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
@@ -65,7 +65,7 @@ def adapter_metadata(
     }
     anchor = {
         **{option.name: getattr(settings, option.name) for option in fields(settings)},
-        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
+        **{option.name: getattr(config, option.name) for option in fields(config) if "help" in option.metadata},
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "steps": made,
@@ -140,6 +140,15 @@ class Trained:
             # Nothing reads these in diffusers' names: its own loaders take no `diff`, the stock one not all of them.
             tensors = convert(tensors, metadata, to="comfyui")
         return cls(tensors, metadata, None if adapter.tokens is None else to_embedding(adapter.tokens))
+
+    @classmethod
+    def read(cls, files: Files) -> Trained:
+        """What `save` wrote; ValueError if it cannot be read."""
+        tensors, metadata = load_adapter(files.adapter)
+        if metadata.get("anchor.kind") == NO_LAYERS:
+            return cls(tensors, metadata, tensors)
+        beside = files.embedding != files.adapter and files.embedding.is_file()
+        return cls(tensors, metadata, load_adapter(files.embedding)[0] if beside else None)
 
     def save(self, files: Files) -> tuple[Path, ...]:
         """Write them, each whole or not at all; gives the files that were written, the adapter's first.

@@ -95,7 +95,7 @@ def make_guider(
 
 
 def _patches(model: comfy.model_patcher.ModelPatcher, name: str, lora: Mapping[str, Tensor]) -> Patches:
-    with named(name):
+    with named(getattr(lora, "file", "") or name):
         return adapter_patches(model, lora)
 
 
