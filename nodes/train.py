@@ -19,6 +19,7 @@ from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -33,7 +34,9 @@ from .types import (
     inputs_of,
     new_embedding_file,
     new_lora_file,
+    one_each,
 )
+from .written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ TRAIN_OPTIONS = (
 ).split()
 ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
 PREVIEW_SIDE = 512
+LISTS = ("images", "masks", "class_images")
+"""Inputs that may be lists of ComfyUI: one training on all of them."""
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -105,11 +110,12 @@ class AnchorTrainLoRA(io.ComfyNode):
                 "output/loras as soon as the training ends; a cancelled training keeps what it has learnt there."
             ),
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
+            is_input_list=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to teach; LoRAs on it count as part of it."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject."),
+                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject, a batch or a list."),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
                     TrainSettings,
@@ -163,8 +169,9 @@ class AnchorTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="In place of images: pictures of several sizes, with captions and masks.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip="For images: 1 (white) where the loss counts."),
+                io.Mask.Input("masks", optional=True, tooltip=f"For images: {MASK_TOOLTIP}"),
                 OptionsType.Input("options", optional=True, tooltip="From Train Options."),
+                invert_masks_input(),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
             hidden=[io.Hidden.extra_pnginfo],
@@ -185,9 +192,17 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._train(**one_each(inputs, LISTS))
+
+    @classmethod
+    def _train(
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
-        class_images=None, references=None, masks=None, options=None, **basic,
+        class_images=None, references=None, masks=None, options=None, invert_masks=False, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
@@ -195,8 +210,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        resume, settings, config, data = _settings(basic, options, rank, layers, seed, probe_every)
-        pictures = _pictures(images, masks, references)
+        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
+        pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
@@ -217,7 +232,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
-        word = embedding_word(files.embedding) if config.vectors else config.token
+        word = embedding_word(outcome.files[-1]) if config.vectors else config.token
+        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
         ui = {"anchor_run": [going.id]}
         return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
@@ -242,12 +258,19 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
     return resume, settings, config, DataSettings(**data)
 
 
-def _pictures(images, masks, references):
+def _training(inputs) -> str:
+    """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
+    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    values = (inputs.get(each) for each in told)
+    return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
+
+
+def _pictures(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
         raise ValueError("masks is connected beside references, which has its own; connect masks with images alone")
-    return from_images(images, masks=masks) if references is None else references
+    return from_images(images, masks=masks, invert_masks=invert_masks) if references is None else references
 
 
 def _class_pictures(settings: TrainSettings, class_images, class_count: int):
@@ -267,7 +290,7 @@ def _files(name: str, config: AdapterConfig):
 
     embedding = new_embedding_file(name) if config.vectors else None
     adapter = embedding if config.kind == NO_LAYERS else new_lora_file(name)
-    return Files(adapter, embedding or adapter)
+    return Files(adapter, embedding or adapter, new=True)
 
 
 class _Watch:

@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "shifted")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KEEPS = ("last", "best")
+MEMORIES = ("fit", "refuse", "off")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ class TrainSettings:
     keep: str = option("last", "best: the earliest measured adapter near the least Eq. 5 on the probe", choices=KEEPS)
     guidance: float = option(RECOMMENDED_GUIDANCE, "of previews; the file recommends it for sampling", minimum=0)
     checkpoint_every: int = option(0, "steps between two checkpoints; 0 for none", minimum=0)
+    micro_batch: int = option(0, "rows of a pass computed at once: less memory, the same steps; 0 for all", minimum=0)
+    memory: str = option(
+        "fit",
+        "fit: micro_batch and gradient_checkpointing as the memory takes; refuse what exceeds it; or off",
+        choices=MEMORIES,
+    )
 
     def __post_init__(self):
         check_options(self)
