@@ -119,8 +119,18 @@ class Rule:
 
     name: ClassVar[str]
 
-    start: float = option(0.0, "share of the steps before the scale counts", minimum=0)
-    stop: float = option(1.0, "share of the steps after which the scale counts no more", minimum=0)
+    start: float = option(
+        0.0,
+        "share of the steps before the scale counts: above 0 pictures of several seeds differ more, and a step "
+        "costs half until then",
+        minimum=0,
+    )
+    stop: float = option(
+        1.0,
+        "share of the steps after which the scale counts no more: below 1 a step costs half from then on, and "
+        "detail is softer",
+        minimum=0,
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -195,8 +205,15 @@ class Autoguidance(Rule):
 
     name = "autoguidance"
 
-    weak: float = option(0.5, "strength of the adapter in the weak model: 0 is the pretrained one, 1 no guidance")
-    early: bool = option(False, "the weak model is an early checkpoint of the adapter instead")
+    weak: float = option(
+        0.5,
+        "strength of the adapter in the model that sampling is led away from: lower is nearer to the subject, "
+        "higher heeds the prompt better; try 0.25 to 0.75",
+    )
+    early: bool = option(
+        False,
+        "lead away from an early checkpoint of the training, connected as early_lora, instead of a weaker adapter",
+    )
 
     def table(self, step, steps):
         weak = Branch("subject", early=True) if self.early else Branch("subject", self.weak)
@@ -224,7 +241,11 @@ class Personalization(Rule):
 
     name = "personalization"
 
-    weak: float = option(0.5, "share of the adapter in the weak model: 1 is cfg, 0 unconditional priors")
+    weak: float = option(
+        0.5,
+        "strength of the adapter in the model that sampling is led away from: lower is nearer to the subject, "
+        "higher heeds the prompt better; try 0.25 to 0.75",
+    )
 
     def table(self, step, steps):
         return Table({SUBJECT: 1}, Branch("null", self.weak))
@@ -242,9 +263,20 @@ class RareToFrequent(Rule):
     name = "rare_to_frequent"
     STOPS: ClassVar = {"sd3": (0, 0.1, 0.2, 0.4, 0.6, 0.8), "sdxl": (0, 0.06, 0.1, 0.2, 0.4, 0.6)}
 
-    level: int = option(3, "visual detail of the subject: 0 not rare, 1 a rough shape, to 5 hair-fine", minimum=0)
-    stops: str = option("sdxl", "stop points of the levels: those of SD3, or of SDXL, which end earlier", choices=STOPS)
-    period: int = option(2, "the class prompt serves at every step that this divides")
+    level: int = option(
+        3,
+        "visual detail of the subject: 0 not rare, 1 a rough shape, to 5 hair-fine; more lets the class prompt take "
+        "turns for longer",
+        minimum=0,
+    )
+    stops: str = option(
+        "sdxl",
+        "how long the class prompt takes turns at each level: as on SD3, or as on SDXL, which ends earlier",
+        choices=STOPS,
+    )
+    period: int = option(
+        2, "the class prompt serves at every step that this divides: 2 is every other one, 1 every one until its end"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,7 +293,11 @@ class ScoreBlend(Rule):
 
     name = "score_blend"
 
-    subject_share: float = option(2 / 3, "lambda, the subject's share; 2/3 belongs to w = 0.5")
+    subject_share: float = option(
+        2 / 3,
+        "lambda, the subject's share of the mix: more is nearer to the subject, less heeds the prompt; 2/3 belongs "
+        "to w = 0.5",
+    )
 
     def table(self, step, steps):
         return Table(_mixed(1 - self.subject_share))
@@ -274,7 +310,11 @@ class Switching(Rule):
 
     name = "switching"
 
-    switch: float = option(0.14, "share of the steps that the class prompt leads")
+    switch: float = option(
+        0.14,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         return Table({SUBJECT if _reached(self.switch, step, steps) else CLASS: 1})
@@ -287,7 +327,11 @@ class Mixed(Rule):
 
     name = "mixed"
 
-    class_share: float = option(0.5, "w_s / (w_c + w_s), the class prompt's part of the scale")
+    class_share: float = option(
+        0.5,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         return Table(_mixed(self.class_share))
@@ -299,8 +343,16 @@ class MultiStage(Rule):
 
     name = "multi_stage"
 
-    switch: float = option(0.2, "share of the steps that the class prompt leads")
-    class_share: float = option(3 / 7, "w_s / (w_c + w_s), the class prompt's part of the scale after them")
+    switch: float = option(
+        0.2,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
+    class_share: float = option(
+        3 / 7,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         share = self.class_share if _reached(self.switch, step, steps) else 1.0
@@ -314,10 +366,24 @@ class MaskedMix(Rule):
 
     name = "masked"
 
-    switch: float = option(0.06, "share of the steps before the mask counts")
-    early_share: float = option(1.0, "the class prompt's part of the scale in them")
-    class_share: float = option(0.5, "the class prompt's part of the scale inside the mask")
-    quantile: float = option(0.7, "share of the picture that is outside the mask", below=1)
+    switch: float = option(
+        0.06,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
+    early_share: float = option(
+        1.0, "the class prompt's part of the scale before the mask counts: 1 is the class prompt alone"
+    )
+    class_share: float = option(
+        0.5,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
+    quantile: float = option(
+        0.7,
+        "share of the picture outside of the mask, where the class prompt alone draws: more keeps the surroundings",
+        below=1,
+    )
 
     def table(self, step, steps):
         if not _reached(self.switch, step, steps):

@@ -63,12 +63,17 @@ class AnchorTrainOptions(io.ComfyNode):
             inputs=[
                 *inputs_of(AdapterConfig, ADAPTER_OPTIONS),
                 io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=1024.0, tooltip="The update counts alpha / rank; 0 for the rank."
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    tooltip="The update counts alpha / rank: half of the rank is a gentler LoRA. 0 for the rank.",
                 ),
                 io.String.Input(
                     "layer_pattern",
                     default="",
-                    tooltip="A regular expression over the names of layers, in place of the node's choice.",
+                    tooltip="A regular expression over the names of layers, in place of the node's choice: attn2 "
+                    "trains what reads the prompt alone.",
                 ),
                 *inputs_of(TrainSettings, TRAIN_OPTIONS),
                 *inputs_of(DataSettings, ("flip", "shuffle", "caption_dropout")),
@@ -76,8 +81,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     "resume",
                     options=[NEW_TRAINING, *checkpoint_names()],
                     default=NEW_TRAINING,
-                    tooltip="Go on from the checkpoints of a training that was cancelled, under output/"
-                    f"{CHECKPOINTS}; everything else must be as it was.",
+                    tooltip="Go on from the checkpoints of a training that was broken off, under output/"
+                    f"{CHECKPOINTS}; everything else must be as it was. Needs checkpoint_every in that training.",
                 ),
                 *inputs_of(TrainSettings, ("sude_weight", "semantic_weight"), optional=True),
                 io.Float.Input(
@@ -86,7 +91,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     optional=True,
-                    tooltip="In place of the node's w, which is then (1 - lambda) / lambda; 0 for w.",
+                    tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
+                    "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
@@ -112,22 +118,32 @@ class AnchorTrainLoRA(io.ComfyNode):
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
             is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to teach; LoRAs on it count as part of it."),
+                io.Model.Input(
+                    "model", tooltip="The model to teach; it stays as it is. LoRAs on it count as part of it."
+                ),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject, a batch or a list."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="3 to 20 pictures of the subject, a batch or a list. With captions: references.",
+                ),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
                     TrainSettings,
                     ("objective", "w", "steps", "learning_rate", "batch_size"),
-                    objective="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
-                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target. "
-                    "sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's text to "
-                    "the class's, which takes an adapter of the text encoder",
+                    objective="anchor: hold the subject's prediction to the class's; begin here. reconstruction: plain "
+                    "DreamBooth. prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one "
+                    "target. sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's "
+                    "text to the class's, which takes an adapter of the text encoder",
                 ),
                 *inputs_of(AdapterConfig, ("rank",)),
                 io.Combo.Input(
-                    "layers", options=list(LAYERS), default=AdapterConfig.layers, tooltip="The layers that are adapted."
+                    "layers",
+                    options=list(LAYERS),
+                    default=AdapterConfig.layers,
+                    tooltip="What of the network learns: attention for most; attention_feed_forward or all_linear for "
+                    "finer detail and larger files; cross_attention_kv only what is read from the prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -135,22 +151,28 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="The same seed trains the same LoRA.",
+                    tooltip="The same seed trains the same LoRA; another one is another try.",
                 ),
-                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
+                io.String.Input(
+                    "name",
+                    default="anchor",
+                    tooltip="Name of the file inside output/loras, such as my dog; a number is added.",
+                ),
                 io.Int.Input(
                     "preview_every",
                     default=50,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two pictures of the subject prompt in the node; 0 for none.",
+                    tooltip="Steps between two pictures of the subject prompt in the node, to see when the subject is "
+                    "there; each costs a sampling. 0 for none.",
                 ),
                 io.Int.Input(
                     "probe_every",
                     default=TrainSettings.probe_every,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two measurements of the drift for the history; 0 for none.",
+                    tooltip="Steps between two measurements of the drift, for the history, keep best and "
+                    "stop_on_drift. 0 for none.",
                 ),
                 *inputs_of(TrainSettings, ("prior_weight",)),
                 io.Int.Input(
@@ -159,10 +181,14 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="prior_preservation and sude: how many class pictures are made if none are connected.",
+                    tooltip="prior_preservation and sude: how many class pictures the model makes if none are "
+                    "connected; more keep the class better, and take longer to make.",
                 ),
                 io.Image.Input(
-                    "class_images", optional=True, tooltip="For prior_preservation and sude: pictures of the class."
+                    "class_images",
+                    optional=True,
+                    tooltip="For prior_preservation and sude: pictures of the class, in place of those that the model "
+                    "makes.",
                 ),
                 ReferencesType.Input(
                     "references",
@@ -170,7 +196,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="In place of images: pictures of several sizes, with captions and masks.",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=f"For images: {MASK_TOOLTIP}"),
-                OptionsType.Input("options", optional=True, tooltip="From Train Options."),
+                OptionsType.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
+                ),
                 invert_masks_input(),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
