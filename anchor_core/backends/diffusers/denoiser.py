@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
 from ...adapters.tokens import start_vectors
+from ...branches import NULL, SUBJECT, Branch
 from ...checks import check_count, check_number
 from ...denoiser import Condition
 from ...devices import free_bytes
-from ...guidance import NULL, SUBJECT, Branch, Rule
+from ...guidance import Rule
 from . import autoencoder
 from .families import family_of
 from .guidance import RuleSteps
