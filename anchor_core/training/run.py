@@ -79,7 +79,7 @@ def run(
         TrainingDiverged: the loss or its gradient is not finite; says where the steps before are.
         ValueError: what `check_combination`, `build_dataset`, `train` and `Trained.save` refuse.
     """
-    orders = orders or Orders()
+    orders, settings = orders or Orders(), resolve(settings, denoiser)
     check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
     settings.check_model(denoiser.prediction_type)
     orders.fix_steps(settings.fixed_length)
