@@ -28,6 +28,7 @@ from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from . import families
 from .apply import apply_adapter
+from .batching import batches, with_own_options
 from .encoding import ComfyCondition, Encoding
 from .layers import holds_its_weight, is_plain, plain_values
 from .noise import NoiseProcess, column
@@ -78,7 +79,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             for block in families.find_blocks(self.network):
-                stack.callback(block.register_forward_pre_hook(_with_own_options, with_kwargs=True).remove)
+                stack.callback(block.register_forward_pre_hook(with_own_options, with_kwargs=True).remove)
             self._weights.load()
             self._stack = stack.pop_all()
         return self
@@ -228,7 +229,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         x = self._frames(noisy if self.prediction_type == "flow" else noisy / column(alpha, noisy))
         encoded = [self._encoded(condition, x) for condition in conditions]
         said: dict[int, Tensor] = {}
-        for rows in _batches(encoded):
+        for rows in batches(encoded):
             output = self._native(x[rows], sigma[rows], comfy.samplers.cond_cat([encoded[row] for row in rows]))
             said.update(zip(rows, self._pictures(output)))
         return torch.stack([said[row] for row in range(len(noisy))])
@@ -312,27 +313,3 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             seed=0,
         )
         return self._pictures(self.model.model.process_latent_in(samples))
-
-
-# --- helpers ------------------------------------------------------------------------------------------------------
-
-
-def _with_own_options(block: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A block's transformer_options as they are now: ComfyUI counts the blocks in them, which patches read, also when
-    gradient checkpointing runs the block once more."""
-    if torch.is_grad_enabled():
-        options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
-    return arguments, options
-
-
-def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:
-    """Rows that can run in one batch: those whose prompts ComfyUI can join, as for most models of one length."""
-    batches: list[list[int]] = []
-    for row, conds in enumerate(encoded):
-        for batch in batches:
-            if comfy.samplers.cond_equal_size(encoded[batch[0]], conds):
-                batch.append(row)
-                break
-        else:
-            batches.append([row])
-    return batches
