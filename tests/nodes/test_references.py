@@ -47,11 +47,11 @@ def trained_on(name: str, references: dict) -> dict:
 
 
 def test_a_list_of_pictures_and_texts_is_one_training(server):
-    prompt = trained_on("listed", {})
+    prompt = trained_on("gathered", {})
     prompt["30"]["inputs"] |= {"images": ["31", 0], "captions": ["31", 1]}
     prompt["31"] = node("LoadImageTextDataSetFromFolder", folder="pip")
     server.run(prompt)
-    assert loras(server, "listed") == ["listed_00001_.safetensors"]
+    assert loras(server, "gathered") == ["gathered_00001_.safetensors"]
     prompt["30"]["inputs"]["captions"] = ["32", 0]
     prompt["32"] = node("PrimitiveString", value="a photo of a sks star")
     with pytest.raises(RuntimeError, match="captions has 1 entries, but it takes one for each of 3 pictures"):
