@@ -186,13 +186,18 @@ class _Run:
     def made(self) -> int:
         return len(self.history.losses)
 
+    @property
+    def steps(self) -> int:
+        """How many are to be made, as far as is known."""
+        return self.settings.steps + self.orders.more
+
     # --- the loop -----------------------------------------------------------------------------------------------
 
     def loop(self) -> None:
         settings, history = self.settings, self.history
         if self.probe is not None and not history.probes:
             self._measure()
-        while self.made < settings.steps and not history.over_budget:
+        while self.orders.goes_on(self.made, settings.steps) and not history.over_budget:
             self._attend()
             ending = self.orders.ending
             history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
@@ -204,8 +209,8 @@ class _Run:
                 history.terms.setdefault(name, []).append(value)
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
-            self.tell(StepMade(self.made, settings.steps, history.losses[-1], terms, history.seconds))
-            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == settings.steps):
+            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds))
+            if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == self.steps):
                 self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
                 self._save()
@@ -224,7 +229,7 @@ class _Run:
             for what in self.orders.take():
                 with self.average:
                     self.answer(what, self.made)
-            if not self.orders.paused or self.made == self.settings.steps:
+            if not self.orders.paused or self.made == self.steps:
                 break
             if not paused:
                 self.tell(PhaseBegun("paused"))
@@ -246,10 +251,10 @@ class _Run:
             for name, term in self.pass_().items():
                 sums[name] = sums.get(name, 0) + term
         self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
-        values = {name: value.item() for name, value in sums.items()}
-        self._check_finite("loss", sum(values.values()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
+        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        self._check_finite("loss", sum(terms))
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
@@ -263,7 +268,7 @@ class _Run:
                 f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
                 f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
             )
-        return values
+        return dict(zip(sums, terms, strict=True))
 
     def pass_(self) -> dict[str, Tensor]:
         """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
@@ -333,7 +338,7 @@ class _Run:
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
             raise TrainingDiverged(
-                f"the {what} became {value} at step {self.made + 1} of {self.settings.steps}; take a learning_rate "
+                f"the {what} became {value} at step {self.made + 1} of {self.steps}; take a learning_rate "
                 f"below {self.settings.learning_rate:g}, and pictures and latents without NaN"
             )
 
