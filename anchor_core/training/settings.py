@@ -48,8 +48,8 @@ class TrainSettings:
     )
     prior_weight: float = option(
         1.0,
-        "weight of the class pictures of prior_preservation and sude: more keeps the class as it was, less is nearer to "
-        "the subject",
+        "weight of the class pictures of prior_preservation and sude: more keeps the class as it was, less is nearer "
+        "to the subject",
         minimum=0,
     )
     sude_weight: float = option(
