@@ -2,6 +2,7 @@
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import routes
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .compare import AnchorCompare
@@ -31,5 +32,8 @@ NODES = [
 
 
 class AnchorExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES

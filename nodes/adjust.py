@@ -8,8 +8,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
+from ..anchor_core.writing import claimed
 from .types import CATEGORY, check_connected, embedding_file, embedding_word, new_embedding_file
-from .written import WRITTEN, claimed
+from .written import WRITTEN
 
 LENGTHS = ("norm_mix", "beta")
 

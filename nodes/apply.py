@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..anchor_core.writing import claimed
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -21,7 +22,7 @@ from .types import (
     new_embedding_file,
     new_lora_file,
 )
-from .written import WRITTEN, claimed
+from .written import WRITTEN
 
 NO_EMBEDDING = "[none]"
 

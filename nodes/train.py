@@ -17,7 +17,9 @@ from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
 from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
+from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -32,7 +34,9 @@ from .types import (
     inputs_of,
     new_embedding_file,
     new_lora_file,
+    one_each,
 )
+from .written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +48,8 @@ TRAIN_OPTIONS = (
 ).split()
 ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
 PREVIEW_SIDE = 512
+LISTS = ("images", "masks", "class_images")
+"""Inputs that may be lists of ComfyUI: one training on all of them."""
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -110,6 +116,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 "output/loras as soon as the training ends; a cancelled training keeps what it has learnt there."
             ),
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
+            is_input_list=True,
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model to teach; it stays as it is. LoRAs on it count as part of it."
@@ -119,7 +126,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 io.Image.Input(
                     "images",
                     optional=True,
-                    tooltip="3 to 20 pictures of the subject, of one size. Several sizes, captions: references.",
+                    tooltip="3 to 20 pictures of the subject, a batch or a list. With captions: references.",
                 ),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
@@ -188,15 +195,17 @@ class AnchorTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="In place of images: pictures of several sizes, with captions and masks.",
                 ),
-                io.Mask.Input(
-                    "masks", optional=True, tooltip="For images: 1 (white) is learnt, the rest does not come along."
-                ),
+                io.Mask.Input("masks", optional=True, tooltip=f"For images: {MASK_TOOLTIP}"),
                 OptionsType.Input(
                     "options",
                     optional=True,
                     tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
                 ),
+                invert_masks_input(),
             ],
+            # Not unique_id: with it the same training under another id would be trained again.
+            hidden=[io.Hidden.extra_pnginfo],
+            has_intermediate_output=True,  # so that a cached node tells its run again
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the trained LoRA."),
                 LoraModel.Output(display_name="lora", tooltip="The LoRA."),
@@ -213,9 +222,17 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._train(**one_each(inputs, LISTS))
+
+    @classmethod
+    def _train(
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
-        class_images=None, references=None, masks=None, options=None, **basic,
+        class_images=None, references=None, masks=None, options=None, invert_masks=False, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
@@ -223,29 +240,39 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        resume, settings, config, data = _settings(basic, options, rank, layers, seed, probe_every)
-        pictures = _pictures(images, masks, references)
+        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
+        pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
-        with ComfyDenoiser(model, clip, vae) as denoiser:
-            outcome = run(
-                denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
-                probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=_Watch(settings.steps),
-                orders=Orders(comfy.model_management.processing_interrupted), checkpoints=checkpoints,
-                picture_every=preview_every,
-            )  # fmt: skip
-        if outcome.how == "cancelled":
-            comfy.model_management.interrupt_current_processing(False)
-            raise comfy.model_management.InterruptProcessingException()
-        if outcome.trained is None:
-            raise ValueError("the training was stopped before its first step, so that there is no LoRA; run it again")
+        orders = Orders(comfy.model_management.processing_interrupted)
+        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo)) as going:
+            going.listeners.append(_Watch(settings.steps))
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                outcome = run(
+                    denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
+                    probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=going.tell, orders=orders,
+                    checkpoints=checkpoints, picture_every=preview_every,
+                )  # fmt: skip
+            if outcome.how == "cancelled":
+                comfy.model_management.interrupt_current_processing(False)
+                raise comfy.model_management.InterruptProcessingException()
+            if outcome.trained is None:
+                raise ValueError("the training was stopped before its first step, so there is no LoRA; run it again")
         lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
-        word = embedding_word(files.embedding) if config.vectors else config.token
+        word = embedding_word(outcome.files[-1]) if config.vectors else config.token
+        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word)
+        ui = {"anchor_run": [going.id]}
+        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
+
+
+def _workflow(extra) -> str | None:
+    """The id of the graph in a page that was queued; a prompt through the API has none."""
+    graph = extra.get("workflow") if isinstance(extra, dict) else None
+    return graph.get("id") if isinstance(graph, dict) and isinstance(graph.get("id"), str) else None
 
 
 def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: int):
@@ -261,12 +288,19 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
     return resume, settings, config, DataSettings(**data)
 
 
-def _pictures(images, masks, references):
+def _training(inputs) -> str:
+    """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
+    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    values = (inputs.get(each) for each in told)
+    return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
+
+
+def _pictures(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
         raise ValueError("masks is connected beside references, which has its own; connect masks with images alone")
-    return from_images(images, masks=masks) if references is None else references
+    return from_images(images, masks=masks, invert_masks=invert_masks) if references is None else references
 
 
 def _class_pictures(settings: TrainSettings, class_images, class_count: int):
@@ -286,7 +320,7 @@ def _files(name: str, config: AdapterConfig):
 
     embedding = new_embedding_file(name) if config.vectors else None
     adapter = embedding if config.kind == NO_LAYERS else new_lora_file(name)
-    return Files(adapter, embedding or adapter)
+    return Files(adapter, embedding or adapter, new=True)
 
 
 class _Watch:
@@ -297,20 +331,12 @@ class _Watch:
 
     def __call__(self, event) -> None:
         if event.event == "step":
-            self.step = event.step
+            self.step, self.steps = event.step, event.steps
             if event.step % LOG_EVERY == 1:
                 logger.info("training: step %d of %d, loss %.4f", event.step, event.steps, event.loss)
             self.bar.update_absolute(event.step, event.steps)
         elif event.event == "picture":
-            self.bar.update_absolute(self.step, self.steps, ("JPEG", _enlarged(event.pixels), PREVIEW_SIDE))
+            from ..anchor_core.training.record import thumbnail
 
-
-def _enlarged(pixels):
-    """A PIL picture of (3, H, W), small ones by whole factors so that their pixels stay square."""
-    from PIL import Image
-
-    from ..anchor_core.data.pictures import as_picture
-
-    picture = Image.fromarray(as_picture(pixels))
-    scale = max(1, PREVIEW_SIDE // max(picture.size))
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+            picture = thumbnail(event.pixels, PREVIEW_SIDE)
+            self.bar.update_absolute(self.step, self.steps, ("JPEG", picture, PREVIEW_SIDE))

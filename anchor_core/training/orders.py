@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from ..checks import check_count
 
 POLL = 0.1
 """Seconds between two looks at `cancelled` while the training is paused."""
@@ -15,7 +18,8 @@ class Orders:
     """Orders to one training. Each is answered before the next step; during a pause, at once.
 
     An order that comes while pictures are prepared waits for the next gap there, or for the first step; none is lost.
-    `cancel` outranks `stop`, and both outrank `pause`.
+    `cancel` outranks `stop` and `keep`, and all three outrank `pause`. Once no step is made any more each order raises
+    a ValueError that says so.
 
     Args:
         cancelled: asked at every gap, for a host that has a flag of its own; True is as good as `cancel()`.
@@ -27,34 +31,64 @@ class Orders:
         self._ending: str | None = None
         self._paused = False
         self._wanted: list[str] = []
+        self._saved: set[int] = set()
+        self._kept: int | None = None
+        self._more, self._fixed, self._over = 0, "", False
 
     # --- given by the user ------------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """End after this step, and go on with what has been learnt."""
-        with self._changed:
+        with self._given():
             self._ending = self._ending or "stopped"
-            self._changed.notify_all()
+
+    def keep(self, step: int) -> None:
+        """End as `stop` does, with the weights that were saved after `step` steps as the result.
+
+        Raises:
+            ValueError: if none were saved then.
+        """
+        with self._given():
+            if check_count("step", step) not in self._saved:
+                those = f"take one of {sorted(self._saved)}" if self._saved else "save now, and keep that step"
+                raise ValueError(f"step is {step!r}, whose weights were not saved; {those}")
+            self._kept, self._ending = step, self._ending or "stopped"
+
+    def extend(self, steps: int) -> None:
+        """Make `steps` more steps than planned.
+
+        Raises:
+            ValueError: for a number below 1, or if the learning rate has a course that ends with the planned steps.
+        """
+        with self._given():
+            if self._fixed:
+                raise ValueError(self._fixed)
+            self._more += check_count("steps", steps)
 
     def cancel(self) -> None:
         """End after this step as a failure of the whole job; what has been learnt is in the file."""
-        self._set(_ending="cancelled")
+        with self._given():
+            self._ending = "cancelled"
 
     def pause(self) -> None:
         """Wait after this step, with everything in memory, until `go_on`."""
-        self._set(_paused=True)
+        with self._given():
+            self._paused = True
 
     def go_on(self) -> None:
         """End the pause."""
-        self._set(_paused=False)
+        with self._given():
+            self._paused = False
 
     def picture_now(self) -> None:
         """Sample the subject prompt after this step; once for each time that this is said."""
-        self._want(PICTURE)
+        with self._given():
+            self._wanted.append(PICTURE)
 
     def save_now(self) -> None:
         """Write the adapter as it is after this step into a file of its own."""
-        self._want(SAVE)
+        with self._given():
+            self._wanted.append(SAVE)
 
     # --- read by the training ---------------------------------------------------------------------------------------
 
@@ -62,7 +96,7 @@ class Orders:
     def ending(self) -> str | None:
         """`stopped` or `cancelled` if the training is to end."""
         if self._flag is not None and self._flag():
-            self.cancel()
+            self._ending = "cancelled"
         return self._ending
 
     @property
@@ -81,12 +115,40 @@ class Orders:
             if self._paused and not self._wanted and self._ending is None:
                 self._changed.wait(POLL)
 
-    def _set(self, **state) -> None:
-        with self._changed:
-            vars(self).update(state)
-            self._changed.notify_all()
+    @property
+    def kept(self) -> int | None:
+        """The step that `keep` asked for, unless the training was cancelled."""
+        return None if self.ending == "cancelled" else self._kept
 
-    def _want(self, what: str) -> None:
+    @property
+    def more(self) -> int:
+        """Steps beyond the planned ones."""
+        return self._more
+
+    def goes_on(self, made: int, planned: int) -> bool:
+        """Whether a step follows the `made` ones; after False no order is taken any more."""
         with self._changed:
-            self._wanted.append(what)
+            self._over = self._over or made >= planned + self._more
+            return not self._over
+
+    def close(self) -> None:
+        """Take no order any more."""
+        with self._changed:
+            self._over = True
+
+    def fix_steps(self, why: str) -> None:
+        """Refuse `extend` with this sentence."""
+        self._fixed = why
+
+    def saved(self, step: int) -> None:
+        """The weights after `step` steps can be kept."""
+        with self._changed:
+            self._saved.add(step)
+
+    @contextmanager
+    def _given(self) -> Iterator[None]:
+        with self._changed:
+            if self._over:
+                raise ValueError("the training makes no more steps, so that it takes no orders; run it again")
+            yield
             self._changed.notify_all()

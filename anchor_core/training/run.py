@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,7 @@ def run(
     orders = orders or Orders()
     check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
     settings.check_model(denoiser.prediction_type)
+    orders.fix_steps(settings.fixed_length)
     denoiser.attach(config, seed=settings.seed)
     gaps, reads_class = _Gaps(tell, orders), settings.make_objective().reads_class_pictures
     try:
@@ -129,8 +130,12 @@ def fit(
     workers: Workers = ALONE,
     picture_every: int = 0,
 ) -> Outcome:
-    """Train the adapter that is attached, keep what the settings say, and save it; see `run`."""
+    """Train the adapter that is attached, keep what the settings or orders say, and save it; see `run`.
+
+    A step that `Orders.keep` chose is read back from its file: `Outcome` and the files have it, the adapter does not.
+    """
     orders = orders or Orders()
+    orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
     tell(PhaseBegun("training"))
     try:
@@ -140,13 +145,18 @@ def fit(
             answer=going.answer, checkpoints=checkpoints, cache=material.cache, workers=workers,
         )  # fmt: skip
     except BaseException as error:
+        orders.close()
         going.keep_after(error)
         raise
+    orders.close()
     how = next((how for how in ("cancelled", "stopped", "over_budget") if getattr(history, how)), "finished")
     trained = written = None
     if history.losses:
         tell(PhaseBegun("saving"))
         trained, written = going.save(history.kept, files)
+        if orders.kept is not None and written:
+            trained, written = going.take(orders.kept, files)
+            history.kept = orders.kept
     tell(Ended(how, history.kept, len(history.losses)))
     return Outcome(how, history, trained, written or ())
 
@@ -174,14 +184,27 @@ class _Going:
             self.listener(PictureMade(step, self.concept.subject_prompt, self.preview.picture()))
         elif self.files is not None and step:
             self.save(step, self.files.at(step))
+            self.orders.saved(step)
 
     def save(self, step: int, files: Files | None) -> tuple[Trained, tuple[Path, ...]]:
         """The adapter as it is, and the files it was written to."""
-        trained = Trained.of(self.denoiser, self.concept, self.settings, step)
+        settings = replace(self.settings, steps=self.settings.steps + self.orders.more)
+        trained = Trained.of(self.denoiser, self.concept, settings, step)
         if self.files is None or files is None:
             return trained, ()
         written = trained.save(files)
         logger.info("the adapter of %d steps is in %s", step, written[0])
+        self.listener(Saved(step, written))
+        return trained, written
+
+    def take(self, step: int, files: Files) -> tuple[Trained, tuple[Path, ...]]:
+        """The adapter that was saved after `step` steps, and the files it was copied to."""
+        try:
+            trained = Trained.read(self.files.at(step))
+        except ValueError as error:
+            told = f"the adapter of the {self.made} steps made is in {files.adapter}"
+            raise ValueError(f"step {step} cannot be kept: {error}; {told}") from error
+        written = trained.save(files)
         self.listener(Saved(step, written))
         return trained, written
 

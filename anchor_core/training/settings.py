@@ -16,6 +16,7 @@ SCHEDULES = ("constant", "cosine", "linear")
 TIMESTEP_SAMPLINGS = ("uniform", "logit_normal", "shifted")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 KEEPS = ("last", "best")
+MEMORIES = ("fit", "refuse", "off")
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,12 @@ class TrainSettings:
     checkpoint_every: int = option(
         0, "steps between two checkpoints, from which a training goes on after a break; 0 for none", minimum=0
     )
+    micro_batch: int = option(0, "rows of a pass computed at once: less memory, the same steps; 0 for all", minimum=0)
+    memory: str = option(
+        "fit",
+        "fit: micro_batch and gradient_checkpointing as the memory takes; refuse what exceeds it; or off",
+        choices=MEMORIES,
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -187,6 +194,14 @@ class TrainSettings:
             raise ValueError(
                 f"min_snr is {self.min_snr:g}, but it takes 0 on a flow model; use timestep_sampling logit_normal"
             )
+
+    @property
+    def fixed_length(self) -> str:
+        """Why no steps can be added while it goes on; empty if they can."""
+        if self.schedule == "constant":
+            return ""
+        ends = f"schedule is {self.schedule!r}, whose learning rate ends at 0 after the {self.steps} planned steps"
+        return f"{ends}; take constant to train on"
 
     @property
     def keep_w(self) -> float:

@@ -91,7 +91,8 @@ def wrong_inputs(server):
     save_file(
         {n: torch.ones(s) for n, s in zip(names, shapes, strict=True)}, server.base / "models/loras/large.safetensors"
     )
-    save_file({"elsewhere.lora_down.weight": torch.ones(4, 9)}, server.base / "models/loras/other.safetensors")
+    elsewhere = {"elsewhere.lora_down.weight": torch.ones(4, 9), "elsewhere.lora_up.weight": torch.ones(9, 4)}
+    save_file(elsewhere, server.base / "models/loras/other.safetensors")
     (server.base / "models/loras/text.safetensors").write_text("no tensors")
 
 

@@ -107,9 +107,24 @@ class ComfyDenoiser:
     def compute_dtype(self) -> torch.dtype:
         return self.model.model.get_dtype_inference()
 
+    def make_room(self, needed: int) -> int:
+        management, own = comfy.model_management, [self.model]
+        if self.adapter is not None and self.adapter.config.trains_text:
+            own.append(self.clip.patcher)
+        if self.device.type != "cpu":
+            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
+            management.free_memory(needed, self.device, keep_loaded=keep)
+        # Pages are given up on demand.
+        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
+        return int(management.get_free_memory(self.device)) + paged
+
     @property
     def _sampling(self):
         return self.model.model.model_sampling
+
+    @property
+    def family(self) -> str:
+        return families.family(self.model.model)
 
     @property
     def architecture(self) -> str:
@@ -120,6 +135,10 @@ class ComfyDenoiser:
     def text_encoders(self) -> dict[str, nn.Module]:
         """The CLIP models that an adapter may train, by their prefix in files."""
         return families.text_encoders(self.clip, self.network)
+
+    @property
+    def can_checkpoint(self) -> bool:
+        return bool(families.find_blocks(self.network))
 
     @property
     def blocks(self) -> list[nn.Module]:

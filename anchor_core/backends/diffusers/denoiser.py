@@ -16,6 +16,7 @@ from ...adapters.config import AdapterConfig
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from ...denoiser import Condition
+from ...devices import free_bytes
 from ...guidance import NULL, SUBJECT, Branch, Rule
 from .families import family_of
 from .guidance import RuleSteps
@@ -111,6 +112,13 @@ class DiffusersDenoiser:
         return next(self.network.parameters()).dtype
 
     compute_dtype = dtype
+
+    def make_room(self, needed: int) -> int:
+        return free_bytes(self.device)
+
+    @property
+    def family(self) -> str:
+        return self._family.name
 
     @property
     def architecture(self) -> str:
@@ -346,6 +354,8 @@ class DiffusersDenoiser:
     @property
     def blocks(self) -> list[nn.Module]:
         return self._family.blocks
+
+    can_checkpoint = True
 
     # The adapter
 

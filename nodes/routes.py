@@ -1,0 +1,93 @@
+"""The routes of the trainings: their records, their sample pictures, and orders to those that go on.
+
+Ids come from the list or from an event, never paths. A page of another origin is refused, and so is a form.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+from . import runs
+
+ROOT = "/semantic_anchor/runs"
+ORDERS = {
+    "stop": None, "pause": None, "go_on": None, "picture_now": None, "save_now": None, "keep": "step",
+    "extend": "steps",
+}  # fmt: skip
+"""Orders that can be given, and the number that each takes."""
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server, if there is one."""
+    from server import PromptServer, web
+
+    server = getattr(PromptServer, "instance", None)
+    if server is None:
+        return
+    routes = server.routes
+
+    def refused(status: int, why: str):
+        return web.json_response({"error": why}, status=status)
+
+    def own_pages(handler: Callable[[Any], Awaitable[Any]]):
+        @wraps(handler)
+        async def checked(request):
+            return await handler(request) if _same_origin(request) else refused(403, "the page is of another origin")
+
+        return checked
+
+    def unknown(request):
+        return refused(404, f"there is no run {request.match_info['run'][:40]!r}")
+
+    @routes.get(ROOT)
+    @own_pages
+    async def list_runs(request):
+        node, workflow = (request.query.get(name) for name in ("node", "workflow"))
+        return web.json_response({"runs": await asyncio.to_thread(runs.listed, node, workflow)})
+
+    @routes.get(ROOT + "/{run}")
+    @own_pages
+    async def one_run(request):
+        state = await asyncio.to_thread(runs.state, request.match_info["run"])
+        return unknown(request) if state is None else web.json_response(state)
+
+    @routes.get(ROOT + r"/{run}/pictures/{step:\d{1,9}}")
+    @own_pages
+    async def one_picture(request):
+        file = await asyncio.to_thread(runs.picture, request.match_info["run"], int(request.match_info["step"]))
+        return unknown(request) if file is None else web.FileResponse(file, headers={"Cache-Control": "no-cache"})
+
+    @routes.post(ROOT + "/{run}/orders")
+    @own_pages
+    async def order(request):
+        if request.content_type != "application/json":
+            return refused(415, f"the body is {request.content_type}, but it takes application/json")
+        run = runs.live(request.match_info["run"])
+        if run is None:
+            ended = await asyncio.to_thread(runs.state, request.match_info["run"])
+            return unknown(request) if ended is None else refused(409, "the training has ended; run it again")
+        try:
+            give(run.orders, await request.json())
+        except ValueError as error:
+            return refused(400, str(error))
+        return web.json_response({"run": run.id})
+
+
+def give(orders, said: Any) -> None:
+    """Give the order that a body says, `{"order": one of ORDERS}` with its number; ValueError if it is none."""
+    name = said.get("order") if isinstance(said, dict) else None
+    if not isinstance(name, str) or name not in ORDERS:
+        raise ValueError(f"order is {str(name)[:40]!r}, but it takes one of {', '.join(ORDERS)}")
+    number = ORDERS[name]
+    getattr(orders, name)(*([] if number is None else [said.get(number)]))
+
+
+def _same_origin(request) -> bool:
+    """Browsers say it in Sec-Fetch-Site, or, where that is missing, by an Origin; what is no browser says neither."""
+    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
+    if site is not None:
+        return site in ("same-origin", "none")
+    return origin is None or origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()
