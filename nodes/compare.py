@@ -120,9 +120,10 @@ class AnchorCompare(io.ComfyNode):
 
 def _named(batches: list, names: str) -> dict[str, list]:
     """Name -> pictures (3, H, W) of each batch; ValueError if the names are not one a batch."""
+    from ..anchor_core.checks import shown
     from ..anchor_core.data.pictures import from_images
 
-    lines = [line.strip() for line in names.splitlines() if line.strip()]
+    lines = [shown(line.strip(), 100) for line in names.splitlines() if line.strip()]
     lines = lines or [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):
         raise ValueError(f"names has {len(set(lines))} lines that differ, but it takes one for each of {len(batches)}")

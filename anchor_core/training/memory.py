@@ -160,8 +160,8 @@ def check_memory(
     )
     tried = " with gradient checkpointing and micro_batch 1" if settings.memory == "fit" else ""
     raise ValueError(
-        f"memory: a step{tried} takes about {needed / GB:.1f} GB beside the model, but {free / GB:.1f} GB are free on "
-        f"{denoiser.device}; take {remedy}, or memory off to try it all the same"
+        f"memory is {settings.memory!r}, but a step{tried} takes about {needed / GB:.1f} GB beside the model, and "
+        f"{free / GB:.1f} GB are free on {denoiser.device}; take {remedy}, or memory off to try all the same"
     )
 
 
@@ -183,4 +183,5 @@ def _tell(given: TrainSettings, fitting: TrainSettings, needed: float, free: flo
     names = ("micro_batch", "gradient_checkpointing")
     changed = [f"{name} {getattr(fitting, name)}" for name in names if getattr(fitting, name) != getattr(given, name)]
     chosen = f"; so that it fits: {', '.join(changed)}" if changed else ""
-    logger.info("memory: a step takes about %.1f GB of %.1f GB that are free%s", needed / GB, free / GB, chosen)
+    level = logging.WARNING if changed else logging.INFO
+    logger.log(level, "memory: a step takes about %.1f GB of %.1f GB that are free%s", needed / GB, free / GB, chosen)

@@ -110,12 +110,12 @@ def test_what_cannot_fit_is_refused_with_what_would(room, prepared, concept):
     alone = replace(SETTINGS, micro_batch=1, gradient_checkpointing=True)
     free = 0.8 * needed(prepared, concept, micro_batch=1, gradient_checkpointing=True)
     with pytest.raises(
-        ValueError, match="^memory: a step with .* micro_batch 1 takes about .* GB are free on cpu; take"
+        ValueError, match="^memory is .fit., but a step with .* micro_batch 1 takes .* free on cpu; take"
     ):
         room(free, alone)
     with pytest.raises(ValueError, match="a smaller rank"):
         room(1000.0)
-    with pytest.raises(ValueError, match="^memory: a step takes about"):
+    with pytest.raises(ValueError, match="^memory is .refuse., but a step takes about"):
         room(free, replace(SETTINGS, memory="refuse"))
     assert room(1000.0, replace(SETTINGS, memory="off")).micro_batch == 0
 

@@ -241,12 +241,6 @@ def is_guided(model: comfy.model_base.BaseModel) -> bool:
     return bool(model.model_config.unet_config.get("guidance_embed"))
 
 
-def holds_its_weight(layer: nn.Module, device: torch.device) -> bool:
-    """Whether the tensor that a layer holds is its weight: no fp8, on the device, with every LoRA patched in."""
-    patched = getattr(layer, "weight_function", ())
-    return not patched and layer.weight.dtype.itemsize > 1 and layer.weight.device.type == device.type
-
-
 def check_size(config: AdapterConfig, network: nn.Module) -> None:
     """ValueError if `config` fine-tunes most of the network, which does not fit beside what ComfyUI keeps in memory."""
     if config.kind != "full":
