@@ -70,7 +70,7 @@ class Record:
 
     Args:
         folder: of `run.json` and the pictures. Nothing is written before there is a step or a picture.
-        about: of the training: JSON values that are in the record from the start.
+        about: of the training: JSON values that are in the record from the start, beside `begun` in ms since 1970.
         settings: for the planned steps, and for which measured step is the best.
         memory: gives what is shown as memory, a JSON value.
         changed: is told each new state, but not the first.
@@ -96,7 +96,7 @@ class Record:
         self._published = self._written = -math.inf
         self.begun = self._warned = False
         self._now: dict[str, Any] = {
-            **about, "begun": round(time.time()), "phase": "preparing", "how": None, "reason": "", "step": 0,
+            **about, "begun": round(1000 * time.time()), "phase": "preparing", "how": None, "reason": "", "step": 0,
             "steps": settings.steps, "fixed_length": settings.fixed_length, "seconds": 0.0, "seconds_per_step": None,
             "drift": None, "best": None, "kept": None, "saved": [], "pictures": [],
         }  # fmt: skip
