@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import Field, fields
 from typing import Any
 
@@ -19,6 +19,7 @@ from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from .guidance import RULE_OPTIONS, RULES
 from .training.methods import METHODS, method_options
+from .training.presets import AUTO, NONE, PRESETS
 from .training.settings import PRECISIONS, DataSettings, TrainSettings
 from .training.trainer import TrainingDiverged
 
@@ -32,9 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a verb; gives the exit status."""
     parser = _build_parser()
     options = parser.parse_args(arguments)
-    if getattr(options, "method", None):  # its options are defaults, under those that were given
-        parser = _build_parser(method_options(options.method))
+    if options.verb == "train":
+        chosen = method_options(options.method) if options.method else {}
+        parser = _build_parser(chosen)  # a method's options are defaults, under those that were given
         options = parser.parse_args(arguments)
+        options.given = {*chosen, *_given(arguments)}
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and on a CPU it has something to say
     try:
@@ -56,6 +59,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+def _given(arguments: list[str] | None) -> Iterator[str]:
+    """The options of `train` that the arguments name."""
+    unset = object()
+    names = [field.name for part in (TrainSettings, AdapterConfig, DataSettings) for field in fields(part)]
+    options = _build_parser(dict.fromkeys(names, unset)).parse_args(arguments)
+    return (name for name, value in vars(options).items() if value is not unset)
+
+
 def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     """The message with the option in front whose value it is about: a check names the argument first."""
     first = message.split(" ", 1)[0]
@@ -64,7 +75,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda", "class_word", "class_pictures", "embedding", "method"}
+    known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset"}
     known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
@@ -84,6 +95,10 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     train.add_argument(
         "--method", choices=METHODS, help="take the options of this method for SD1.5, but for those given besides"
     )
+    train.add_argument(
+        "--preset", choices=(AUTO, NONE, *PRESETS), default=AUTO,
+        help="options by the model's family, but for those given besides (default auto: what the model is)",
+    )  # fmt: skip
     for part, title in ((TrainSettings, "training"), (AdapterConfig, "adapter"), (DataSettings, "data")):
         group = train.add_argument_group(title)
         for field in fields(part):

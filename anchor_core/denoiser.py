@@ -41,8 +41,15 @@ class Denoiser(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def family(self) -> str:
+        """Of `families.FAMILIES`, or empty."""
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """What the network computes in by itself, without autocast, whatever its weights are stored in."""
+
+    def make_room(self, needed: int) -> int:
+        """Bytes free on the device, after models of others have made way if less than `needed` were."""
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w)."""
@@ -79,6 +86,10 @@ class Denoiser(Protocol):
     @property
     def blocks(self) -> list[torch.nn.Module]:
         """The network's blocks, whose activations gradient checkpointing computes again in the backward pass."""
+
+    @property
+    def can_checkpoint(self) -> bool:
+        """Whether the blocks are known."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t from z_0 and the noise, all (B, C, h, w); timesteps (B,)."""

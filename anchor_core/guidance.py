@@ -9,103 +9,15 @@ A new rule is one class here, in `RULES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
+from .branches import CLASS, SUBJECT, Branch, Mix, Table
 from .checks import check_choice, check_number, check_options, option
 
 RECOMMENDED_GUIDANCE = 5.0
 """The scale of a sampling that nothing else is known of."""
-
-PROMPTS = ("subject", "class", "null")
-"""Of a branch: with the subject's token, the same prompt with the class word alone, and the empty or negative one."""
-
-
-@dataclass(frozen=True)
-class Branch:
-    """One prediction: weights W + strength (W_adapted - W), and a prompt.
-
-    Args:
-        prompt: of `PROMPTS`.
-        strength: of the adapter: 1 as it is applied, 0 the pretrained network.
-        early: with an early checkpoint of the adapter in the adapter's place.
-    """
-
-    prompt: str
-    strength: float = 1.0
-    early: bool = False
-
-
-SUBJECT, CLASS, NULL = (Branch(prompt) for prompt in PROMPTS)
-
-Mix = Mapping[Branch, float]
-
-
-@dataclass(frozen=True)
-class Table:
-    """What a rule says at one step: away + g (towards - away).
-
-    Args:
-        towards: branch -> share; the shares sum to 1.
-        away: the branch that guidance leads away from.
-        outside: `towards` outside of a mask over the picture; None if there is no mask. The mask is where the class
-            branch looks at the class word: its cross-attention map, averaged over heads and layers, above `quantile`
-            of its values (Beyond Fine-Tuning, masked sampling).
-        quantile: share of the picture that is outside the mask.
-    """
-
-    towards: Mix
-    away: Branch = NULL
-    outside: Mix | None = None
-    quantile: float = 0.0
-
-    def branches(self, scale: float) -> list[Branch]:
-        """Those that count at this scale, in a fixed order: the one to lead away from, where it counts, last."""
-        mixes = (self.towards,) if self.outside is None else (self.towards, self.outside)
-        counting = [] if scale == 0 else [branch for mix in mixes for branch, share in mix.items() if share]
-        return list(dict.fromkeys(counting + ([self.away] if scale != 1 else [])))
-
-    def coefficients(self, scale: float) -> dict[Branch, float]:
-        """Branch -> coefficient, which sum to 1; of the inside where there is a mask."""
-        table = {branch: scale * share for branch, share in self.towards.items()}
-        table[self.away] = table.get(self.away, 0.0) + 1 - scale
-        return {branch: coefficient for branch, coefficient in table.items() if coefficient}
-
-    def conditional(self, predictions: Mapping[Branch, Tensor], mask: Tensor | None = None) -> Tensor:
-        """The mix that guidance leads towards, of predictions (B, C, ...): a sampler's conditional prediction.
-
-        Args:
-            mask: (B, 1, h, w) in [0, 1], which broadcasts over the predictions; read where the table has one.
-        """
-        inside = _mix(self.towards, predictions)
-        if self.outside is None:
-            return inside
-        if mask is None:
-            raise ValueError("mask is None, but a table with an outside takes one of (B, 1, h, w)")
-        return torch.lerp(_mix(self.outside, predictions), inside, mask.to(inside))
-
-
-def _mix(mix: Mix, predictions: Mapping[Branch, Tensor]) -> Tensor:
-    shares = {branch: share for branch, share in mix.items() if share}
-    if len(shares) == 1:
-        return predictions[next(iter(shares))]
-    return sum(share * predictions[branch] for branch, share in shares.items())
-
-
-def guide(table: Table, predictions: Mapping[Branch, Tensor], scale: float, mask: Tensor | None = None) -> Tensor:
-    """away + scale (towards - away), of predictions (B, C, ...) of the branches that count at this scale."""
-    if scale == 0:
-        return predictions[table.away]
-    conditional = table.conditional(predictions, mask)
-    if scale == 1:
-        return conditional
-    away = predictions[table.away]
-    return away + scale * (conditional - away)
 
 
 @dataclass(frozen=True)
@@ -119,8 +31,18 @@ class Rule:
 
     name: ClassVar[str]
 
-    start: float = option(0.0, "share of the steps before the scale counts", minimum=0)
-    stop: float = option(1.0, "share of the steps after which the scale counts no more", minimum=0)
+    start: float = option(
+        0.0,
+        "share of the steps before the scale counts: above 0 pictures of several seeds differ more, and a step "
+        "costs half until then",
+        minimum=0,
+    )
+    stop: float = option(
+        1.0,
+        "share of the steps after which the scale counts no more: below 1 a step costs half from then on, and "
+        "detail is softer",
+        minimum=0,
+    )
 
     def __post_init__(self):
         check_options(self)
@@ -159,15 +81,6 @@ def _reached(share: float, step: int, steps: int) -> bool:
     return step >= round(share * steps)
 
 
-def step_at(level: float, levels: Sequence[float]) -> int:
-    """The step i whose interval [levels[i], levels[i + 1]) of a falling schedule a noise level lies in.
-
-    Args:
-        levels: sigmas or timesteps of N steps, and where the last of them ends: N + 1.
-    """
-    return max(min(sum(each >= level * (1 - 1e-5) for each in levels), len(levels) - 1) - 1, 0)
-
-
 def _mixed(class_share: float) -> Mix:
     return {SUBJECT: 1 - class_share, CLASS: class_share}
 
@@ -195,8 +108,15 @@ class Autoguidance(Rule):
 
     name = "autoguidance"
 
-    weak: float = option(0.5, "strength of the adapter in the weak model: 0 is the pretrained one, 1 no guidance")
-    early: bool = option(False, "the weak model is an early checkpoint of the adapter instead")
+    weak: float = option(
+        0.5,
+        "strength of the adapter in the model that sampling is led away from: lower is nearer to the subject, "
+        "higher heeds the prompt better; try 0.25 to 0.75",
+    )
+    early: bool = option(
+        False,
+        "lead away from an early checkpoint of the training, connected as early_lora, instead of a weaker adapter",
+    )
 
     def table(self, step, steps):
         weak = Branch("subject", early=True) if self.early else Branch("subject", self.weak)
@@ -224,7 +144,11 @@ class Personalization(Rule):
 
     name = "personalization"
 
-    weak: float = option(0.5, "share of the adapter in the weak model: 1 is cfg, 0 unconditional priors")
+    weak: float = option(
+        0.5,
+        "strength of the adapter in the model that sampling is led away from: lower is nearer to the subject, "
+        "higher heeds the prompt better; try 0.25 to 0.75",
+    )
 
     def table(self, step, steps):
         return Table({SUBJECT: 1}, Branch("null", self.weak))
@@ -242,9 +166,20 @@ class RareToFrequent(Rule):
     name = "rare_to_frequent"
     STOPS: ClassVar = {"sd3": (0, 0.1, 0.2, 0.4, 0.6, 0.8), "sdxl": (0, 0.06, 0.1, 0.2, 0.4, 0.6)}
 
-    level: int = option(3, "visual detail of the subject: 0 not rare, 1 a rough shape, to 5 hair-fine", minimum=0)
-    stops: str = option("sdxl", "stop points of the levels: those of SD3, or of SDXL, which end earlier", choices=STOPS)
-    period: int = option(2, "the class prompt serves at every step that this divides")
+    level: int = option(
+        3,
+        "visual detail of the subject: 0 not rare, 1 a rough shape, to 5 hair-fine; more lets the class prompt take "
+        "turns for longer",
+        minimum=0,
+    )
+    stops: str = option(
+        "sdxl",
+        "how long the class prompt takes turns at each level: as on SD3, or as on SDXL, which ends earlier",
+        choices=STOPS,
+    )
+    period: int = option(
+        2, "the class prompt serves at every step that this divides: 2 is every other one, 1 every one until its end"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -261,7 +196,11 @@ class ScoreBlend(Rule):
 
     name = "score_blend"
 
-    subject_share: float = option(2 / 3, "lambda, the subject's share; 2/3 belongs to w = 0.5")
+    subject_share: float = option(
+        2 / 3,
+        "lambda, the subject's share of the mix: more is nearer to the subject, less heeds the prompt; 2/3 belongs "
+        "to w = 0.5",
+    )
 
     def table(self, step, steps):
         return Table(_mixed(1 - self.subject_share))
@@ -274,7 +213,11 @@ class Switching(Rule):
 
     name = "switching"
 
-    switch: float = option(0.14, "share of the steps that the class prompt leads")
+    switch: float = option(
+        0.14,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         return Table({SUBJECT if _reached(self.switch, step, steps) else CLASS: 1})
@@ -287,7 +230,11 @@ class Mixed(Rule):
 
     name = "mixed"
 
-    class_share: float = option(0.5, "w_s / (w_c + w_s), the class prompt's part of the scale")
+    class_share: float = option(
+        0.5,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         return Table(_mixed(self.class_share))
@@ -299,8 +246,16 @@ class MultiStage(Rule):
 
     name = "multi_stage"
 
-    switch: float = option(0.2, "share of the steps that the class prompt leads")
-    class_share: float = option(3 / 7, "w_s / (w_c + w_s), the class prompt's part of the scale after them")
+    switch: float = option(
+        0.2,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
+    class_share: float = option(
+        3 / 7,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
 
     def table(self, step, steps):
         share = self.class_share if _reached(self.switch, step, steps) else 1.0
@@ -314,10 +269,24 @@ class MaskedMix(Rule):
 
     name = "masked"
 
-    switch: float = option(0.06, "share of the steps before the mask counts")
-    early_share: float = option(1.0, "the class prompt's part of the scale in them")
-    class_share: float = option(0.5, "the class prompt's part of the scale inside the mask")
-    quantile: float = option(0.7, "share of the picture that is outside the mask", below=1)
+    switch: float = option(
+        0.06,
+        "share of the steps before the subject's prompt counts (masked: the mask): more takes composition and "
+        "surroundings from the class prompt, less is nearer to the subject",
+    )
+    early_share: float = option(
+        1.0, "the class prompt's part of the scale before the mask counts: 1 is the class prompt alone"
+    )
+    class_share: float = option(
+        0.5,
+        "the class prompt's part of the scale, w_s / (w_c + w_s) (masked: inside the mask): more heeds the prompt, "
+        "less is nearer to the subject",
+    )
+    quantile: float = option(
+        0.7,
+        "share of the picture outside of the mask, where the class prompt alone draws: more keeps the surroundings",
+        below=1,
+    )
 
     def table(self, step, steps):
         if not _reached(self.switch, step, steps):

@@ -1,11 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and under a name that nobody else takes."""
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
 
 STALE = 3600.0
@@ -34,3 +36,35 @@ def whole(path: Path, stale: float = STALE) -> Iterator[Path]:
         with suppress(FileNotFoundError):  # another process has just finished it
             if left.stat().st_mtime <= time.time() - stale:
                 left.unlink()
+
+
+_NUMBERED = re.compile(r"(.+_)(\d+)_")
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[Path]:
+    """A file for a save that replaces it: `path`, or if there is one, that with the next number that is free.
+
+    `dog_00001_.safetensors` goes on as `dog_00002_.safetensors`, and so does `dog.safetensors`. The file is made,
+    empty, so that no other program takes its name meanwhile, and is gone if the block fails before anything is in it.
+
+    Raises:
+        ValueError: the folder cannot be written.
+    """
+    numbered = _NUMBERED.fullmatch(path.stem)
+    name, number = numbered.groups() if numbered else (f"{path.stem}_", 1)
+    following = (path.with_stem(f"{name}{each:05}_") for each in count(int(number) + 1))
+    for file in chain([path], following):
+        try:
+            file.touch(exist_ok=False)
+            break
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise ValueError(f"{file} cannot be written ({error.strerror}); free space or take another name") from error
+    try:
+        yield file
+    except BaseException:
+        if file.is_file() and not file.stat().st_size:
+            file.unlink()
+        raise

@@ -8,8 +8,9 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
+from ..anchor_core.writing import claimed
 from .types import CATEGORY, check_connected, embedding_file, embedding_word, new_embedding_file
-from .written import WRITTEN, claimed
+from .written import WRITTEN
 
 LENGTHS = ("norm_mix", "beta")
 
@@ -21,17 +22,24 @@ def _adjustment_inputs(length: str, lengths: str) -> list[io.Input]:
             "alpha",
             default=Adjustment.alpha,
             **share,
-            tooltip="Rotation towards the class: 0 keeps the direction, 1 is the class's.",
+            tooltip="Rotation towards the class: 0 keeps the direction, 1 is the class's. More leaves room for the "
+            "rest of the prompt, and takes away of the subject: try 0.1 to 0.3.",
         ),
         io.Combo.Input("length", options=list(LENGTHS), default=length, tooltip=lengths),
         io.Float.Input(
             "norm_mix",
             default=NORM_MIX,
             **share,
-            tooltip="Share of the class's length: 0 keeps the length, 1 is the class's.",
+            tooltip="Share of the class's length: 0 keeps the length, 1 is the class's. A shorter subject takes over "
+            "the prompt less.",
         ),
         io.Float.Input(
-            "beta", default=Adjustment.beta, min=0.05, max=10.0, step=0.05, tooltip="Length over that of the class."
+            "beta",
+            default=Adjustment.beta,
+            min=0.05,
+            max=10.0,
+            step=0.05,
+            tooltip="Length over that of the class: 1 is the class's, larger is more of the subject.",
         ),
     ]
 
@@ -55,11 +63,13 @@ class AnchorAdjustConditioning(io.ComfyNode):
             ),
             search_aliases=["TEA", "test-time embedding adjustment"],
             inputs=[
-                io.Conditioning.Input("subject_conditioning", tooltip="Of a photo of a sks dog in the snow."),
+                io.Conditioning.Input(
+                    "subject_conditioning", tooltip="The subject's prompt, encoded: a photo of a sks dog in the snow."
+                ),
                 io.Conditioning.Input(
                     "class_conditioning",
-                    tooltip="Of a photo of a dog in the snow, by the same CLIP as published, or by the CLIP without "
-                    "the LoRA: then it is the pretrained anchor.",
+                    tooltip="The same with the class word: a photo of a dog in the snow. By the same CLIP as "
+                    "published, or by the CLIP without the LoRA: then it is the pretrained anchor.",
                 ),
                 *_adjustment_inputs(
                     "norm_mix",
@@ -125,7 +135,7 @@ class AnchorAdjustEmbedding(io.ComfyNode):
                 io.Combo.Input(
                     "file",
                     options=folder_paths.get_filename_list("embeddings"),
-                    tooltip="A file of the embeddings folders.",
+                    tooltip="A textual inversion of the embeddings folders. A new one shows after pressing R.",
                 ),
                 io.Clip.Input("clip", tooltip="The text encoder that the file was trained for."),
                 io.String.Input("class_word", default="dog", tooltip="What the subject is, in a word of one token."),

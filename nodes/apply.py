@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..anchor_core.writing import claimed
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -21,7 +22,7 @@ from .types import (
     new_embedding_file,
     new_lora_file,
 )
-from .written import WRITTEN, claimed
+from .written import WRITTEN
 
 NO_EMBEDDING = "[none]"
 
@@ -37,7 +38,12 @@ class AnchorApplyAdapter(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that the LoRA was trained on."),
                 *lora_inputs(),
-                io.Clip.Input("clip", optional=True, tooltip="Needed for a LoRA that adapts the text encoder too."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="Needed for a LoRA that adapts the text encoder too; encode the prompts with the CLIP that "
+                    "comes out.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the LoRA."),
@@ -72,9 +78,15 @@ class AnchorSaveAdapter(io.ComfyNode):
             ),
             is_output_node=True,
             inputs=[
-                LoraModel.Input("lora", tooltip="The LoRA to write."),
-                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
-                ConceptType.Input("concept", optional=True, tooltip="Prompts to write into a LoRA that has none."),
+                LoraModel.Input("lora", tooltip="The LoRA or embedding to write."),
+                io.String.Input(
+                    "name", default="anchor", tooltip="Name inside output/loras, such as my dog; a number is added."
+                ),
+                ConceptType.Input(
+                    "concept",
+                    optional=True,
+                    tooltip="The prompts to write into it, for a LoRA that has none: other nodes then know its words.",
+                ),
             ],
             outputs=[io.String.Output(display_name="file", tooltip="Where it was written.")],
             hidden=[io.Hidden.unique_id],
@@ -108,7 +120,9 @@ class AnchorLoadAdapter(io.ComfyNode):
             description="A LoRA file with the prompts that it was trained with.",
             inputs=[
                 io.Combo.Input(
-                    "file", options=folder_paths.get_filename_list("loras"), tooltip="A file of the loras folders."
+                    "file",
+                    options=folder_paths.get_filename_list("loras"),
+                    tooltip="A file of the loras folders. A new one shows after pressing R.",
                 ),
                 io.Combo.Input(
                     "embedding",

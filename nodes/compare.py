@@ -37,9 +37,21 @@ class AnchorCompare(io.ComfyNode):
             ),
             is_input_list=True,  # for lists of pictures
             inputs=[
-                ReferencesType.Input("references", tooltip="Real pictures of the subject."),
-                io.Autogrow.Input("pictures", pictures, tooltip="A batch, or a list, of pictures of each system."),
-                io.String.Input("names", multiline=True, default="", tooltip="The systems' names, a line each."),
+                ReferencesType.Input(
+                    "references", tooltip="Real pictures of the subject, to which likeness is measured."
+                ),
+                io.Autogrow.Input(
+                    "pictures",
+                    pictures,
+                    tooltip="A batch, or a list, of pictures of each system. Take the same noise for all: one seed and "
+                    "size.",
+                ),
+                io.String.Input(
+                    "names",
+                    multiline=True,
+                    default="",
+                    tooltip="The systems' names for the table, a line each, in the order of the inputs.",
+                ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
@@ -67,8 +79,14 @@ class AnchorCompare(io.ComfyNode):
                     tooltip="DINO: a folder of models/clip_vision with a DINO of transformers, such as "
                     "facebook/dino-vits16, the sandbox's judge, or the connected one.",
                 ),
-                io.ClipVision.Input("clip_vision", optional=True, tooltip="A CLIP, by Load CLIP Vision."),
-                io.ClipVision.Input("dino_vision", optional=True, tooltip="A DINOv2 or DINOv3, by Load CLIP Vision."),
+                io.ClipVision.Input(
+                    "clip_vision", optional=True, tooltip="A CLIP of Load CLIP Vision, for likeness (CLIP-I)."
+                ),
+                io.ClipVision.Input(
+                    "dino_vision",
+                    optional=True,
+                    tooltip="A DINOv2 or DINOv3 of Load CLIP Vision, for likeness in detail (DINO).",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The table, as markdown."),
@@ -102,9 +120,10 @@ class AnchorCompare(io.ComfyNode):
 
 def _named(batches: list, names: str) -> dict[str, list]:
     """Name -> pictures (3, H, W) of each batch; ValueError if the names are not one a batch."""
+    from ..anchor_core.checks import shown
     from ..anchor_core.data.pictures import from_images
 
-    lines = [line.strip() for line in names.splitlines() if line.strip()]
+    lines = [shown(line.strip(), 100) for line in names.splitlines() if line.strip()]
     lines = lines or [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):
         raise ValueError(f"names has {len(set(lines))} lines that differ, but it takes one for each of {len(batches)}")

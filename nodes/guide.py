@@ -45,10 +45,18 @@ class AnchorGuider(io.ComfyNode):
             category=CATEGORY,
             description="The same guidance as a guider for SamplerCustomAdvanced.",
             inputs=[
-                io.Conditioning.Input("positive", tooltip="The subject's prompt."),
-                io.Conditioning.Input("negative", tooltip="The empty or negative prompt."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The subject's prompt, encoded: a photo of a sks dog in the snow."
+                ),
+                io.Conditioning.Input("negative", tooltip="The empty or negative prompt, encoded."),
                 io.Float.Input(
-                    "cfg", default=5.0, min=0.0, max=100.0, step=0.1, tooltip="Scale of the rule: 1 is no guidance."
+                    "cfg",
+                    default=5.0,
+                    min=0.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="Scale of the rule: 1 is no guidance; 4 to 8 is usual, more is nearer to the prompt and "
+                    "harsher.",
                 ),
                 *_inputs(),
             ],
@@ -73,7 +81,8 @@ def _inputs() -> list[io.Input]:
         io.DynamicCombo.Input(
             "rule",
             options=[io.DynamicCombo.Option(name, _options(rule)) for name, rule in RULES.items()],
-            tooltip="What the sampler is led towards and away from; cfg is ComfyUI's own guidance.",
+            tooltip="What the sampler is led towards and away from. cfg is ComfyUI's own guidance; personalization "
+            "measured best with an anchored LoRA; rules with a class prompt put its surroundings first.",
         ),
         io.Conditioning.Input(
             "class_conditioning",

@@ -22,20 +22,42 @@ class AnchorDriftReport(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model without the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", tooltip="Pictures to measure on: the references, or some of the class."),
-                ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
-                LoraModel.Input("lora", tooltip="The LoRA to measure."),
-                io.Int.Input("timesteps", default=10, min=1, max=100, tooltip="Timesteps, evenly over the schedule."),
-                io.Int.Input("noises", default=2, min=1, max=64, tooltip="Noises for each picture and timestep."),
+                io.Image.Input(
+                    "images",
+                    tooltip="Pictures to measure on: the references show what was learnt, pictures of the class the "
+                    "harm.",
+                ),
+                ConceptType.Input(
+                    "concept", tooltip="The prompts to measure with: those that the LoRA was trained with."
+                ),
+                LoraModel.Input("lora", tooltip="The LoRA to measure, of Train Anchored LoRA or Load Adapter."),
+                io.Int.Input(
+                    "timesteps",
+                    default=10,
+                    min=1,
+                    max=100,
+                    tooltip="How many noise levels, evenly over the schedule; more is a finer curve and takes longer.",
+                ),
+                io.Int.Input(
+                    "noises",
+                    default=2,
+                    min=1,
+                    max=64,
+                    tooltip="Noises for each picture and level; more is less chance and takes longer.",
+                ),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="Seed of the noises.",
+                    tooltip="Seed of the noises: keep it to compare LoRAs.",
                 ),
-                HistoryType.Input("history", optional=True, tooltip="A training's history, to plot as well."),
+                HistoryType.Input(
+                    "history",
+                    optional=True,
+                    tooltip="A training's history, to plot its loss and drift over the steps as well.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="Drift and error by timestep, and over the training."),

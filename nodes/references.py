@@ -17,8 +17,8 @@ from .types import CATEGORY, ConceptType, ReferencesType, inputs_of, one_each
 
 SANDBOX = "sandbox/"
 MASK_TOOLTIP = (
-    "1 (white) where the loss counts. The MASK of Load Image is 1 where the picture is transparent: switch "
-    "invert_masks on for that."
+    "1 (white) is learnt, the rest does not come along. The MASK of Load Image is 1 where the picture is "
+    "transparent: switch invert_masks on for that."
 )
 
 
@@ -28,7 +28,8 @@ def invert_masks_input() -> io.Boolean.Input:
         "invert_masks",
         default=False,
         optional=True,
-        tooltip="The masks are those of Load Image, 1 where a picture is transparent: the loss counts where it is not.",
+        tooltip="The masks are those of Load Image, 1 where a picture is transparent: what is not transparent is "
+        "learnt.",
     )
 
 
@@ -46,7 +47,9 @@ class AnchorLoadReferences(io.ComfyNode):
                 io.Combo.Input(
                     "references",
                     options=own + folder_paths.get_input_subfolders(),
-                    tooltip="A folder under input/ with 3 to 20 pictures of one subject, or sandbox/<subject>.",
+                    tooltip="A folder under input/ with 3 to 20 pictures of one subject: sharp ones, in several "
+                    "surroundings, without others of its kind; press R after adding one. Or sandbox/..., drawn "
+                    "subjects for the embedded model.",
                 ),
                 io.Int.Input(
                     "size",
@@ -54,16 +57,20 @@ class AnchorLoadReferences(io.ComfyNode):
                     min=16,
                     max=4096,
                     step=8,
-                    tooltip="Side in pixels: the centre square of each picture is resized to it. "
-                    "The sandbox's pictures are 64 x 64 always.",
+                    tooltip="Side in pixels: the centre square of each picture is resized to it. What the model draws "
+                    "at: 512 for SD1.5, 1024 for SDXL and later; smaller trains faster and learns less detail. The "
+                    "sandbox's pictures are 64 x 64 always.",
                 ),
                 *inputs_of(
                     DataSettings,
                     ("buckets", "captions", "masks"),
                     optional=True,  # they are later than the node, and a saved prompt may lack them
-                    buckets="references only: keep aspect ratios, at sizes of about size x size in area",
-                    captions="references only: read name.txt beside each picture; it names the subject by its words",
-                    masks="references only: count the loss where name-masklabel.png, or the alpha channel, is white",
+                    buckets="references only: keep the pictures' shapes, at sizes of about size x size in area. Off "
+                    "cuts the centre square, and perhaps the subject",
+                    captions="references only: read name.txt beside each picture, which names the subject by its words "
+                    "(sks dog). What it says besides is learnt less as part of the subject",
+                    masks="references only: learn only what is white in name-masklabel.png, or else opaque in the "
+                    "alpha channel: surroundings outside of it do not come along",
                 ),
             ],
             outputs=[
@@ -119,19 +126,23 @@ class AnchorImageReferences(io.ComfyNode):
             ),
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="A batch, or a list of pictures of several sizes."),
+                io.Image.Input(
+                    "images", tooltip="A batch, or a list of pictures of several sizes: 3 to 20 of one subject."
+                ),
                 io.Int.Input(
                     "size",
                     default=0,
                     min=0,
                     max=4096,
                     step=8,
-                    tooltip="Side in pixels: the centre square of each picture is resized to it. 0 for as they are.",
+                    tooltip="Side in pixels: the centre square of each picture is resized to it. 512 for SD1.5, 1024 "
+                    "for SDXL and later. 0 for as they are.",
                 ),
                 *inputs_of(
                     DataSettings,
                     ("buckets",),
-                    buckets="keep aspect ratios, at sizes of about size x size in area",
+                    buckets="keep the pictures' shapes, at sizes of about size x size in area. Off cuts the centre "
+                    "square",
                 ),
                 io.Mask.Input("masks", optional=True, tooltip=f"One for each picture: {MASK_TOOLTIP}"),
                 invert_masks_input(),
@@ -139,8 +150,8 @@ class AnchorImageReferences(io.ComfyNode):
                     "captions",
                     force_input=True,
                     optional=True,
-                    tooltip="A text for each picture, which names the subject by its words. Plain text: (word:1.5) is "
-                    "no weight.",
+                    tooltip="A text for each picture, which names the subject by its words (sks dog). What it says "
+                    "besides is learnt less as part of the subject. Plain text: (word:1.5) is no weight.",
                 ),
             ],
             outputs=[ReferencesType.Output(display_name="references", tooltip="For Train Anchored LoRA.")],
@@ -173,15 +184,20 @@ class AnchorConcept(io.ComfyNode):
                 io.String.Input(
                     "token",
                     default="sks",
-                    tooltip="A rare word that means nothing to the model yet, such as sks. It stands for the subject.",
+                    tooltip="A rare word that means nothing to the model yet, such as sks, and stands for the subject "
+                    "in prompts. A word with a meaning mixes it in.",
                 ),
                 io.String.Input(
-                    "class_word", default="dog", tooltip="What the subject is, in a word or two: dog, stuffed animal."
+                    "class_word",
+                    default="dog",
+                    tooltip="What the subject is, in a word or two: dog, stuffed animal. The anchor holds the subject "
+                    "to what the model knows of it, so take the word that draws the nearest pictures.",
                 ),
                 io.String.Input(
                     "template",
                     default="a photo of a {}",
-                    tooltip="The prompt around the words; {} is replaced by them.",
+                    tooltip="The prompt around the words; {} is replaced by them. As plain as the pictures: a photo of "
+                    "a {}, a drawing of {}.",
                 ),
             ],
             outputs=[

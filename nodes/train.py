@@ -19,6 +19,7 @@ from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
     AdapterTensors,
@@ -33,7 +34,9 @@ from .types import (
     inputs_of,
     new_embedding_file,
     new_lora_file,
+    one_each,
 )
+from .written import WRITTEN
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,8 @@ TRAIN_OPTIONS = (
 ).split()
 ADAPTER_OPTIONS = "kind dropout text_encoder vectors token initial detach_start".split()
 PREVIEW_SIDE = 512
+LISTS = ("images", "masks", "class_images")
+"""Inputs that may be lists of ComfyUI: one training on all of them."""
 
 
 class AnchorTrainOptions(io.ComfyNode):
@@ -58,12 +63,17 @@ class AnchorTrainOptions(io.ComfyNode):
             inputs=[
                 *inputs_of(AdapterConfig, ADAPTER_OPTIONS),
                 io.Float.Input(
-                    "alpha", default=0.0, min=0.0, max=1024.0, tooltip="The update counts alpha / rank; 0 for the rank."
+                    "alpha",
+                    default=0.0,
+                    min=0.0,
+                    max=1024.0,
+                    tooltip="The update counts alpha / rank: half of the rank is a gentler LoRA. 0 for the rank.",
                 ),
                 io.String.Input(
                     "layer_pattern",
                     default="",
-                    tooltip="A regular expression over the names of layers, in place of the node's choice.",
+                    tooltip="A regular expression over the names of layers, in place of the node's choice: attn2 "
+                    "trains what reads the prompt alone.",
                 ),
                 *inputs_of(TrainSettings, TRAIN_OPTIONS),
                 *inputs_of(DataSettings, ("flip", "shuffle", "caption_dropout")),
@@ -71,8 +81,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     "resume",
                     options=[NEW_TRAINING, *checkpoint_names()],
                     default=NEW_TRAINING,
-                    tooltip="Go on from the checkpoints of a training that was cancelled, under output/"
-                    f"{CHECKPOINTS}; everything else must be as it was.",
+                    tooltip="Go on from the checkpoints of a training that was broken off, under output/"
+                    f"{CHECKPOINTS}; everything else must be as it was. Needs checkpoint_every in that training.",
                 ),
                 *inputs_of(TrainSettings, ("sude_weight", "semantic_weight"), optional=True),
                 io.Float.Input(
@@ -81,7 +91,8 @@ class AnchorTrainOptions(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     optional=True,
-                    tooltip="In place of the node's w, which is then (1 - lambda) / lambda; 0 for w.",
+                    tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
+                    "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
@@ -105,23 +116,34 @@ class AnchorTrainLoRA(io.ComfyNode):
                 "output/loras as soon as the training ends; a cancelled training keeps what it has learnt there."
             ),
             search_aliases=["dreambooth", "train lora", "semantic anchoring"],
+            is_input_list=True,
             inputs=[
-                io.Model.Input("model", tooltip="The model to teach; LoRAs on it count as part of it."),
+                io.Model.Input(
+                    "model", tooltip="The model to teach; it stays as it is. LoRAs on it count as part of it."
+                ),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
-                io.Image.Input("images", optional=True, tooltip="3 to 20 pictures of the subject."),
+                io.Image.Input(
+                    "images",
+                    optional=True,
+                    tooltip="3 to 20 pictures of the subject, a batch or a list. With captions: references.",
+                ),
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
                     TrainSettings,
                     ("objective", "w", "steps", "learning_rate", "batch_size"),
-                    objective="anchor: hold the subject's prediction to the class's. reconstruction: plain DreamBooth. "
-                    "prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one target. "
-                    "sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's text to "
-                    "the class's, which takes an adapter of the text encoder",
+                    objective="anchor: hold the subject's prediction to the class's; begin here. reconstruction: plain "
+                    "DreamBooth. prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one "
+                    "target. sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's "
+                    "text to the class's, which takes an adapter of the text encoder",
                 ),
                 *inputs_of(AdapterConfig, ("rank",)),
                 io.Combo.Input(
-                    "layers", options=list(LAYERS), default=AdapterConfig.layers, tooltip="The layers that are adapted."
+                    "layers",
+                    options=list(LAYERS),
+                    default=AdapterConfig.layers,
+                    tooltip="What of the network learns: attention for most; attention_feed_forward or all_linear for "
+                    "finer detail and larger files; cross_attention_kv only what is read from the prompt.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -129,22 +151,28 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=0,
                     max=2**63 - 1,
                     control_after_generate=True,
-                    tooltip="The same seed trains the same LoRA.",
+                    tooltip="The same seed trains the same LoRA; another one is another try.",
                 ),
-                io.String.Input("name", default="anchor", tooltip="Name inside output/loras; a number is added."),
+                io.String.Input(
+                    "name",
+                    default="anchor",
+                    tooltip="Name of the file inside output/loras, such as my dog; a number is added.",
+                ),
                 io.Int.Input(
                     "preview_every",
                     default=50,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two pictures of the subject prompt in the node; 0 for none.",
+                    tooltip="Steps between two pictures of the subject prompt in the node, to see when the subject is "
+                    "there; each costs a sampling. 0 for none.",
                 ),
                 io.Int.Input(
                     "probe_every",
                     default=TrainSettings.probe_every,
                     min=0,
                     max=100000,
-                    tooltip="Steps between two measurements of the drift for the history; 0 for none.",
+                    tooltip="Steps between two measurements of the drift, for the history, keep best and "
+                    "stop_on_drift. 0 for none.",
                 ),
                 *inputs_of(TrainSettings, ("prior_weight",)),
                 io.Int.Input(
@@ -153,18 +181,27 @@ class AnchorTrainLoRA(io.ComfyNode):
                     min=1,
                     max=1000,
                     advanced=True,
-                    tooltip="prior_preservation and sude: how many class pictures are made if none are connected.",
+                    tooltip="prior_preservation and sude: how many class pictures the model makes if none are "
+                    "connected; more keep the class better, and take longer to make.",
                 ),
                 io.Image.Input(
-                    "class_images", optional=True, tooltip="For prior_preservation and sude: pictures of the class."
+                    "class_images",
+                    optional=True,
+                    tooltip="For prior_preservation and sude: pictures of the class, in place of those that the model "
+                    "makes.",
                 ),
                 ReferencesType.Input(
                     "references",
                     optional=True,
                     tooltip="In place of images: pictures of several sizes, with captions and masks.",
                 ),
-                io.Mask.Input("masks", optional=True, tooltip="For images: 1 (white) where the loss counts."),
-                OptionsType.Input("options", optional=True, tooltip="From Train Options."),
+                io.Mask.Input("masks", optional=True, tooltip=f"For images: {MASK_TOOLTIP}"),
+                OptionsType.Input(
+                    "options",
+                    optional=True,
+                    tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
+                ),
+                invert_masks_input(),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
             hidden=[io.Hidden.extra_pnginfo],
@@ -185,9 +222,17 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
+    def fingerprint_inputs(cls, **inputs):
+        return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
+
+    @classmethod
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._train(**one_each(inputs, LISTS))
+
+    @classmethod
+    def _train(
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
-        class_images=None, references=None, masks=None, options=None, **basic,
+        class_images=None, references=None, masks=None, options=None, invert_masks=False, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
@@ -195,8 +240,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        resume, settings, config, data = _settings(basic, options, rank, layers, seed, probe_every)
-        pictures = _pictures(images, masks, references)
+        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
+        pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
@@ -217,7 +262,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         lora = AdapterTensors(outcome.trained.tensors, outcome.trained.metadata, outcome.trained.vectors)
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
-        word = embedding_word(files.embedding) if config.vectors else config.token
+        word = embedding_word(outcome.files[-1]) if config.vectors else config.token
+        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
         ui = {"anchor_run": [going.id]}
         return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
@@ -242,12 +288,19 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
     return resume, settings, config, DataSettings(**data)
 
 
-def _pictures(images, masks, references):
+def _training(inputs) -> str:
+    """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
+    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    values = (inputs.get(each) for each in told)
+    return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
+
+
+def _pictures(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
         raise ValueError("masks is connected beside references, which has its own; connect masks with images alone")
-    return from_images(images, masks=masks) if references is None else references
+    return from_images(images, masks=masks, invert_masks=invert_masks) if references is None else references
 
 
 def _class_pictures(settings: TrainSettings, class_images, class_count: int):
@@ -267,7 +320,7 @@ def _files(name: str, config: AdapterConfig):
 
     embedding = new_embedding_file(name) if config.vectors else None
     adapter = embedding if config.kind == NO_LAYERS else new_lora_file(name)
-    return Files(adapter, embedding or adapter)
+    return Files(adapter, embedding or adapter, new=True)
 
 
 class _Watch:

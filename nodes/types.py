@@ -69,8 +69,7 @@ def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts:
 
 
 def _input(field: Field, text: str | None, optional: bool) -> io.Input:
-    text = text or field.metadata["help"]
-    options = {"default": field.default, "tooltip": text[0].upper() + text[1:] + ".", "optional": optional}
+    options = {"default": field.default, "tooltip": _sentence(text or field.metadata["help"]), "optional": optional}
     if "choices" in field.metadata:
         return io.Combo.Input(field.name, options=list(field.metadata["choices"]), **options)
     if isinstance(field.default, bool):
@@ -84,6 +83,12 @@ def _input(field: Field, text: str | None, optional: bool) -> io.Input:
     return io.Float.Input(
         field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
     )
+
+
+def _sentence(text: str) -> str:
+    """The help of an option as a tooltip; the name of a choice that it begins with stays as it is written."""
+    begins = text if text.split()[0].endswith(":") else text[0].upper() + text[1:]
+    return f"{begins}."
 
 
 def new_lora_file(name: str) -> Path:
@@ -156,13 +161,13 @@ def lora_inputs() -> list[io.Input]:
             min=-10.0,
             max=10.0,
             step=0.05,
-            tooltip="1 as trained, 0 the model without it, between them a part of it.",
+            tooltip="1 as trained, 0 the model without it. Lower it if pictures lose the prompt or look burnt: 0.7.",
         ),
         io.Combo.Input(
             "file",
             options=[CONNECTED, *folder_paths.get_filename_list("loras")],
             default=CONNECTED,
-            tooltip="A file of the loras folders, or the LoRA that is connected.",
+            tooltip="A file of the loras folders, or the LoRA that is connected. A new file shows after pressing R.",
         ),
         LoraModel.Input("lora", optional=True, tooltip="The LoRA, where no file is chosen."),
     ]

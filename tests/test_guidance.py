@@ -7,7 +7,8 @@ from dataclasses import fields
 import pytest
 import torch
 
-from anchor_core.guidance import CLASS, NULL, RULE_OPTIONS, RULES, SUBJECT, Branch, Table, guide, make_rule
+from anchor_core.branches import CLASS, NULL, SUBJECT, Branch, Table, guide
+from anchor_core.guidance import RULE_OPTIONS, RULES, make_rule
 
 SCALES = (0.0, 0.5, 1.0, 3.0, 7.5)
 STEPS = 20

@@ -39,18 +39,45 @@ class AdapterConfig:
         ValueError: naming an option out of its limits, or two that do not go together.
     """
 
-    rank: int = option(8, "width of the update: its capacity")
-    alpha: float | None = option(None, "the update counts alpha / rank; none means rank")
-    dropout: float = option(0.0, "share of the update's inputs left out in training", minimum=0, below=1)
+    rank: int = option(
+        8,
+        "capacity of the update: 4 to 16 for a subject, 16 to 32 for a style; more learns finer detail, and more of "
+        "the surroundings",
+    )
+    alpha: float | None = option(
+        None, "the update counts alpha / rank: half of the rank is a gentler adapter; none means rank"
+    )
+    dropout: float = option(
+        0.0, "share of the update's inputs left out in training: try 0.1 if the pictures are copied", minimum=0, below=1
+    )
     layers: str = option(
         "attention", f"{', '.join((*LAYERS, EVERYTHING))}, or a regular expression over the names of layers"
     )
-    kind: str = option("lora", "of the adapter; none for token vectors alone", choices=(*KINDS, NO_LAYERS))
-    text_encoder: bool = option(False, "adapt the text encoders too; the anchor keeps the pretrained ones")
-    vectors: int = option(0, "of the subject's token that are trained, as in Textual Inversion", minimum=0)
-    token: str = option("sks", "the word of the subject prompt that the vectors stand for")
-    initial: str = option("", "the word that the vectors start from, such as the class word; empty for the token")
-    detach_start: bool = option(False, "cross_attention_kv: no gradient by the first token, as in Custom Diffusion")
+    kind: str = option(
+        "lora",
+        "what is trained: lora is read everywhere; dora, lokr, loha, oft and svdiff are other forms of an update, "
+        "full the weights themselves, none token vectors alone",
+        choices=(*KINDS, NO_LAYERS),
+    )
+    text_encoder: bool = option(
+        False,
+        "adapt the text encoders too: the word is learnt sooner, and touches other prompts sooner; the anchor keeps "
+        "the pretrained ones",
+    )
+    vectors: int = option(
+        0,
+        "of the subject's token that are trained, as in Textual Inversion: 1 heeds prompts best, 4 is nearer to the "
+        "subject; 0 for none",
+        minimum=0,
+    )
+    token: str = option("sks", "the word of the subject prompt that the vectors stand for: the token of Concept")
+    initial: str = option(
+        "", "the word that the vectors start from, such as the class word, which gets there sooner; empty for the token"
+    )
+    detach_start: bool = option(
+        False,
+        "with layers cross_attention_kv: no gradient by the first token, as in Custom Diffusion; else leave it off",
+    )
     ranks: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
 

@@ -60,7 +60,9 @@ def checked(tensors: Mapping[str, Tensor], what: Any = "it") -> dict[str, Tensor
 
 def _number(what: Any, name: str, tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
-        raise ValueError(f"{what} has {name!r} as a {type(tensor).__name__} instead of a tensor; give a LoRA or an embedding")
+        raise ValueError(
+            f"{what} has {name!r} as a {type(tensor).__name__} instead of a tensor; give a LoRA or an embedding"
+        )
     dtype = str(tensor.dtype).removeprefix("torch.")
     narrow = tensor.dtype.is_floating_point and tensor.dtype.itemsize == 1
     # Counts, such as alpha, may be whole numbers.
@@ -69,7 +71,9 @@ def _number(what: Any, name: str, tensor: Tensor) -> Tensor:
         raise ValueError(f"{what} has {name!r} in {dtype}, but layers and vectors are of floats; convert it")
     if narrow:
         if "x2" in dtype or dtype == "float8_e8m0fnu":
-            raise ValueError(f"{what} has {name!r} in {dtype}, packed numbers or scales, which are not read; convert it")
+            raise ValueError(
+                f"{what} has {name!r} in {dtype}, packed numbers or scales, which are not read; convert it"
+            )
         tensor = tensor.to(torch.bfloat16)
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{what} has NaN or infinite values in {name!r}; train it again")

@@ -19,8 +19,8 @@ def sample(options: Namespace) -> None:
     from ..adapters.metadata import recommended_guidance
     from ..backends.diffusers.adjust import encode_adjusted
     from ..backends.diffusers.guidance import RuleSteps
+    from ..branches import CLASS, NULL, SUBJECT
     from ..evaluation import report
-    from ..guidance import CLASS, NULL, SUBJECT
 
     check_embedding(options)
     check_count("steps", options.steps)

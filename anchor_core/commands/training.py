@@ -19,6 +19,8 @@ from ..training.events import Event, Tell
 from ..training.methods import check_combination
 from ..training.orders import Orders
 from ..training.parallel import Workers
+from ..training.precision import resolve
+from ..training.presets import AUTO, preset_options
 from ..training.settings import DataSettings, TrainSettings
 from .shared import check_writable, given, open_model, resolution
 
@@ -39,6 +41,8 @@ def train(options: Namespace) -> int:
     out, workers = check_writable(options.out), Workers.launched(int(os.environ.get("WORLD_SIZE", "1")))
     options.device = options.device or workers.device
     denoiser = open_model(options)
+    settings, config = with_preset(options, denoiser.family, workers.is_first)
+    settings = resolve(settings, denoiser)
     references = _references(options, denoiser, data)
     with _bar(settings.steps, workers.is_first) as show, _signals() as orders:
         outcome = run(
@@ -49,6 +53,18 @@ def train(options: Namespace) -> int:
     if workers.is_first:
         _report(out, outcome, options, concept, references.names, settings, config, data)
     return 130 if outcome.how == "cancelled" else 0
+
+
+def with_preset(options: Namespace, family: str, told: bool) -> tuple[TrainSettings, AdapterConfig]:
+    """The settings with the family's own options where none were given."""
+    # Pictures have the size that the model itself names.
+    given_here = {*options.given, "resolution"}
+    taken = preset_options(options.preset, family, given_here, options.kind, options.optimizer)
+    vars(options).update(taken)
+    if taken and told:
+        name = family if options.preset == AUTO else options.preset
+        print(f"preset {name}: {', '.join(f'{key} {value}' for key, value in taken.items())}")
+    return given(options, TrainSettings), given(options, AdapterConfig)
 
 
 def _check_precision(settings: TrainSettings, dtype: str) -> None:
@@ -82,6 +98,7 @@ def _report(out: Path, outcome, options: Namespace, concept: Concept, names, set
         "adapter": path.name,
         "embedding": [path, *embedding][-1].name if config.vectors else None,
         "method": options.method,
+        "preset": options.preset,
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "references": names,

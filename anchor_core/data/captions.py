@@ -14,8 +14,8 @@ from .folder import read_text
 ORDERS = 8
 """How many orders of its tags a shuffled caption is seen in, so that the set of prompts stays finite."""
 _FEW = 3  # tags, which have 3! = 6 orders
-MAX_BYTES = 2**16
-"""Of a caption's file; T5, the longest encoder, reads some 2,000."""
+MAX_BYTES = 2**14
+"""Of a caption's file; T5, which reads the longest, takes 512 tokens."""
 
 
 def read_caption(picture: Path) -> str:
@@ -91,10 +91,12 @@ def _orders(caption: str, seed: int) -> list[str]:
     """Up to `ORDERS` different orders of a caption's tags, always the same ones for a seed."""
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     orders = {", ".join(tags): None}  # a set that keeps its order
+    if len(set(tags)) < 2:
+        return list(orders)
     if len(tags) <= _FEW:
         return list(orders | {", ".join(order): None for order in permutations(tags)})
     chance = random.Random(f"{seed}:{caption}")
-    for _ in range(20 * ORDERS):  # repeated tags have fewer orders than it seems
+    for _ in range(20 * ORDERS):  # of repeated tags there may be fewer orders
         if len(orders) == ORDERS:
             break
         orders[", ".join(chance.sample(tags, len(tags)))] = None

@@ -15,8 +15,11 @@ from .history import History
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = ("steps", "checkpoint_every", "probe_every", "keep", "stop_on_drift", "guidance")
-"""Settings that a resumed training may have otherwise: they do not enter the steps already made."""
+_MAY_CHANGE = (
+    "steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory gradient_checkpointing".split()
+)
+"""Settings that a resumed training may have otherwise: they do not enter the steps already made, or nothing but the
+memory that a step takes."""
 
 
 def state_of(loop: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
 from ..adapters.tokens import to_embedding
 from ..concept import Concept
+from ..writing import claimed
 from .precision import resolve
 from .settings import TrainSettings
 
@@ -63,7 +65,7 @@ def adapter_metadata(
     }
     anchor = {
         **{option.name: getattr(settings, option.name) for option in fields(settings)},
-        **{option.name: getattr(config, option.name) for option in fields(config) if option.name != "ranks"},
+        **{option.name: getattr(config, option.name) for option in fields(config) if "help" in option.metadata},
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "steps": made,
@@ -97,10 +99,15 @@ def _resolution(size: int | tuple[int, int] | None) -> str | None:
 
 @dataclass(frozen=True)
 class Files:
-    """Where a training writes: `adapter`, and `embedding` for token vectors that are trained beside layers."""
+    """Where a training writes: `adapter`, and `embedding` for token vectors that are trained beside layers.
+
+    Args:
+        new: what has come there meanwhile is not overwritten: the next number is taken, as `claimed` does.
+    """
 
     adapter: Path
     embedding: Path
+    new: bool = False
 
     @classmethod
     def beside(cls, adapter: Path) -> Files:
@@ -112,7 +119,7 @@ class Files:
         adapter, embedding = (
             path.with_stem(f"{path.stem.rstrip('_')}_step{step:06}") for path in (self.adapter, self.embedding)
         )
-        return Files(adapter, embedding)
+        return Files(adapter, embedding, self.new)
 
 
 @dataclass(frozen=True)
@@ -149,11 +156,14 @@ class Trained:
         Raises:
             ValueError: if one cannot be written.
         """
-        save_adapter(files.adapter, self.tensors, self.metadata)
+        place = claimed if files.new else nullcontext
+        with place(files.adapter) as adapter:
+            save_adapter(adapter, self.tensors, self.metadata)
         if self.vectors is None or self.vectors.keys() == self.tensors.keys():
-            return (files.adapter,)
-        save_adapter(files.embedding, self.vectors, embedding_metadata(self.metadata))
-        return files.adapter, files.embedding
+            return (adapter,)
+        with place(files.embedding) as embedding:
+            save_adapter(embedding, self.vectors, embedding_metadata(self.metadata))
+        return adapter, embedding
 
 
 def save_trained(

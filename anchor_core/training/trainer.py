@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -100,13 +100,7 @@ def train(
         classes = Dataset([Example(row, (concept.class_prompt,), (concept.class_prompt,)) for row in own])
     if probe is None and (settings.keep == "best" or settings.stop_on_drift):
         raise ValueError("keep best and stop_on_drift read the drift probe, but there is none; set probe_every above 0")
-    with ExitStack() as stack:
-        # ComfyUI runs nodes in inference mode, where nothing can be trained.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
-        if settings.gradient_checkpointing:
-            stack.enter_context(checkpointed(denoiser.blocks))
+    with _set_up(denoiser, settings):
         datasets = [references] if classes is None else [references, classes]
         cache = cache or Cache(denoiser)
         run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
@@ -117,6 +111,40 @@ def train(
             run.average.apply()
         run.keep()
         return run.history
+
+
+def one_pass(
+    denoiser: Denoiser,
+    datasets: list[Dataset],
+    concept: Concept,
+    settings: TrainSettings,
+    cache: Cache,
+    watching: AbstractContextManager,
+) -> None:
+    """Compute the gradient of the first pass of a training inside `watching`, and throw it away."""
+    settings = resolve(settings, denoiser)
+    with _set_up(denoiser, settings):
+        run = _Run(denoiser, denoiser.adapter, datasets, concept, settings, None, None, cache, ALONE)
+        for parameter in run.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        try:
+            with watching:
+                run.pass_()
+        finally:
+            run.optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _set_up(denoiser: Denoiser, settings: TrainSettings) -> Iterator[None]:
+    """What holds while gradients are computed."""
+    with ExitStack() as stack:
+        # ComfyUI runs nodes in inference mode, where nothing can be trained.
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        if settings.gradient_checkpointing:
+            stack.enter_context(checkpointed(denoiser.blocks))
+        yield
 
 
 class _Run:
@@ -220,16 +248,13 @@ class _Run:
             vectors.grad = torch.zeros_like(vectors)
         sums: dict[str, Tensor] = {}
         for _ in range(settings.accumulation):
-            with self.adapter.dropout(), self._autocast():
-                terms = self.objective(self._draw())
-            self.scaler.scale(sum(terms.values()) / settings.accumulation).backward()
-            for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + term.detach() / settings.accumulation
+            for name, term in self.pass_().items():
+                sums[name] = sums.get(name, 0) + term
         self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
-        values = {name: value.item() for name, value in sums.items()}
-        self._check_finite("loss", sum(values.values()))
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
+        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        self._check_finite("loss", sum(terms))
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
@@ -243,33 +268,50 @@ class _Run:
                 f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
                 f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
             )
-        return values
+        return dict(zip(sums, terms, strict=True))
+
+    def pass_(self) -> dict[str, Tensor]:
+        """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
+        sums: dict[str, Tensor] = {}
+        for part in self._draw():
+            share = self.settings.accumulation * self.settings.batch_size / len(part.latents)
+            with self.adapter.dropout(), self._autocast():
+                terms = self.objective(part)
+            self.scaler.scale(sum(terms.values()) / share).backward()
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + term.detach() / share
+        return sums
 
     def _autocast(self):
         dtype = self.autocast_dtype
         return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
 
-    def _draw(self) -> Step:
-        (latents, noise, timesteps, weights), rows, mine = self._rows(self.datasets[0])
-        prior = None
-        if len(self.datasets) > 1:
-            drawn, class_rows, share = self._rows(self.datasets[1])
-            prior = PriorBatch(*drawn, self._encoded(class_rows.class_prompts[share], adapted=True))
-        masks = None if rows.masks is None else rows.masks[mine].to(latents)
+    def _draw(self) -> Iterator[Step]:
+        """The rows of a pass, drawn at once and computed in parts of `micro_batch` rows."""
+        drawn, rows, mine = self._rows(self.datasets[0])
+        classes = [self._rows(dataset) for dataset in self.datasets[1:]]
+        masks = None if rows.masks is None else rows.masks[mine].to(drawn[0])
         encode = partial(self._encoded, adapted=True)
-        texts = Texts(rows.class_prompts[mine], encode, self.concept.subject_prompt, self.class_pooled)
-        return Step(
-            self.denoiser,
-            latents,
-            noise,
-            timesteps,
-            self._encoded(rows.subject_prompts[mine], adapted=True),
-            self._encoded(rows.class_prompts[mine]),
-            prior,
-            weights,
-            masks,
-            texts,
-        )
+        at_once = self.settings.micro_batch or self.settings.batch_size
+        for first in range(0, self.settings.batch_size, at_once):
+            part = slice(first, first + at_once)
+            latents, noise, timesteps, weights = _part_of(drawn, part)
+            prior = None
+            for class_drawn, class_rows, share in classes:
+                prior = PriorBatch(*_part_of(class_drawn, part), encode(class_rows.class_prompts[share][part]))
+            class_prompts = rows.class_prompts[mine][part]
+            yield Step(
+                self.denoiser,
+                latents,
+                noise,
+                timesteps,
+                encode(rows.subject_prompts[mine][part]),
+                self._encoded(class_prompts),
+                prior,
+                weights,
+                None if masks is None else masks[part],
+                Texts(class_prompts, encode, self.concept.subject_prompt, self.class_pooled),
+            )
 
     def _rows(self, dataset: Dataset):
         """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None: of all workers, then this one's share."""
@@ -334,6 +376,10 @@ class _Run:
     def _save(self) -> None:
         if self.checkpoints is not None and self.workers.is_first:
             self.checkpoints.save(self.made, state_of(self))
+
+
+def _part_of(drawn: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
+    return [None if tensor is None else tensor[part] for tensor in drawn]
 
 
 def _ignore(*_: Any) -> None:

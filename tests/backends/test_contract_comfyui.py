@@ -34,13 +34,11 @@ def test_contract(results, family, check):
 @pytest.mark.parametrize(
     ("kind", "message"),
     {
-        "dynamic_vram": "start ComfyUI with --disable-dynamic-vram",
         "fp8_matrix_mult": "load it with weight_dtype fp8_e4m3fn",
         "quantised": "connect a model in 32 or 16 bit, or in plain fp8",
         "integers": "is quantised (torch.int8)",
         "packed_latents": "connect another model",
         "text_encoder": "text encoder is no CLIP",
-        "dora_on_fp8": "take lora, lokr or loha",
         **{f"{kind}_of_another_model": "made for another model" for kind in check_contract.OTHERS},
     }.items(),
 )

@@ -9,7 +9,8 @@ import torch
 
 from anchor_core.adapters.file import save_adapter, to_file_keys
 from anchor_core.backends.diffusers.guidance import guided
-from anchor_core.guidance import SUBJECT, make_rule
+from anchor_core.branches import SUBJECT
+from anchor_core.guidance import make_rule
 from tests.backends import tiny_models
 from tests.backends.guided_models import NULLS, SCALE, STEPS, SUBJECTS, Model, apart, close, led
 from tests.comfyui import contract

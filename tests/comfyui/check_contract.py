@@ -1,7 +1,8 @@
 """Run under ComfyUI's interpreter: the contract, and what only ComfyUI's backend promises, for each family of models.
 
-Usage: check_contract.py COMFYUI PACK OUTPUT [FAMILY ...]. OUTPUT becomes a JSON object: family to check to what is
-wrong, or "", and under `refused` what is said of models that cannot be trained on.
+Usage: check_contract.py COMFYUI PACK OUTPUT [--paged] [FAMILY ...]. OUTPUT becomes a JSON object: family to check to
+what is wrong, or "", and under `refused` what is said of models that cannot be trained on. With `--paged` the models
+lie in pages (`paged_vram.py`), and checks that assume plain ones are left to `check_paged.py`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,23 @@ from __future__ import annotations
 import json
 import sys
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
 PATCHED = ("sd1", "sd2_v", "sdxl", "sdxl_v", "flux")
 OTHERS = ("lora", "loha", "lokr")
-REFUSED = ("dynamic_vram", "fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_encoder", "dora_on_fp8")
+REFUSED = ("fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_encoder")
 
 if __name__ == "__main__":
     comfyui, pack, output, *chosen = sys.argv[1:]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
+
+    import paged_vram
+
+    if paged := "--paged" in chosen:
+        chosen.remove("--paged")
+        paged_vram.install()
 
     import comfy.options
 
@@ -35,12 +40,11 @@ if __name__ == "__main__":
     import contract
     import torch
     from comfy_models import fingerprint, same
+    from comfy_training import assert_near, gradients, loss_of, picture, predict, run_training, trained
     from torch import Tensor
-    from torch.utils.checkpoint import checkpoint
     from training_refusals import refusal, refusal_of_adapter
 
     from anchor_core.adapters.config import AdapterConfig
-    from anchor_core.adapters.file import to_file_keys
     from anchor_core.backends.comfyui.apply import apply_adapter
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
     from anchor_core.training.settings import TrainSettings
@@ -103,41 +107,6 @@ def check_what_the_network_is_given(name: str, denoiser: ComfyDenoiser, shape) -
         assert set(seen[1][1]["guidance"].tolist()) == {3.5}, f"in sampling it is {seen[1][1]['guidance']}"
 
 
-@contextmanager
-def checkpointed(blocks) -> Iterator[None]:
-    """As the trainer does it: the blocks keep their inputs only."""
-    for block in blocks:
-
-        def run(*arguments, forward=block.forward, **options):
-            if not torch.is_grad_enabled():
-                return forward(*arguments, **options)
-            return checkpoint(forward, *arguments, use_reentrant=False, **options)
-
-        block.forward = run
-    try:
-        yield
-    finally:
-        for block in blocks:
-            del block.forward
-
-
-def loss_of(denoiser: ComfyDenoiser, step) -> Tensor:
-    prediction = denoiser.predict(step.noisy, step.timesteps, step.subject_conditions)
-    return (prediction.double() - step.target).square().mean()
-
-
-def gradients(denoiser: ComfyDenoiser, step, blocks=()) -> list[Tensor]:
-    """Of a stirred adapter in every linear layer."""
-    with contract.attached(denoiser) as adapter, checkpointed(blocks):
-        return list(torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True))
-
-
-def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-4) -> None:
-    ours, theirs = (torch.cat([part.flatten().double() for part in parts]) for parts in (ours, theirs))
-    off = ((ours - theirs).norm() / theirs.norm()).item()
-    assert theirs.norm() > 0 and off < limit, f"gradients are off by {off:.2g} of their norm"
-
-
 def check_gradient_checkpointing(name: str, denoiser: ComfyDenoiser, shape) -> None:
     """Gradients with and without it are the same."""
     step = contract.make_step(denoiser, shape)
@@ -168,24 +137,6 @@ def check_prompts_in_one_go(name: str, denoiser: ComfyDenoiser, shape) -> None:
         assert torch.equal(one.extras["pooled_output"], other.extras["pooled_output"])
 
 
-def predict(model, clip, vae, shape) -> Tensor:
-    with ComfyDenoiser(model, clip, vae) as denoiser, torch.no_grad():
-        condition = denoiser.encode_prompt("a photo of a dog")
-        return denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
-
-
-def trained(model, clip, vae, shape, **options) -> tuple[dict[str, Tensor], Tensor, int]:
-    """An adapter's tensors as its file has them, what it predicts, and its number of layers."""
-    with (
-        ComfyDenoiser(model, clip, vae) as denoiser,
-        contract.attached(denoiser, **options) as adapter,
-        torch.no_grad(),
-    ):
-        condition = denoiser.encode_prompt("a photo of a dog")
-        prediction = denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
-        return to_file_keys(adapter, denoiser.file_keys()), prediction, len(adapter.module_names)
-
-
 def check_stock_loader(name: str, model, clip, vae, shape) -> None:
     """The adapter's file through ComfyUI's own loader, and through ours, predicts what the adapter did."""
     for kind in ("lora", "loha", "lokr", "full", "svdiff"):
@@ -195,26 +146,6 @@ def check_stock_loader(name: str, model, clip, vae, shape) -> None:
         assert read == layers, f"ComfyUI reads {read} of {layers} layers ({kind})"
         for on in (stock, apply_adapter(model, tensors, 1.0)[0]):
             torch.testing.assert_close(predict(on, clip, vae, shape), prediction, atol=1e-4, rtol=0)
-
-
-def picture(model, clip, shape) -> Tensor:
-    """By ComfyUI alone, as a KSampler node makes it."""
-    (positive,), (negative,) = (clip.encode_from_tokens_scheduled(prompt) for prompt in ("a dog in the snow", ""))
-    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(8))
-    noise = noise.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else noise
-    return comfy.sample.sample(
-        model,
-        noise,
-        2,
-        3.0,
-        "euler",
-        "simple",
-        [positive],
-        [negative],
-        torch.zeros_like(noise),
-        disable_pbar=True,
-        seed=0,
-    )
 
 
 def check_untouched(name: str, model, clip, vae, shape) -> None:
@@ -229,27 +160,6 @@ def check_untouched(name: str, model, clip, vae, shape) -> None:
             assert ended is ending, f"the training ended by {ended} instead of {ending}"
             assert same(before, fingerprint(on)), f"after {ending} the model is another one"
             assert torch.equal(picture(on, clip, shape), first), f"after {ending} the picture is another one"
-
-
-def run_training(model, clip, vae, shape, ending: type[BaseException] | None) -> type[BaseException] | None:
-    """Two steps; an error comes up inside the network, in the second one's backward pass."""
-    try:
-        with ComfyDenoiser(model, clip, vae) as denoiser:
-            adapter = denoiser.attach(AdapterConfig(rank=2, layers="all_linear"), 0)
-            calls = []
-
-            def stop(gradient: Tensor) -> None:
-                calls.append(gradient)
-                if ending is not None and len(calls) == 2:
-                    raise ending("in the middle of a step")
-
-            adapter.parameters()[-1].register_hook(stop)
-            train(denoiser, adapter, contract.draw(denoiser, shape, 1), contract.CONCEPT, TrainSettings(steps=2))
-    except BaseException as error:
-        if type(error) is not ending:
-            raise
-        return type(error)
-    return None
 
 
 def check_lora_on_model_is_pretrained(name: str, model, clip, vae, shape) -> None:
@@ -276,9 +186,10 @@ def check_fp8(name: str, model, clip, vae, shape) -> None:
     for on in (stored, plain):
         with ComfyDenoiser(on, clip, vae) as denoiser:
             step = contract.make_step(denoiser, shape)
-            found.append((gradients(denoiser, step), gradients(denoiser, step, denoiser.blocks)))
-    assert_near(found[0][0], found[1][0])
-    assert_near(found[0][1], found[1][0])
+            adapters = ({}, {"blocks": denoiser.blocks}, {"kind": "dora"}, {"kind": "svdiff"})
+            found.append([gradients(denoiser, step, **options) for options in adapters])
+    for stored_ones, plain_ones in zip(*found, strict=True):
+        assert_near(stored_ones, plain_ones)
     assert same(before, fingerprint(stored)), "the model in fp8 is another one"
     run_training(stored, clip, vae, shape, RuntimeError)
     assert same(before, fingerprint(stored)), "after a training the model in fp8 is another one"
@@ -304,23 +215,41 @@ def check_low_vram(name: str, model, clip, vae, shape) -> None:
     tensors, *_ = trained(model, clip, vae, shape)
     patched = apply_adapter(model, tensors, 0.5)[0]
     first = picture(patched, clip, shape)
-    kinds = [(id(p), p.is_inference()) for p in patched.model.parameters()]
+    kinds = [(type(module), p.is_inference()) for module in patched.model.modules() for p in module.parameters()]
     with ComfyDenoiser(patched, clip, vae) as denoiser:
         step = contract.make_step(denoiser, shape)
-        whole = gradients(denoiser, step)
+        whole, dora = gradients(denoiser, step), gradients(denoiser, step, kind="dora")
         patched.partially_unload(patched.offload_device, patched.model_size() // 2)
         assert_near(gradients(denoiser, step), whole)
         assert_near(gradients(denoiser, step, denoiser.blocks), whole)
+        assert_near(gradients(denoiser, step, kind="dora"), dora)
         assert patched.model.model_lowvram
         assert any(getattr(module, "weight_function", ()) for module in patched.model.modules())
-        told = ""
-        try:
-            denoiser.attach(AdapterConfig(kind="dora"))
-        except ValueError as error:
-            told = str(error)
-        assert "take lora" in told, "a kind that reads weights is not refused"
-    assert [(id(p), p.is_inference()) for p in patched.model.parameters()] == kinds, "parameters are others"
+    after = [(type(module), p.is_inference()) for module in patched.model.modules() for p in module.parameters()]
+    assert after == kinds, "modules or parameters are others"
     assert torch.equal(picture(patched, clip, shape), first), "the picture is another one"
+
+
+def check_preview_in_low_vram(name: str, model, clip, vae, shape) -> None:
+    """A picture in the middle of a training with half of the model offloaded: ComfyUI leaves the adapter alone."""
+    found = []
+    for memory in (0, model.model_size() // 2):
+        with ComfyDenoiser(model, clip, vae) as denoiser:
+            if memory:
+                model.partially_unload(model.offload_device, memory)
+            adapter = denoiser.attach(AdapterConfig(rank=2), 0)
+            condition = denoiser.encode_prompt("a photo of a dog")
+
+            def preview(report, denoiser=denoiser, condition=condition) -> None:
+                denoiser.sample([condition], condition, contract.draw(denoiser, shape, 1), steps=1, guidance=2.0)
+
+            latents, settings = contract.draw(denoiser, shape, 1), TrainSettings(steps=3, learning_rate=1e-2)
+            history = train(denoiser, adapter, latents, contract.CONCEPT, settings, tell=preview)
+            assert model.model.model_lowvram == bool(memory), "ComfyUI loaded the model again"
+            found.append(([torch.tensor(history.losses)], adapter.parameters()))
+    (losses, factors), (other_losses, other_factors) = found
+    assert_near(losses, other_losses)
+    assert_near([each.detach() for each in factors], [each.detach() for each in other_factors])
 
 
 INSIDE = (
@@ -336,14 +265,19 @@ AROUND = (
     "check_lora_on_model_is_pretrained",
     "check_fp8",
     "check_low_vram",
+    "check_preview_in_low_vram",
     "check_patches_by_block",
 )
+AROUND_PAGED = ("check_stock_loader", "check_patches_by_block")
 
 
 def main() -> None:
     results: dict[str, dict[str, str]] = {"refused": {}}
+    if paged:
+        paged_vram.start(scale=1024)
+        models.build = paged_vram.paged(models.build)
     with torch.inference_mode():  # as ComfyUI runs every prompt
-        for kind in REFUSED:
+        for kind in () if paged else REFUSED:
             results["refused"][kind] = refusal(kind)
         for kind in OTHERS:
             results["refused"][f"{kind}_of_another_model"] = refusal_of_adapter(kind)
@@ -355,7 +289,7 @@ def main() -> None:
                     found[check.__name__] = contract.outcome(check, denoiser, shape)
                 for check in INSIDE:
                     found[check] = contract.outcome(globals()[check], name, denoiser, shape)
-            for check in AROUND:
+            for check in AROUND_PAGED if paged else AROUND:
                 found[check] = contract.outcome(globals()[check], name, model, clip, vae, shape)
     Path(output).write_text(json.dumps(results))
 

@@ -1,7 +1,8 @@
-"""Run under ComfyUI's interpreter: adapter gradients of models in 16 bits, for `test_precision_comfyui.py`.
+"""Run under ComfyUI's interpreter: adapter gradients in 16 bits, and families, for `test_precision_comfyui.py`.
 
 Usage: check_precision.py COMFYUI PACK FOLDER. `FOLDER/results.json` becomes, by case, whether the loss was scaled,
 and the cosine to the gradient of the same weights computed in fp32: of the whole, and of the layer that is worst.
+Under `families`, what the backend calls each.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def main() -> None:
         exact = gradients(family, stored, fp32)
         found = gradients(family, stored, computing, precision=precision)
         results[f"{family} {stored} {precision}".replace("torch.", "")] = [SCALED[-1], *compared(found, exact)]
+    results["families"] = {name: ComfyDenoiser(*models.build(name)).family for name in models.FAMILIES}
     (Path(folder) / "results.json").write_text(json.dumps(results))
 
 

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     from guidance_refusals import refusals
     from torch import Tensor, nn
 
-    from anchor_core.guidance import step_at
+    from anchor_core.branches import step_at
 
 # --- every family: the strength of a row is the strength at the stock loader ---------------------------------------
 

@@ -62,8 +62,9 @@ def run_script(script: str | Path, *arguments: str | Path, folder: Path) -> None
 
 def install_pack(target: Path) -> Path:
     """A copy of the pack at `target`, with random weights where the repository holds none yet."""
-    for name in ("anchor_core", "nodes", "web", "workflows"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("anchor_core", "nodes", "web", "locales", "example_workflows", "subgraphs"):
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "__init__.py", target)
     return target
 
@@ -185,6 +186,8 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> dict[str, A
         for section in ("required", "optional"):
             for name in info["input_order"].get(section, []):
                 kind, options = specs[name][0], (specs[name] + [{}])[1]
+                if options.get("forceInput"):
+                    continue
                 if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"):
                     inputs[name] = values.pop(0)
                     if options.get("control_after_generate"):

@@ -32,7 +32,7 @@ VALUES = {
         "nan": lambda: lora(torch.nan),
         "none": dict,
         "wide": lambda: lora(width=99),
-        "other": lambda: {"elsewhere.lora_down.weight": torch.ones(4, 9)},
+        "other": lambda: {"elsewhere.lora_down.weight": torch.ones(4, 9), "elsewhere.lora_up.weight": torch.ones(9, 4)},
         "tokens": lambda: WithTokens(lora()),
     },
     "CONDITIONING": {

@@ -19,9 +19,7 @@ from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
 def refusal(kind: str) -> str:
     """What is said of a model that cannot be trained on."""
     model, clip, vae = models.build("flux" if kind == "packed_latents" else "sd1")
-    if kind == "dynamic_vram":
-        model.__class__ = comfy.model_patcher.ModelPatcherDynamic  # which needs a GPU to be made
-    elif kind == "fp8_matrix_mult":
+    if kind == "fp8_matrix_mult":
         model.model.diffusion_model.time_embed[0].__class__ = comfy.ops.fp8_ops.Linear
     elif kind == "quantised":
         layout = comfy.quant_ops.QuantizedTensor.from_float(torch.randn(32, 32), "TensorCoreFP8E4M3Layout")
@@ -32,11 +30,9 @@ def refusal(kind: str) -> str:
     elif kind == "packed_latents":
         bases = (comfy.model_sampling.ModelSamplingAV, comfy.model_sampling.CONST)
         model.add_object_patch("model_sampling", type("ModelSampling", bases, {})(model.model.model_config))
-    elif kind == "dora_on_fp8":
-        model, clip, vae = models.build("sd1", torch.float8_e4m3fn, torch.float32)
     try:
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            denoiser.attach(AdapterConfig(kind="dora", text_encoder=kind == "text_encoder"))
+            denoiser.attach(AdapterConfig(text_encoder=kind == "text_encoder"))
     except ValueError as error:
         return str(error)
     return ""

@@ -15,8 +15,9 @@ from anchor_core.adapters.attach import attach_file
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import save_adapter, to_file_keys
 from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
+from anchor_core.branches import SUBJECT, Branch
 from anchor_core.data.pictures import as_picture
-from anchor_core.guidance import RULES, SUBJECT, Branch, Personalization, make_rule
+from anchor_core.guidance import RULES, Personalization, make_rule
 from anchor_core.sandbox.model import WEIGHTS
 from tests.comfyui.contract import stir
 

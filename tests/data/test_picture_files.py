@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import struct
+from pathlib import Path
 
 import numpy
 import pytest
@@ -16,6 +18,8 @@ from anchor_core.data.captions import MAX_BYTES, _orders, read_caption
 from anchor_core.data.folder import contents, picture_files
 from anchor_core.data.pictures import load_references
 from anchor_core.data.reading import open_picture
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def picture(path, color="red", size=(20, 20), mode="RGB", **options):
@@ -56,6 +60,16 @@ def test_only_the_named_formats_are_opened_whatever_the_name_says(tmp_path, monk
     picture(tmp_path / "plain.ppm")
     (tmp_path / "plain.ppm").rename(tmp_path / "1.png")
     assert "1.png cannot be read (it is none of" in refused(load_references, tmp_path, 8)
+
+
+def test_pictures_are_opened_in_one_place():
+    opening = {
+        file.name
+        for top in ("anchor_core", "nodes")
+        for file in (ROOT / top).rglob("*.py")
+        if re.search(r"Image\.open\b|\bpillow\(Image|imread", file.read_text(encoding="utf-8"))
+    }
+    assert opening == {"reading.py"}
 
 
 @pytest.mark.parametrize("name", ["1.tif", "1.tiff", "1.gif", "1.avif", "1.jfif", "1.WEBP"])
@@ -284,6 +298,8 @@ def test_orders_of_many_tags_take_no_factorial():
     orders = _orders(", ".join(tags), 0)
     assert len(set(orders)) == 8 and orders[0].split(", ") == tags
     assert all(sorted(order.split(", ")) == sorted(tags) for order in orders)
+    assert _orders("same, " * 20_000, 0) == [", ".join(["same"] * 20_000)]
+    assert sorted(_orders("a, a, b", 0)) == ["a, a, b", "a, b, a", "b, a, a"]
 
 
 def test_control_characters_of_captions_and_names_reach_no_message(tmp_path):

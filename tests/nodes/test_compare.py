@@ -191,7 +191,7 @@ def test_every_workflow_fits_the_nodes(server, file):
 
 def test_the_ip_adapter_workflow_compares_both_systems(server):
     """With IP-Adapter's nodes left out, every other value of the workflow is one that ComfyUI takes."""
-    workflow = json.loads((comfy_server.ROOT / "workflows/compare_ip_adapter.json").read_text())
+    workflow = json.loads((comfy_server.ROOT / "docs/compare_ip_adapter.json").read_text())
     object_info = server.get("/object_info")
     for type_, schema in FOREIGN.items():
         specs = {name: [kind, {}] for name, kind in schema["inputs"].items()}

@@ -24,12 +24,17 @@ from torch import Tensor, nn
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
 from ...adapters.kinds import KINDS
+from ...adapters.layers import matching_in_all
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from . import families
 from .apply import apply_adapter
+from .batching import batches, with_own_options
+from .layers import holds_its_weight
+from .noise import NoiseProcess, column
 from .tokens import tokenize, word_ids
-from .weights import TrainableWeights, check_trainable
+from .trainable import check_trainable
+from .weights import TrainableWeights
 
 __all__ = ["ComfyCondition", "ComfyDenoiser", "apply_adapter"]
 
@@ -49,7 +54,7 @@ class ComfyCondition:
     encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
 
 
-class ComfyDenoiser:
+class ComfyDenoiser(NoiseProcess):
     """`Denoiser` over a MODEL, CLIP and VAE of ComfyUI.
 
     Epsilon and v models: timesteps lie on the discrete axis 0 ... 999 and z_t = alpha_t z_0 + sigma_t epsilon, as in
@@ -86,7 +91,7 @@ class ComfyDenoiser:
             stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             for block in families.find_blocks(self.network):
-                stack.callback(block.register_forward_pre_hook(_with_own_options, with_kwargs=True).remove)
+                stack.callback(block.register_forward_pre_hook(with_own_options, with_kwargs=True).remove)
             self._weights.load()
             self._stack = stack.pop_all()
         return self
@@ -107,9 +112,20 @@ class ComfyDenoiser:
     def compute_dtype(self) -> torch.dtype:
         return self.model.model.get_dtype_inference()
 
+    def make_room(self, needed: int) -> int:
+        management, own = comfy.model_management, [self.model]
+        if self.adapter is not None and self.adapter.config.trains_text:
+            own.append(self.clip.patcher)
+        if self.device.type != "cpu":
+            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
+            management.free_memory(needed, self.device, keep_loaded=keep)
+        # Pages are given up on demand.
+        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
+        return int(management.get_free_memory(self.device)) + paged
+
     @property
-    def _sampling(self):
-        return self.model.model.model_sampling
+    def family(self) -> str:
+        return families.family(self.model.model)
 
     @property
     def architecture(self) -> str:
@@ -120,6 +136,10 @@ class ComfyDenoiser:
     def text_encoders(self) -> dict[str, nn.Module]:
         """The CLIP models that an adapter may train, by their prefix in files."""
         return families.text_encoders(self.clip, self.network)
+
+    @property
+    def can_checkpoint(self) -> bool:
+        return bool(families.find_blocks(self.network))
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -154,14 +174,13 @@ class ComfyDenoiser:
             word, tokenizers = config.initial or config.token, families.text_tokenizers(self.clip, self.network)
             read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
             vectors = start_vectors(word, config.vectors, read)
-        layers = (m for net in networks.values() for m in net.modules() if isinstance(m, (nn.Linear, nn.Conv2d)))
-        reads_weights = config.kind in KINDS and KINDS[config.kind].reads_weights
-        if reads_weights and not all(families.holds_its_weight(m, self.device) for m in layers):
-            raise ValueError(
-                f"kind is {config.kind!r}, which reads the model's own weights, but they are in fp8 or not wholly on "
-                "the device; take lora, lokr or loha"
-            )
-        self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
+        try:
+            if config.kind in KINDS and KINDS[config.kind].reads_weights:
+                self._hold_weights(networks, config)
+            self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
+        except BaseException:
+            self._weights.let_go()
+            raise
         for name in self.adapter.module_names:  # peft puts parameters where the weight is, which may be offloaded
             device = self.clip.patcher.load_device if ":" in name else self.device
             for parameter in self.adapter.layer(name).parameters():
@@ -170,6 +189,16 @@ class ComfyDenoiser:
         for parameter in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
             parameter.data = parameter.data.to(self.clip.patcher.load_device)
         return self.adapter
+
+    def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
+        """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
+        chosen = matching_in_all(dict(networks), config.layers, norms=config.kind == "full")
+        for prefix, names in chosen.items():
+            device, dtype = self.device, self.compute_dtype
+            if prefix:
+                device, dtype = self.clip.patcher.load_device, torch.float32
+            layers = [networks[prefix].get_submodule(name) for name in names]
+            self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
         """The text encoders, loaded beside the network from now on."""
@@ -186,6 +215,7 @@ class ComfyDenoiser:
         adapter, self.adapter = self.adapter, None
         if adapter is not None:
             adapter.detach()
+        self._weights.let_go()
 
     def adapter_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
@@ -263,44 +293,6 @@ class ComfyDenoiser:
 
     token_limit = None  # ComfyUI reads long prompts in parts
 
-    # --- the noise process ------------------------------------------------------------------------------------
-
-    def _coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """alpha_t, sigma_t of z_t = alpha_t z_0 + sigma_t epsilon, and ComfyUI's sigma, each (B,)."""
-        timesteps = timesteps.to(self.device)
-        if self.prediction_type == "flow":
-            sigma = timesteps.float() / 1000
-            return 1 - sigma, sigma, sigma
-        sigma = self._sampling.sigma(timesteps)
-        alpha = (1 + sigma**2).rsqrt()
-        return alpha, sigma * alpha, sigma
-
-    def timesteps(self, levels: Tensor) -> Tensor:
-        if self.prediction_type == "flow":
-            return (1000 * levels.double()).float()
-        return (levels.double() * self._sampling.num_timesteps).long()
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        alpha, sigma, _ = self._coefficients(timesteps)
-        return (alpha / sigma).square()
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        alpha, sigma, _ = (_column(c, latents) for c in self._coefficients(timesteps))
-        return alpha * latents.to(self.device) + sigma * noise.to(self.device)
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        latents, noise = latents.to(self.device), noise.to(self.device)
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "flow":
-            return noise - latents
-        alpha, sigma, _ = (_column(c, latents) for c in self._coefficients(timesteps))
-        return alpha * noise - sigma * latents
-
-    def epsilon_scale(self, timesteps: Tensor) -> Tensor:
-        alpha, _, _ = self._coefficients(timesteps)
-        return torch.ones_like(alpha) if self.prediction_type == "epsilon" else alpha
-
     # --- predictions ------------------------------------------------------------------------------------------
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditions: Sequence[ComfyCondition]) -> Tensor:
@@ -311,16 +303,17 @@ class ComfyDenoiser:
             )
         noisy = noisy.to(self.device)
         alpha, _, sigma = self._coefficients(timesteps)
-        x = self._frames(noisy if self.prediction_type == "flow" else noisy / _column(alpha, noisy))
+        x = self._frames(noisy if self.prediction_type == "flow" else noisy / column(alpha, noisy))
         encoded = [self._encoded(condition, x) for condition in conditions]
         said: dict[int, Tensor] = {}
-        for rows in _batches(encoded):
+        for rows in batches(encoded):
             output = self._native(x[rows], sigma[rows], comfy.samplers.cond_cat([encoded[row] for row in rows]))
             said.update(zip(rows, self._pictures(output)))
         return torch.stack([said[row] for row in range(len(noisy))])
 
     def _native(self, x: Tensor, sigma: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What the network itself says of ComfyUI's x at its sigma, (B, ...), in float32."""
+        self._weights.load_again()
         options = self.model.model_options["transformer_options"].copy()
         options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(options.get("wrappers", {}))
         comfy.patcher_extension.merge_nested_dicts(options["wrappers"], self.model.wrappers, copy_dict1=False)
@@ -397,32 +390,3 @@ class ComfyDenoiser:
             seed=0,
         )
         return self._pictures(self.model.model.process_latent_in(samples))
-
-
-# --- helpers ------------------------------------------------------------------------------------------------------
-
-
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) to (B, 1, 1, 1), to multiply latents with."""
-    return values.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _with_own_options(block: nn.Module, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A block's transformer_options as they are now: ComfyUI counts the blocks in them, which patches read, also when
-    gradient checkpointing runs the block once more."""
-    if torch.is_grad_enabled():
-        options = {name: dict(value) if isinstance(value, dict) else value for name, value in options.items()}
-    return arguments, options
-
-
-def _batches(encoded: Sequence[dict[str, comfy.conds.CONDRegular]]) -> list[list[int]]:
-    """Rows that can run in one batch: those whose prompts ComfyUI can join, as for most models of one length."""
-    batches: list[list[int]] = []
-    for row, conds in enumerate(encoded):
-        for batch in batches:
-            if comfy.samplers.cond_equal_size(encoded[batch[0]], conds):
-                batch.append(row)
-                break
-        else:
-            batches.append([row])
-    return batches

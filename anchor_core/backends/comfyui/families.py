@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_base
 import comfy.model_sampling
+import comfy.supported_models
 import comfy.utils
 import torch
 from comfy.ldm.chroma.model import Chroma
@@ -24,12 +25,25 @@ from torch import Tensor, nn
 
 from ...adapters.config import AdapterConfig
 from ...adapters.layers import selected_modules
+from ...families import unet_family
 
 ARCHITECTURES = {
     comfy.model_base.SDXL: "stable-diffusion-xl-v1-base",
     comfy.model_base.SD3: "stable-diffusion-v3-medium",
     comfy.model_base.Flux: "flux-1-dev",
 }
+
+FAMILY_NAMES = {
+    comfy.model_base.SDXL: "sdxl",
+    comfy.model_base.SD3: "sd3",
+    comfy.model_base.Chroma: "chroma",
+    comfy.model_base.Flux2: "flux2",
+    comfy.model_base.Flux: "flux",
+    comfy.model_base.Lumina2: "lumina2",
+    comfy.model_base.WAN21: "wan",
+    comfy.model_base.QwenImage: "qwen_image",
+}
+"""Of `families.FAMILIES`, the derived classes first; UNets of one CLIP are told by its width."""
 
 BLOCKS = {
     OpenAISignatureMMDITWrapper: ("joint_blocks",),
@@ -81,6 +95,16 @@ def architecture(model: comfy.model_base.BaseModel) -> str:
     if isinstance(model.diffusion_model, UNetModel) and type(model) not in ARCHITECTURES:
         return f"stable-diffusion-v{2 if model.model_config.unet_config.get('context_dim') == 1024 else 1}"
     return ARCHITECTURES.get(type(model), type(model).__name__.lower())
+
+
+def family(model: comfy.model_base.BaseModel) -> str:
+    """Of `families.FAMILIES`; empty for a model of none of them."""
+    if isinstance(model.model_config, comfy.supported_models.ZImage):
+        return "z_image"
+    found = next((name for kind, name in FAMILY_NAMES.items() if isinstance(model, kind)), "")
+    if not found and isinstance(model.diffusion_model, UNetModel) and type(model) is comfy.model_base.BaseModel:
+        return unet_family(model.model_config.unet_config.get("context_dim"))
+    return found
 
 
 def find_blocks(network: nn.Module) -> list[nn.Module]:
@@ -215,12 +239,6 @@ def check_latents(model: comfy.model_base.BaseModel, latents: Tensor) -> None:
 def is_guided(model: comfy.model_base.BaseModel) -> bool:
     """Whether the network has an embedded guidance scale, as Flux.1-dev has."""
     return bool(model.model_config.unet_config.get("guidance_embed"))
-
-
-def holds_its_weight(layer: nn.Module, device: torch.device) -> bool:
-    """Whether the tensor that a layer holds is its weight: no fp8, on the device, with every LoRA patched in."""
-    patched = getattr(layer, "weight_function", ())
-    return not patched and layer.weight.dtype.itemsize > 1 and layer.weight.device.type == device.type
 
 
 def check_size(config: AdapterConfig, network: nn.Module) -> None:

@@ -19,8 +19,9 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ...branches import CLASS, Branch, step_at
 from ...checks import check_number, named
-from ...guidance import CLASS, Branch, Rule, step_at
+from ...guidance import Rule
 from .apply import adapter_patches
 from .attention import WordAttention, word_position
 from .families import TextInput

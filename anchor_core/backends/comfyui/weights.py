@@ -2,86 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import cache
+from functools import partial
+from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
-import comfy.quant_ops
 import torch
 from comfy.clip_model import CLIPLayer
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from .layers import LAYERS, asking, copying, holding, is_mixed, is_paged, is_plain, lasting, view
+
+
+class Replaced(ExitStack):
+    """Attributes and entries that have other values for a while."""
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        if name in vars(owner):
+            self.callback(setattr, owner, name, vars(owner)[name])
+        else:
+            self.callback(delattr, owner, name)
+        setattr(owner, name, value)
+
+    def set_entry(self, table: dict[str, Any], name: str, value: Any) -> None:
+        self.callback(table.__setitem__, name, table[name])
+        table[name] = value
 
 
 class TrainableWeights:
     """Between `load` and `restore`, gradients flow through the weights of a MODEL (and CLIP); then it is as it was.
 
     Two things keep autograd from ComfyUI's own weights. Inference tensors cannot be saved for a backward pass: views
-    over the same bytes take their places. And where a weight is cast to the computing dtype, fetched from memory or
-    patched with a LoRA at each use (fp8, low VRAM), autograd would keep every such copy until the backward pass: such
-    layers ask for their weight again instead (`_AskAgain`).
+    over the same bytes take their places. And where a weight is made anew at each use (fp8, low VRAM, dynamic VRAM),
+    autograd would keep every copy until the backward pass, or a page that holds another weight by then: such layers
+    ask for their weight again instead (`layers`).
 
     Blocks of Flux and CLIP, moreover, add in place to what their norms have saved by then. That is an error, or under
     gradient checkpointing a wrong gradient without one; both get copies, of which no more are kept than before.
+
+    ComfyUI may meanwhile want the memory for another model, and asks for these anew when they sample or encode. It gets
+    to see them as it knows them; what it took away is loaded again by `load_again`, before the next use.
     """
 
     def __init__(self, *models: comfy.model_patcher.ModelPatcher):
         self._models = models
-        self._swapped: list[tuple[dict, str, Tensor]] = []
-        self._classes: list[tuple[nn.Module, type]] = []
-        self._streams = 0
+        self._changes = Replaced()
+        self._moved = False
+        self._held: dict[nn.Module, Callable] = {}
+        self._copies = ExitStack()
 
     def load(self) -> None:
         """Have ComfyUI load the models, whole or in part, and make them trainable through."""
-        management = comfy.model_management
         with torch.inference_mode():  # as in every prompt: what is moved stays what it was
-            management.load_models_gpu(list(self._models))
+            comfy.model_management.load_models_gpu(list(self._models))
         for model in self._models:
             model.pre_run()
-        # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
-        self._streams, management.NUM_STREAMS = management.NUM_STREAMS, 0
-        views: dict[int, Tensor] = {}
-        for module in self._modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is not None and tensor.is_inference():
-                        self._swapped.append((table, name, tensor))
-                        table[name] = views.setdefault(id(tensor), _view(tensor))
-            if isinstance(module, LAYERS) and isinstance(module, comfy.ops.CastWeightBiasOp):
-                self._change(module, _asking(type(module)))
-            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
-                self._change(module, _copying(type(module)))
-                for child in module.children():
-                    if isinstance(child, nn.LayerNorm):
-                        self._change(child, _copying(type(child)))
+        self._moved = False
+        self._prepare()
 
-    def _modules(self) -> list[nn.Module]:
-        return [module for model in self._models for module in model.model.modules()]
-
-    def _change(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        # Not the instance's `forward`, which gradient checkpointing wraps.
-        self._classes.append((module, type(module)))
-        module.__class__ = kind
+    def load_again(self) -> None:
+        """Load what ComfyUI has taken away since, for another model."""
+        if self._moved:
+            with self.released():
+                pass
 
     def restore(self) -> None:
         """Give ComfyUI the tensors and layers back. A second call does nothing."""
-        while self._classes:
-            module, module.__class__ = self._classes.pop()
-        while self._swapped:
-            table, name, original = self._swapped.pop()
-            current = table[name]
-            if current.data_ptr() != original.data_ptr():  # ComfyUI moved the weights to another device meanwhile
-                with torch.inference_mode():
-                    original.data = _view(current).data
-            table[name] = original
-        if self._streams:
-            comfy.model_management.NUM_STREAMS, self._streams = self._streams, 0
+        self._copies.close()
+        self._changes.close()
 
     @contextmanager
     def released(self) -> Iterator[None]:
@@ -89,115 +81,102 @@ class TrainableWeights:
 
         Tensors that are made meanwhile are inference tensors: clone them afterwards.
         """
-        with ExitStack() as stack:
-            for model in self._models:
-                stack.enter_context(_layers_out(model.model))
+        with self._layers_out():
             self.restore()
             with torch.inference_mode():
                 yield
             self.load()
 
+    def hold(self, layers: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
+        """Let layers hold copies of the very weights that they compute with, until `let_go`."""
+        held = {layer: partial(holding, layer, dtype, device) for layer in layers}
+        for make in held.values():
+            self._copies.enter_context(make())
+        self._held |= held
 
-class _AskAgain(torch.autograd.Function):
-    """A frozen linear or convolution layer whose backward pass casts the weight again: nothing is kept between."""
+    def let_go(self) -> None:
+        self._held = {}
+        self._copies.close()
 
-    @staticmethod
-    def forward(ctx, x: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer, ctx.shape, ctx.dtype = layer, x.shape, x.dtype
-        return layer.forward(x)
+    # --- in ComfyUI's own modules ---------------------------------------------------------------------------------
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        layer, dtype, gradient = ctx.layer, ctx.dtype, gradient.to(ctx.dtype)
-        casting = {"dtype": dtype, "bias_dtype": dtype, "device": gradient.device, "offloadable": True}
-        with comfy.ops.CastBiasWeightContext(layer, **casting) as (weight, _):
-            if isinstance(layer, nn.Linear):
-                return gradient @ weight, None
-            # The layer's own convolution, whatever its padding: it is linear, so any point serves.
-            with torch.enable_grad():
-                x = gradient.new_zeros(()).expand(ctx.shape).requires_grad_()
-                y = layer._conv_forward(x, weight, None)
-            return torch.autograd.grad(y, x, gradient)[0], None
+    def _prepare(self) -> None:
+        management, ops = comfy.model_management, comfy.ops
+        # A weight fetched over a stream lies in a buffer that the next one overwrites; autograd may hold a norm's.
+        self._changes.set(management, "NUM_STREAMS", 0)
+        self._changes.set(ops, "cast_bias_weight", lasting(ops.cast_bias_weight))
+        for model in self._models:
+            for name, change in (
+                ("partially_load", self._load_more),
+                ("partially_unload", self._unload),
+                ("detach", self._detach),
+            ):
+                self._changes.set(model, name, partial(change, model, getattr(model, name)))
+        views: dict[int, Tensor] = {}
+        for module in [module for model in self._models for module in model.model.modules()]:
+            if not is_paged(module):  # of a page only copies are used, and ComfyUI keeps notes on the very tensor
+                self._swap(module._parameters, views)
+                self._swap(module._buffers, views)
+            if isinstance(module, ops.CastWeightBiasOp) and (isinstance(module, LAYERS) or is_mixed(module)):
+                self._change(module, asking(type(module)))
+            elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
+                self._change(module, copying(type(module)))
+                for child in module.children():
+                    if isinstance(child, nn.LayerNorm):
+                        self._change(child, copying(type(child)))
+        for make in self._held.values():
+            self._copies.enter_context(make())
 
+    def _swap(self, table: dict[str, Tensor | None], views: dict[int, Tensor]) -> None:
+        for name, tensor in table.items():
+            if tensor is not None and tensor.is_inference() and is_plain(tensor):
+                self._changes.set_entry(table, name, views.setdefault(id(tensor), view(tensor)))
 
-def asks_again(module: nn.Module) -> bool:
-    """Whether a layer's weight in use is another than the tensor it holds: cast, fetched or patched each time."""
-    return bool(
-        getattr(module, "comfy_cast_weights", False)
-        or getattr(module, "weight_function", ())
-        or getattr(module, "bias_function", ())
-    )
+    def _change(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        # Not the instance's `forward`, which gradient checkpointing wraps.
+        self._changes.callback(setattr, module, "__class__", type(module))
+        module.__class__ = kind
 
+    # --- when ComfyUI moves them ----------------------------------------------------------------------------------
 
-@cache
-def _asking(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(layer: nn.Module, x: Tensor, *arguments, **options) -> Tensor:
-        if arguments or options or not (x.requires_grad and torch.is_grad_enabled() and asks_again(layer)):
-            return kind.forward(layer, x, *arguments, **options)
-        return _AskAgain.apply(x, layer)
+    def _as_known(self, method: Callable, *arguments, **options):
+        """Call a method of a model's while the models are as ComfyUI knows them."""
+        with self._layers_out():
+            self.restore()
+            with torch.inference_mode():
+                said = method(*arguments, **options)
+            self._prepare()
+        return said
 
-    return type(kind.__name__, (kind,), {"forward": forward})
+    def _load_more(self, model, method: Callable, *arguments, **options):
+        # A sampler or a CLIP has its model loaded anew each time: there is nothing to load.
+        if self._moved:
+            return self._as_known(method, *arguments, **options)
+        return None if model.is_dynamic() else 0
 
+    def _unload(self, model, method: Callable, *arguments, **options):
+        self._moved = self._moved or model.is_dynamic()
+        return self._as_known(method, *arguments, **options)
 
-@cache
-def _copying(kind: type[nn.Module]) -> type[nn.Module]:
-    def forward(module: nn.Module, *arguments, **options):
-        if torch.is_grad_enabled():
-            arguments = [value.clone() for value in arguments[:1]] + list(arguments[1:])
-            options |= {name: options[name].clone() for name in ("img", "txt") if name in options}
-        return kind.forward(module, *arguments, **options)
+    def _detach(self, model, method: Callable, unpatch_all: bool = True):
+        if not unpatch_all:
+            return method(unpatch_all)
+        self._moved = True
+        return self._as_known(method, unpatch_all)
 
-    return type(kind.__name__, (kind,), {"forward": forward})
-
-
-def _view(tensor: Tensor) -> Tensor:
-    """Another tensor over the same bytes: an inference tensor in inference mode, else one that autograd may save."""
-    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
-    return nn.Parameter(view, requires_grad=False) if isinstance(tensor, nn.Parameter) else view
-
-
-@contextmanager
-def _layers_out(network: nn.Module) -> Iterator[None]:
-    """The network's own layers in their places, without the adapter's layers around them."""
-    wrapped = [(name, module) for name, module in network.named_modules() if hasattr(module, "base_layer")]
-    places = [(network.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], m) for name, m in wrapped]
-    for parent, leaf, module in places:
-        parent._modules[leaf] = module.base_layer
-    try:
-        yield
-    finally:
+    @contextmanager
+    def _layers_out(self) -> Iterator[None]:
+        """The networks' own layers in their places, without the adapter's layers around them."""
+        places = []
+        for network in [model.model for model in self._models]:
+            for name, module in network.named_modules():
+                if hasattr(module, "base_layer"):
+                    parent, _, leaf = name.rpartition(".")
+                    places.append((network.get_submodule(parent), leaf, module))
         for parent, leaf, module in places:
-            parent._modules[leaf] = module
-
-
-def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Refuse a MODEL that cannot be trained through.
-
-    Raises:
-        ValueError: one sentence that says why, and what to switch.
-    """
-    reasons = {
-        "pages its weights (dynamic VRAM); start ComfyUI with --disable-dynamic-vram": model.is_dynamic(),
-        "carries a LoRA in bypass mode; load that LoRA without bypass": bool(model.injections),
-        "carries hooks; connect it without them": bool(model.hook_patches) or model.forced_hooks is not None,
-        "has a function wrapped around it by another node; connect the model from before that node": (
-            "model_function_wrapper" in model.model_options
-        ),
-        "multiplies in fp8 (fp8_e4m3fn_fast, --fast fp8_matrix_mult); load it with weight_dtype fp8_e4m3fn": any(
-            isinstance(module, comfy.ops.fp8_ops.Linear) for module in model.model.modules()
-        ),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise ValueError(f"this model cannot be trained on: it {reason}")
-    for name, parameter in model.model.named_parameters():
-        kind = type(parameter.data)
-        if isinstance(parameter, comfy.quant_ops.QuantizedTensor) or not parameter.is_floating_point():
-            stored = getattr(parameter, "_layout_cls", None) or parameter.dtype
-            raise ValueError(
-                f"this model's {name} is quantised ({stored}); connect a model in 32 or 16 bit, or in plain fp8"
-            )
-        if kind is not Tensor:
-            raise ValueError(f"this model's {name} is a {kind.__name__}; connect a model of plain tensors")
+            parent._modules[leaf] = module.base_layer
+        try:
+            yield
+        finally:
+            for parent, leaf, module in places:
+                parent._modules[leaf] = module

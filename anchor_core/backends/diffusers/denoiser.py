@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
 from ...adapters.tokens import start_vectors
+from ...branches import NULL, SUBJECT, Branch
 from ...checks import check_count, check_number
 from ...denoiser import Condition
-from ...guidance import NULL, SUBJECT, Branch, Rule
+from ...devices import free_bytes
+from ...guidance import Rule
+from . import autoencoder
 from .families import family_of
 from .guidance import RuleSteps
 from .load import open_pipeline, place
@@ -111,18 +114,24 @@ class DiffusersDenoiser:
         return next(self.network.parameters()).dtype
 
     compute_dtype = dtype
+    can_checkpoint = True
+
+    def make_room(self, needed: int) -> int:
+        return free_bytes(self.device)
+
+    @property
+    def family(self) -> str:
+        return self._family.name
 
     @property
     def architecture(self) -> str:
         """The modelspec name of the architecture."""
         return self._family.architecture
 
-    # Pictures
-
     @property
     def downscale(self) -> int:
         """Pixels of a picture to one of its latents, along an edge."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return autoencoder.downscale(self.vae)
 
     @property
     def default_resolution(self) -> int:
@@ -136,7 +145,6 @@ class DiffusersDenoiser:
             raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {multiple}")
         return self.vae.config.latent_channels, height // self.downscale, width // self.downscale
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W), to scaled latents (B, C, h, w): the posterior's mode, so repeatable."""
         multiple = self.downscale * self._family.patch
@@ -144,20 +152,11 @@ class DiffusersDenoiser:
             raise ValueError(
                 f"pixels is {tuple(pixels.shape)}, but it takes (B, 3, H, W) with H and W multiples of {multiple}"
             )
-        encoded = self.vae.encode(pixels.to(self.device, self.vae.dtype) * 2 - 1)
-        # AutoencoderTiny has no posterior.
-        latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-        return ((latents.float() - self._latent_shift) * self.vae.config.scaling_factor).detach()
+        return autoencoder.encode(self.vae, pixels.to(self.device))
 
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures in [0, 1], (B, 3, H, W)."""
-        latents = latents.to(self.device) / self.vae.config.scaling_factor + self._latent_shift
-        return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-    @property
-    def _latent_shift(self) -> float:
-        return getattr(self.vae.config, "shift_factor", None) or 0.0
+        return autoencoder.decode(self.vae, latents.to(self.device))
 
     # Prompts
 

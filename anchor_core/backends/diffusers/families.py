@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...denoiser import Condition
 from ...embeddings import WHOLE, Part, side_by_side
+from ...families import unet_family
 from .names import ldm_names
 from .noise import Diffusion, Flow, FluxFlow, NoiseProcess
 from .text import TextEncoder
@@ -23,6 +24,8 @@ class Family:
         downscale: pixels to a latent along an edge, as the autoencoder has it.
     """
 
+    name: str
+    """Of `FAMILIES`."""
     pipeline: str
     """diffusers' class of the whole model."""
     network_class: str
@@ -148,6 +151,10 @@ class StableDiffusion(Family):
                 )
 
     @property
+    def name(self):
+        return unet_family(self.network.config.cross_attention_dim)
+
+    @property
     def architecture(self):
         """Told by the width of the text embeddings."""
         return "stable-diffusion-v2" if self.network.config.cross_attention_dim == 1024 else "stable-diffusion-v1"
@@ -174,6 +181,7 @@ class StableDiffusionXL(StableDiffusion):
     An empty prompt is encoded like any other, and the size conditions say: made at this size, not cropped.
     """
 
+    name = "sdxl"
     pipeline = "StableDiffusionXLPipeline"
     text_parts = ("text_encoder", "text_encoder_2")
     text_prefixes = {"te1": "lora_te1_", "te2": "lora_te2_"}
@@ -230,6 +238,7 @@ class StableDiffusion3(Family):
     that layer after them: zeros for a model without T5.
     """
 
+    name = "sd3"
     pipeline = "StableDiffusion3Pipeline"
     network_class = "SD3Transformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -282,6 +291,7 @@ class Flux(Family):
     Four latents make one token: (B, C, h, w) is packed to (B, h/2 w/2, 4 C) for the network.
     """
 
+    name = "flux"
     pipeline = "FluxPipeline"
     network_class = "FluxTransformer2DModel"
     text_parts = ("text_encoder", "text_encoder_2")

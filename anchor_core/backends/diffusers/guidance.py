@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...guidance import CLASS, SUBJECT, Branch, ClassifierFree, Rule, Table, guide, step_at
+from ...branches import CLASS, SUBJECT, Branch, Table, guide, step_at
+from ...guidance import ClassifierFree, Rule
 from .families import family_of
 from .masks import ClassWordMaps, cross_attentions
 

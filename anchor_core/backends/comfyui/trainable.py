@@ -1,0 +1,38 @@
+"""Which MODELs can be trained through."""
+
+from __future__ import annotations
+
+import comfy.model_patcher
+import comfy.ops
+import comfy.quant_ops
+from torch import Tensor
+
+
+def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Refuse a MODEL that cannot be trained through.
+
+    Raises:
+        ValueError: one sentence that says why, and what to switch.
+    """
+    reasons = {
+        "carries a LoRA in bypass mode; load that LoRA without bypass": bool(model.injections),
+        "carries hooks; connect it without them": bool(model.hook_patches) or model.forced_hooks is not None,
+        "has a function wrapped around it by another node; connect the model from before that node": (
+            "model_function_wrapper" in model.model_options
+        ),
+        "multiplies in fp8 (fp8_e4m3fn_fast, --fast fp8_matrix_mult); load it with weight_dtype fp8_e4m3fn": any(
+            isinstance(module, comfy.ops.fp8_ops.Linear) for module in model.model.modules()
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise ValueError(f"this model cannot be trained on: it {reason}")
+    for name, parameter in model.model.named_parameters():
+        kind = type(parameter.data)
+        if isinstance(parameter, comfy.quant_ops.QuantizedTensor) or not parameter.is_floating_point():
+            stored = getattr(parameter, "_layout_cls", None) or parameter.dtype
+            raise ValueError(
+                f"this model's {name} is quantised ({stored}); connect a model in 32 or 16 bit, or in plain fp8"
+            )
+        if kind is not Tensor:
+            raise ValueError(f"this model's {name} is a {kind.__name__}; connect a model of plain tensors")

@@ -1,0 +1,112 @@
+"""What scripts under ComfyUI's interpreter do with a MODEL: predict, train, take gradients, make a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import comfy.sample
+import contract
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from anchor_core.adapters.config import AdapterConfig
+from anchor_core.adapters.file import to_file_keys
+from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+from anchor_core.training.settings import TrainSettings
+from anchor_core.training.trainer import train
+
+
+@contextmanager
+def checkpointed(blocks) -> Iterator[None]:
+    """As the trainer does it: the blocks keep their inputs only."""
+    for block in blocks:
+
+        def run(*arguments, forward=block.forward, **options):
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **options)
+            return checkpoint(forward, *arguments, use_reentrant=False, **options)
+
+        block.forward = run
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def loss_of(denoiser: ComfyDenoiser, step) -> Tensor:
+    prediction = denoiser.predict(step.noisy, step.timesteps, step.subject_conditions)
+    return (prediction.double() - step.target).square().mean()
+
+
+def gradients(denoiser: ComfyDenoiser, step, blocks=(), **options) -> list[Tensor]:
+    """Of a stirred adapter in every linear layer."""
+    with contract.attached(denoiser, **options) as adapter, checkpointed(blocks):
+        return list(torch.autograd.grad(loss_of(denoiser, step), adapter.parameters(), materialize_grads=True))
+
+
+def assert_near(ours: list[Tensor], theirs: list[Tensor], limit: float = 1e-4) -> None:
+    ours, theirs = (torch.cat([part.flatten().double() for part in parts]) for parts in (ours, theirs))
+    off = ((ours - theirs).norm() / theirs.norm()).item()
+    assert theirs.norm() > 0 and off < limit, f"gradients are off by {off:.2g} of their norm"
+
+
+def predict(model, clip, vae, shape) -> Tensor:
+    with ComfyDenoiser(model, clip, vae) as denoiser, torch.no_grad():
+        condition = denoiser.encode_prompt("a photo of a dog")
+        return denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
+
+
+def trained(model, clip, vae, shape, **options) -> tuple[dict[str, Tensor], Tensor, int]:
+    """An adapter's tensors as its file has them, what it predicts, and its number of layers."""
+    with (
+        ComfyDenoiser(model, clip, vae) as denoiser,
+        contract.attached(denoiser, **options) as adapter,
+        torch.no_grad(),
+    ):
+        condition = denoiser.encode_prompt("a photo of a dog")
+        prediction = denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
+        return to_file_keys(adapter, denoiser.file_keys()), prediction, len(adapter.module_names)
+
+
+def picture(model, clip, shape) -> Tensor:
+    """By ComfyUI alone, as a KSampler node makes it."""
+    (positive,), (negative,) = (clip.encode_from_tokens_scheduled(prompt) for prompt in ("a dog in the snow", ""))
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(8))
+    noise = noise.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else noise
+    return comfy.sample.sample(
+        model,
+        noise,
+        2,
+        3.0,
+        "euler",
+        "simple",
+        [positive],
+        [negative],
+        torch.zeros_like(noise),
+        disable_pbar=True,
+        seed=0,
+    )
+
+
+def run_training(model, clip, vae, shape, ending: type[BaseException] | None) -> type[BaseException] | None:
+    """Two steps; an error comes up inside the network, in the second one's backward pass."""
+    try:
+        with ComfyDenoiser(model, clip, vae) as denoiser:
+            adapter = denoiser.attach(AdapterConfig(rank=2, layers="all_linear"), 0)
+            calls = []
+
+            def stop(gradient: Tensor) -> None:
+                calls.append(gradient)
+                if ending is not None and len(calls) == 2:
+                    raise ending("in the middle of a step")
+
+            adapter.parameters()[-1].register_hook(stop)
+            train(denoiser, adapter, contract.draw(denoiser, shape, 1), contract.CONCEPT, TrainSettings(steps=2))
+    except BaseException as error:
+        if type(error) is not ending:
+            raise
+        return type(error)
+    return None

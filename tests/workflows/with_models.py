@@ -1,0 +1,170 @@
+"""The workflows that train on models of one's own, with what they need to download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.workflows.graph import Graph, Out
+from tests.workflows.parts import drawn, pictures, prompt, star
+
+HUB = "https://huggingface.co"
+ON_TRAINING = ("learning_rate", "steps", "w")
+
+
+def model_file(name: str, repository: str, directory: str, path: str = "") -> dict[str, str]:
+    return {"name": name, "url": f"{HUB}/{repository}/resolve/main/{path}{name}", "directory": directory}
+
+
+def checkpoint(name: str, repository: str) -> Callable[[Graph], list[Out]]:
+    return lambda g: g.add(
+        "CheckpointLoaderSimple", ckpt_name=name, models=[model_file(name, repository, "checkpoints")]
+    )
+
+
+def flux(g: Graph) -> tuple[Out, Out, Out]:
+    unet, encoders = "flux1-dev.safetensors", ("clip_l.safetensors", "t5xxl_fp16.safetensors")
+    model = g.add(
+        "UNETLoader", unet_name=unet, weight_dtype="fp8_e4m3fn",
+        models=[model_file(unet, "Comfy-Org/flux1-dev", "diffusion_models")],
+    )  # fmt: skip
+    clip = g.add(
+        "DualCLIPLoader", clip_name1=encoders[0], clip_name2=encoders[1], type="flux",
+        models=[model_file(each, "comfyanonymous/flux_text_encoders", "text_encoders") for each in encoders],
+    )  # fmt: skip
+    vae = model_file("ae.safetensors", "Comfy-Org/Lumina_Image_2.0_Repackaged", "vae", "split_files/vae/")
+    return model[0], clip[0], g.add("VAELoader", vae_name="ae.safetensors", models=[vae])[0]
+
+
+def z_image(g: Graph) -> tuple[Out, Out, Out]:
+    unet, encoder, split = "z_image_bf16.safetensors", "qwen_3_4b.safetensors", "split_files/"
+    base, turbo = "Comfy-Org/z_image", "Comfy-Org/z_image_turbo"
+    model = g.add(
+        "UNETLoader", unet_name=unet, weight_dtype="default",
+        models=[model_file(unet, base, "diffusion_models", f"{split}diffusion_models/")],
+    )  # fmt: skip
+    clip = g.add(
+        "CLIPLoader", clip_name=encoder, type="lumina2",
+        models=[model_file(encoder, turbo, "text_encoders", f"{split}text_encoders/")],
+    )  # fmt: skip
+    vae = model_file("ae.safetensors", turbo, "vae", f"{split}vae/")
+    return model[0], clip[0], g.add("VAELoader", vae_name="ae.safetensors", models=[vae])[0]
+
+
+def subject(load, size: int, latent: str, how: dict[str, Any], memory: str, **settings: Any) -> Callable[[Graph], None]:
+    """Training on a model of one's own. `how`: of the sampler; `settings`: of training and options."""
+    options = {"precision": "bf16"} | settings.pop("options", {})
+    given = {"steps": 500, "learning_rate": 1e-4, "rank": 16, "batch_size": 1, "preview_every": 100} | settings
+
+    def write(g: Graph) -> None:
+        g.note(
+            "# Train a subject\n\n1. Put 4 to 6 pictures of **one** subject into a folder under `input/`, press **R**, "
+            "and choose it as `references`: sharp, several surroundings, nothing else of its kind in them.\n"
+            "2. Write what it is as `class_word`: dog, backpack, person.\n"
+            "3. Press **Run**. The LoRA lies in `output/loras` under `name` when it ends; a cancelled training keeps "
+            f"what it has learnt.\n\n**Steps**: about 100 for each picture. **w**: 0.5 to begin with; more if the "
+            f"surroundings of your pictures come along, less if the subject is not met.\n\n{memory}",
+            380,
+        )
+        model, clip, vae = load(g)[:3]
+        loaded = pictures(g, size=size, buckets=True)
+        concept = star(g, class_word="dog")
+        g.column(380)
+        more = g.add("AnchorTrainOptions", "More settings", **options)
+        g.column(380)
+        trained = g.add(
+            "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=loaded[1], concept=concept[0],
+            options=more[0], name="subject", **given,
+        )  # fmt: skip
+        g.column()
+        text = g.add(
+            "PrimitiveStringMultiline", "The prompt, with the subject's word", value="a photo of a sks dog in the snow"
+        )
+        positive = prompt(g, trained[5], text[0], "The prompt")
+        negative = prompt(g, clip, "", "Nothing")
+        if "guidance" in how:
+            positive = g.add("FluxGuidance", conditioning=positive, guidance=how["guidance"])[0]
+        latents = g.add(latent, "How many pictures", width=size, height=size, batch_size=1)[0]
+        rows = [("Before", model, positive), ("After", trained[0], positive)]
+        if "guidance" not in how:
+            guided = g.add("AnchorGuidance", model=model, lora=trained[1], rule="personalization")[0]
+            rows.append(("After, with guidance", guided, positive))
+        sampler = {name: value for name, value in how.items() if name != "guidance"}
+        results = drawn(g, rows, negative, latents, vae, "subject", **sampler)
+        shown = [(loaded, "references"), (concept, "class_word"), (text, "value")]
+        g.app(*shown, *((trained, name) for name in ON_TRAINING), outputs=[node for _, node in results])
+
+    return write
+
+
+def as_an_app(g: Graph) -> None:
+    g.note(
+        "# Train a subject, as a form\n\nSwitch to **app mode** to see the form alone. Drop four pictures of one "
+        "subject, say what it is, press **Run**.\n\nMore pictures: add *Load Image* nodes and connect them to *Batch "
+        "Images*. For pictures of several shapes use a folder, as in *Train a subject (SD 1.5)*.",
+        240,
+    )
+    model, clip, vae = checkpoint(*SD15)(g)
+    concept = star(g, class_word="dog")
+    loaded = []
+    for number in range(4):
+        if number % 2 == 0:
+            g.column()
+        loaded.append(g.add("LoadImage", f"Picture {number + 1}", image="example.png"))
+    g.column()
+    batch = g.add("BatchImagesNode", **{f"images__image{n}": each[0] for n, each in enumerate(loaded)})[0]
+    references = g.add("AnchorImageReferences", images=batch, size=512)[0]
+    more = g.add("AnchorTrainOptions", "More settings", precision="bf16")
+    g.column(380)
+    settings = {"steps": 400, "learning_rate": 1e-4, "rank": 16, "batch_size": 1, "preview_every": 50}
+    trained = g.add(
+        "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=references, concept=concept[0],
+        options=more[0], name="subject", **settings,
+    )  # fmt: skip
+    g.column()
+    text = g.add(
+        "PrimitiveStringMultiline", "The prompt, with the subject's word", value="a photo of a sks dog in the snow"
+    )
+    positive, negative = prompt(g, clip, text[0], "The prompt"), prompt(g, clip, "", "Nothing")
+    latents = g.add("EmptyLatentImage", "How many pictures", width=512, height=512, batch_size=2)[0]
+    guided = g.add("AnchorGuidance", model=model, lora=trained[1], rule="personalization")[0]
+    how = {"sampler_name": "euler", "scheduler": "normal", "steps": 25, "cfg": 7.0}
+    results = drawn(g, [("Your subject", guided, positive)], negative, latents, vae, "subject", **how)
+    shown = [*((each, "image") for each in loaded), (concept, "class_word"), (text, "value")]
+    g.app(*shown, *((trained, name) for name in ON_TRAINING), outputs=[node for _, node in results])
+
+
+SD15 = ("v1-5-pruned-emaonly-fp16.safetensors", "Comfy-Org/stable-diffusion-v1-5-archive")
+SDXL = ("sd_xl_base_1.0.safetensors", "stabilityai/stable-diffusion-xl-base-1.0")
+SD35 = ("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", "Comfy-Org/stable-diffusion-3.5-fp8")
+SAVING = {"gradient_checkpointing": True}
+LARGE = "**Memory**: gradient checkpointing is on in *More settings*; off is faster if it fits."
+EULER = {"sampler_name": "euler"}
+
+
+WORKFLOWS = {
+    "Train a subject (SD 1.5)": subject(
+        checkpoint(*SD15), 512, "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 7.0},
+        "**Memory**: the least of these workflows; *batch_size* 2 is smoother where it fits.",
+    ),
+    "Train a subject (SDXL)": subject(
+        checkpoint(*SDXL), 1024, "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 6.0},
+        LARGE, options=SAVING,
+    ),
+    "Train a subject (SD 3.5)": subject(
+        checkpoint(*SD35), 1024, "EmptySD3LatentImage",
+        EULER | {"scheduler": "sgm_uniform", "steps": 28, "cfg": 4.5},
+        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
+    ),
+    "Train a subject (Flux)": subject(
+        flux, 1024, "EmptySD3LatentImage",
+        EULER | {"scheduler": "simple", "steps": 20, "cfg": 1.0, "guidance": 3.5},
+        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
+    ),
+    "Train a subject (Z-Image)": subject(
+        z_image, 1024, "EmptySD3LatentImage",
+        {"sampler_name": "res_multistep", "scheduler": "simple", "steps": 25, "cfg": 4.0},
+        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
+    ),
+    "Train a subject as an app (SD 1.5)": as_an_app,
+}  # fmt: skip
