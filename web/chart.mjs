@@ -11,6 +11,7 @@ const COLOURS = {
   semantic: "#a07be0",
   drift: "#5fb36a",
 }
+const FEW = 60
 const LEFT = 38
 const RIGHT = 38
 const TOP = 14
@@ -24,7 +25,11 @@ export function prepare(record) {
     return { name, steps: record.losses.step, values, smoothed: smooth(values), axis: "left" }
   })
   const drift = record.probes.values.drift
-  if (drift) curves.push({ name: "drift", steps: record.probes.step, values: drift, smoothed: drift, axis: "right" })
+  if (drift) {
+    // A few measurements are shown as they are; many get the strong line from what is smooth, which is cheaper too.
+    const smoothed = drift.length > FEW ? smooth(drift) : drift
+    curves.push({ name: "drift", steps: record.probes.step, values: drift, smoothed, axis: "right" })
+  }
   const of = (axis) => curves.filter((curve) => curve.axis === axis).flatMap(({ values, smoothed }) => [values, smoothed])
   return { curves, left: range(...of("left")), right: drift ? range(drift) : null }
 }
@@ -37,6 +42,7 @@ export function draw(context, width, height, record, prepared, { text, pointed =
   context.clearRect(0, 0, width, height)
   context.font = "10px sans-serif"
   context.textBaseline = "middle"
+  context.lineJoin = "bevel"
   const last = edge(record)
   const x = scale([0, last], [LEFT, width - RIGHT])
   const span = [height - BOTTOM, TOP]
@@ -47,7 +53,7 @@ export function draw(context, width, height, record, prepared, { text, pointed =
   context.rect(LEFT, TOP - 2, width - LEFT - RIGHT, height - TOP - BOTTOM + 4)
   context.clip()
   for (const curve of prepared.curves) {
-    if (curve.axis === "left") line(context, curve.steps, curve.values, x, y.left, colour(curve.name), 0.3, 1)
+    line(context, curve.steps, curve.values, x, y[curve.axis], colour(curve.name), 0.3, 1)
     line(context, curve.steps, curve.smoothed, x, y[curve.axis], colour(curve.name), 1, 1.6)
     if (curve.axis === "right" || curve.steps.length === 1) dots(context, curve, x, y[curve.axis])
   }
@@ -103,7 +109,7 @@ function line(context, steps, values, x, y, style, alpha, width) {
 }
 
 function dots(context, curve, x, y) {
-  if (curve.steps.length > 60) return
+  if (curve.steps.length > FEW) return
   context.fillStyle = colour(curve.name)
   curve.steps.forEach((step, i) => {
     if (curve.values[i] === null) return

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import as_picture
+from ..writing import whole
 from .events import Event
 from .keeping import Candidates
 from .settings import TrainSettings
@@ -143,6 +143,8 @@ class Record:
         self._now["pictures"] = [*made, {"step": event.step, "file": name, "prompt": event.prompt}]
 
     def _saved(self, event) -> None:
+        if self._now["phase"] == "saving":  # the name that was planned may have been taken meanwhile
+            self._now["file"] = event.files[0].name
         if event.step not in [each["step"] for each in self._now["saved"]]:
             saved = {"step": event.step, "file": event.files[0].name}
             self._now["saved"] = [*self._now["saved"], saved]
@@ -175,10 +177,10 @@ class Record:
             self._warn(error)
 
     def _write(self) -> None:
-        self._written, part = time.monotonic(), self._folder / f".{os.getpid()}.part"
+        self._written = time.monotonic()
         try:
-            part.write_text(json.dumps(self.state, allow_nan=False), encoding="utf-8")
-            os.replace(part, self._folder / FILE)
+            with whole(self._folder / FILE) as part:
+                part.write_text(json.dumps(self.state, allow_nan=False), encoding="utf-8")
         except OSError as error:
             self._warn(error)
 
