@@ -219,7 +219,7 @@ class _Going:
         if self.made and self.files is not None:
             try:
                 _, (path, *_) = self.save(self.made, self.files)
-                told = f"the adapter of the {self.made} steps before is in {path}"
+                told = f"the LoRA of the {self.made} steps before is in {path}"
             except ValueError as unsaved:  # the disk is full, say: what ended the training is still what is told
                 told = str(unsaved)
             if diverged:

@@ -97,7 +97,7 @@ def test_a_step_that_cannot_be_read_again_leaves_the_steps_made(train, tmp_path)
         if isinstance(event, StepMade) and event.step == 2:
             orders.keep(1)
 
-    with pytest.raises(ValueError, match="step 1 cannot be kept: .* the adapter of the 2 steps made is in"):
+    with pytest.raises(ValueError, match="step 1 cannot be kept: .* the LoRA of the 2 steps made is in"):
         train(listen, orders)
     assert load_adapter(tmp_path / "adapter_1_.safetensors")[1]["anchor.steps"] == "2"
 
