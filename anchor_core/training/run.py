@@ -159,7 +159,7 @@ def fit(
         tell(PhaseBegun("saving"))
         trained, written = going.save(history.kept, files)
         if orders.kept is not None and written:
-            trained, written = going.take(orders.kept, files)
+            trained, written = going.take(orders.kept, written)
             history.kept = orders.kept
     tell(Ended(how, history.kept, len(history.losses)))
     return Outcome(how, history, trained, written or ())
@@ -171,6 +171,7 @@ class _Going:
     def __init__(self, denoiser, material: Material, settings, files: Files | None, tell: Tell, orders, every: int):
         self.denoiser, self.concept, self.settings, self.files = denoiser, material.concept, settings, files
         self.listener, self.orders, self.every, self.made = tell, orders, every, 0
+        self.saved: dict[int, tuple[Path, ...]] = {}
         shape = tuple(material.latents.shape[1:])
         self.preview = Preview(denoiser, self.concept, shape, settings.guidance, settings.seed)
         if every:
@@ -187,7 +188,7 @@ class _Going:
         if what == PICTURE:
             self.listener(PictureMade(step, self.concept.subject_prompt, self.preview.picture()))
         elif self.files is not None and step:
-            self.save(step, self.files.at(step))
+            _, self.saved[step] = self.save(step, self.files.at(step))
             self.orders.saved(step)
 
     def save(self, step: int, files: Files | None) -> tuple[Trained, tuple[Path, ...]]:
@@ -201,14 +202,14 @@ class _Going:
         self.listener(Saved(step, written))
         return trained, written
 
-    def take(self, step: int, files: Files) -> tuple[Trained, tuple[Path, ...]]:
-        """The adapter that was saved after `step` steps, and the files it was copied to."""
+    def take(self, step: int, files: tuple[Path, ...]) -> tuple[Trained, tuple[Path, ...]]:
+        """The adapter that was saved after `step` steps, in the place of the last one in `files`."""
         try:
-            trained = Trained.read(self.files.at(step))
+            trained = Trained.read(self.saved[step])
         except ValueError as error:
-            told = f"the adapter of the {self.made} steps made is in {files.adapter}"
+            told = f"the adapter of the {self.made} steps made is in {files[0]}"
             raise ValueError(f"step {step} cannot be kept: {error}; {told}") from error
-        written = trained.save(files)
+        written = trained.save(Files(files[0], files[-1]))
         self.listener(Saved(step, written))
         return trained, written
 
