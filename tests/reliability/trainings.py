@@ -119,7 +119,7 @@ class Workshop:
     def check_network(self) -> None:
         values, objects = self._state()
         assert objects == self._before[1], "modules, classes, hooks or flags of the network changed"
-        assert _same(values, self._before[0]), "weights of the network changed"
+        assert same(values, self._before[0]), "weights of the network changed"
 
     def check_files(self, way: str, out: Path) -> int:
         """The step whose adapter is in `out`, 0 if there is none; AssertionError for one that is not that step's."""
@@ -130,7 +130,7 @@ class Workshop:
             expected = self._unbroken[way].files[step]
             assert len(found) == len(expected), f"{len(found)} files of {len(expected)}"
             for file, tensors in zip(found, expected):
-                assert _same(load_adapter(file)[0], tensors), f"{file.name} is not that of step {step}"
+                assert same(load_adapter(file)[0], tensors), f"{file.name} is not that of step {step}"
         return max(steps, default=0)
 
     def check_told(self) -> None:
@@ -170,7 +170,7 @@ def hooks(module: torch.nn.Module) -> tuple[int, ...]:
     return (*map(len, kinds), "forward" in vars(module))
 
 
-def _same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
