@@ -25,8 +25,8 @@ class AnchorDriftReport(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
                 io.Image.Input(
                     "images",
-                    tooltip="Pictures of one size to measure on: the references show what was learnt, pictures of the class the "
-                    "harm.",
+                    tooltip="Pictures of one size to measure on: the references show what was learnt, pictures of the "
+                    "class the harm.",
                 ),
                 ConceptType.Input(
                     "concept", tooltip="The prompts to measure with: those that the LoRA was trained with."
