@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...adapters.kinds import KINDS
+from ...adapters.kinds import FILE_KINDS
 from ...adapters.layers import matching_in_all
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
@@ -167,7 +167,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
             vectors = start_vectors(word, config.vectors, read)
         try:
-            if config.kind in KINDS and KINDS[config.kind].reads_weights:
+            if any(FILE_KINDS[kind].reads_weights for kind in config.used_kinds):
                 self._hold_weights(networks, config)
             self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         except BaseException:
@@ -184,12 +184,13 @@ class ComfyDenoiser(Encoding, NoiseProcess):
 
     def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
-        chosen = matching_in_all(dict(networks), config.layers, norms=config.kind == "full")
+        chosen = matching_in_all(dict(networks), config.layers, norms="full" in config.used_kinds)
         for prefix, names in chosen.items():
             device, dtype = self.device, self.compute_dtype
             if prefix:
                 device, dtype = self.clip.patcher.load_device, torch.float32
-            layers = [networks[prefix].get_submodule(name) for name in names]
+            kinds = {name: config.kind_of(f"{prefix}:{name}" if prefix else name) for name in names}
+            layers = [networks[prefix].get_submodule(name) for name in names if FILE_KINDS[kinds[name]].reads_weights]
             self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
