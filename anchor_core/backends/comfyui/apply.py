@@ -80,6 +80,8 @@ def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str
             if name not in weights:
                 raise ValueError(f"this LoRA was made for another model: {prefix} changes {name}, which it has not")
             patches[place] = patch
+    if not patches:
+        raise ValueError("this LoRA was made for another model: none of its layers is in this one")
     return patches
 
 
