@@ -104,12 +104,16 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         management, own = comfy.model_management, [self.model]
         if self.adapter is not None and self.adapter.config.trains_text:
             own.append(self.clip.patcher)
+        paged, held = self.model.is_dynamic(), management.current_loaded_models
         if self.device.type != "cpu":
-            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
-            management.free_memory(needed, self.device, keep_loaded=keep)
-        # Pages are given up on demand.
-        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
-        return int(management.get_free_memory(self.device)) + paged
+            keep = [loaded for loaded in held if loaded.model in own]
+            with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+                management.free_memory(needed, self.device, keep_loaded=keep, for_dynamic=paged)
+        # Pages are given up on demand, those of others first.
+        pages = [
+            loaded.model for loaded in held if paged and loaded.device == self.device and loaded.model.is_dynamic()
+        ]
+        return int(management.get_free_memory(self.device)) + sum(model.loaded_size() for model in pages)
 
     @property
     def family(self) -> str:
