@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.metadata import base_fingerprint
-from ..adapters.torch_file import read_torch
+from ..adapters.torch_file import read_sealed
 from .history import History
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def resume(loop: Any) -> None:
     broken = 0
     for path in reversed(loop.checkpoints.files()):
         try:
-            _restore(loop, read_torch(path))  # all of it, so that nothing stays of a broken one before
+            _restore(loop, read_sealed(path))  # all of it, so that nothing stays of a broken one before
         except _OfAnotherTraining:
             raise
         except Exception as error:  # whatever a file's contents lead to
