@@ -216,6 +216,6 @@ def convert_file(source: str | Path, target: str | Path, to: str) -> None:
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
     """The weights of the adapter in a checkpoint, a `state_dict()`; ValueError if it cannot be read."""
     try:
-        return read_sealed(path)["adapter"]
-    except (UnreadableFile, KeyError, TypeError) as error:
+        return checked(read_sealed(path)["adapter"])
+    except (UnreadableFile, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); give one of a training") from error

@@ -110,7 +110,8 @@ def tampered(state: dict, draw: random.Random) -> dict:
         elif kind == 1 and isinstance(value, torch.Tensor) and value.numel():
             owner[key] = draw.choice((
                 value.flatten(), value.flatten()[:1], value.unsqueeze(0), torch.cat([value.reshape(-1)] * 2),
-                value.double(), value.long(), value.bool(), value * 0 + 255, value.float() * math.nan, value.float() * 1e38,
+                value.double(), value.long(), value.bool(), value * 0 + 255, value.float() * math.nan,
+                value.float() * 1e38,
             )).clone()  # fmt: skip
         elif kind == 2 and isinstance(value, list):
             owner[key] = draw.choice((value * 2, value[:-1], value[::-1], [value], tuple(value)))

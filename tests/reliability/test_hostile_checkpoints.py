@@ -13,7 +13,7 @@ import pytest
 from tests.data.cases import run_cases
 from tests.reliability import hostile_checkpoints
 
-CASES = {"bytes": 160, "structure": 80, "tampered": 160}
+CASES = {"bytes": 130, "structure": 50, "tampered": 130}
 
 
 @pytest.mark.long
