@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
+import { trainOn } from "./again.mjs"
 import { Records } from "./records.mjs"
 import { View } from "./view.mjs"
 import { WORDS } from "./words.mjs"
@@ -16,7 +17,10 @@ function follow(node) {
       const line = node.widgets.find(({ name }) => name === LINE)
       if (line) line.hidden = true
     },
-    give: (order) => records.order(view.run.id, order, WORDS.unreachable),
+    give: async (order) => {
+      if (!view.run.how) return records.order(view.run.id, order, WORDS.unreachable)
+      return (await trainOn(app, node, view.run, order.steps)) ? null : WORDS.no_options
+    },
     pictureOf: (id, step) => records.picture(id, step),
     grown: () => {
       node.setSize?.([Math.max(node.size[0], 320), Math.max(node.size[1], node.computeSize()[1])])

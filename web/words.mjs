@@ -49,6 +49,8 @@ export const WORDS = {
     keep: "Stopping with that step …",
     extend: "More steps …",
   },
+  no_options: "Connect Train Options to the node itself: it says where to go on from.",
+  on_later: "Go on from the checkpoints for that many steps more, with this graph.",
   unreachable: "ComfyUI does not answer",
   steps_more: "How many steps more",
   picture: "Sample after step",

@@ -207,7 +207,7 @@ class _Going:
         try:
             trained = Trained.read(self.saved[step])
         except ValueError as error:
-            told = f"the adapter of the {self.made} steps made is in {files[0]}"
+            told = f"the LoRA of the {self.made} steps made is in {files[0]}"
             raise ValueError(f"step {step} cannot be kept: {error}; {told}") from error
         written = trained.save(Files(files[0], files[-1]))
         self.listener(Saved(step, written))

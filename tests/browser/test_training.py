@@ -143,6 +143,23 @@ def test_a_node_in_a_subgraph_does_the_same(window):
     assert here.record(workflow, node)["how"] == "stopped"
 
 
+def test_what_has_ended_is_trained_on_from_its_checkpoints(window):
+    here = window()
+    workflow = here.build({"steps": 3, "options": {"checkpoint_every": 1}})
+    here.queue()
+    view = here.view()
+    view.line("Finished")
+    view.root.locator("input").fill("2")
+    view.order("extend")
+    view.line("Finished · step 5 / 5")
+    record = here.record(workflow)
+    assert record["losses"]["step"] == [1, 2, 3, 4, 5]  # the whole curve
+    assert [each["step"] for each in here.runs(workflow=workflow)] == [5, 3]
+    values = """() => [4, 6].flatMap((id) => app.graph.getNodeById(id).widgets ?? [])
+      .filter(({ name }) => ["steps", "resume"].includes(name)).map(({ value }) => value)"""
+    assert here.page.evaluate(values) == [3, "[new training]"]
+
+
 def test_without_the_script_there_is_a_line_and_a_preview(window):
     here = window(blocked=SCRIPTS)
     here.build({"steps": MANY, "preview_every": 3})
