@@ -10,7 +10,7 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
-# Hostile inputs and faults by the hundred.
+# Sweeps over every family, hostile inputs and faults by the hundred.
 test-long: .venv/ready
 	$(BIN)/python -m pytest -m long -rA
 
