@@ -1,4 +1,4 @@
-// All that the page says of a training.
+// All that the page says of a training; in other languages from locales/<language>/main.json.
 
 export const WORDS = {
   none: "The training shows itself here once it runs.",
@@ -54,4 +54,14 @@ export const WORDS = {
   unreachable: "ComfyUI does not answer",
   steps_more: "How many steps more",
   picture: "Sample after step",
+}
+
+/** Take those texts of a tree that stand where `words` has one of the same kind. */
+export function adopt(words, tree) {
+  for (const [name, own] of Object.entries(words)) {
+    const other = tree?.[name]
+    const list = Array.isArray(own)
+    if (typeof own === "object" && !list) adopt(own, other)
+    else if (list ? Array.isArray(other) && other.length === own.length : typeof other === "string") words[name] = other
+  }
 }
