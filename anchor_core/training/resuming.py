@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..adapters.metadata import base_fingerprint
 from ..adapters.torch_file import read_sealed
+from .events import Resumed
 from .history import History
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class _OfAnotherTraining(ValueError):
 
 
 def resume(loop: Any) -> None:
-    """Bring the loop to the newest of its checkpoints that is whole; to none, if there is none.
+    """Bring the loop to the newest of its checkpoints that is whole, and tell it; to none, if there is none.
 
     Raises:
         ValueError: they are of another training, or none of them is whole.
@@ -66,6 +67,7 @@ def resume(loop: Any) -> None:
         if broken:
             logger.warning("going on from %s, the newest checkpoint that is whole", path)
         logger.info("going on from step %d of %d", loop.made, loop.settings.steps)
+        loop.tell(Resumed(loop.made, loop.history))
         return
     if broken:
         raise ValueError(f"checkpoint: none of the {broken} in {loop.checkpoints.folder} can be read; remove them")
