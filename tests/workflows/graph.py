@@ -9,7 +9,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 TITLE, SLOT, WIDGET, GAP, MARGIN = 30, 20, 24, 60, 80
 GROWS = {
     "PreviewImage": 300, "SaveImage": 280, "PreviewAny": 180, "LoadImage": 300,
-    "AnchorTrainLoRA": 420, "AnchorDriftReport": 240, "AnchorCompare": 160, "AnchorLoadReferences": 160,
+    "AnchorTrainLoRA": 420, "AnchorDriftReport": 100, "AnchorCompare": 100, "AnchorLoadReferences": 60,
     "AnchorSaveAdapter": 60, "AnchorAdjustEmbedding": 60,
 }  # fmt: skip
 """What a node is higher than its rows: its picture, text or chart."""
