@@ -49,9 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a disk that is full or read-only now, a folder in the place of a file
         if error.filename is None:
             raise
-        reason = (
-            f"{error.filename} cannot be read or written ({error.strerror}); make room there, or give another place"
-        )
+        place, why = error.filename2 or error.filename, error.strerror
+        reason = f"{place} cannot be read or written ({why}); make room there, or give another place"
         print(f"semantic-anchor {options.verb}: error: {reason}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:

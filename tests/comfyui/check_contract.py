@@ -238,13 +238,13 @@ def check_preview_in_low_vram(name: str, model, clip, vae, shape) -> None:
     found = []
     for memory in (0, model.model_size() // 2):
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            if memory:
-                model.partially_unload(model.offload_device, memory)
             adapter = denoiser.attach(AdapterConfig(rank=2), 0)
             condition = denoiser.encode_prompt("a photo of a dog")
 
-            def preview(event, denoiser=denoiser, condition=condition) -> None:
+            def preview(event, denoiser=denoiser, condition=condition, memory=memory) -> None:
                 if isinstance(event, StepMade):
+                    if memory and event.step == 1:
+                        model.partially_unload(model.offload_device, memory)
                     denoiser.sample([condition], condition, contract.draw(denoiser, shape, 1), steps=1, guidance=2.0)
 
             latents, settings = contract.draw(denoiser, shape, 1), TrainSettings(steps=3, learning_rate=1e-2)

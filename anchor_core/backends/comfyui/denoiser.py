@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...adapters.kinds import KINDS
+from ...adapters.kinds import FILE_KINDS
 from ...adapters.layers import matching_in_all
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
@@ -104,12 +104,16 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         management, own = comfy.model_management, [self.model]
         if self.adapter is not None and self.adapter.config.trains_text:
             own.append(self.clip.patcher)
+        paged, held = self.model.is_dynamic(), management.current_loaded_models
         if self.device.type != "cpu":
-            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
-            management.free_memory(needed, self.device, keep_loaded=keep)
-        # Pages are given up on demand.
-        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
-        return int(management.get_free_memory(self.device)) + paged
+            keep = [loaded for loaded in held if loaded.model in own]
+            with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+                management.free_memory(needed, self.device, keep_loaded=keep, for_dynamic=paged)
+        # Pages are given up on demand, those of others first.
+        pages = [
+            loaded.model for loaded in held if paged and loaded.device == self.device and loaded.model.is_dynamic()
+        ]
+        return int(management.get_free_memory(self.device)) + sum(model.loaded_size() for model in pages)
 
     @property
     def family(self) -> str:
@@ -163,7 +167,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
             vectors = start_vectors(word, config.vectors, read)
         try:
-            if config.kind in KINDS and KINDS[config.kind].reads_weights:
+            if any(FILE_KINDS[kind].reads_weights for kind in config.used_kinds):
                 self._hold_weights(networks, config)
             self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         except BaseException:
@@ -180,12 +184,13 @@ class ComfyDenoiser(Encoding, NoiseProcess):
 
     def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
-        chosen = matching_in_all(dict(networks), config.layers, norms=config.kind == "full")
+        chosen = matching_in_all(dict(networks), config.layers, norms="full" in config.used_kinds)
         for prefix, names in chosen.items():
             device, dtype = self.device, self.compute_dtype
             if prefix:
                 device, dtype = self.clip.patcher.load_device, torch.float32
-            layers = [networks[prefix].get_submodule(name) for name in names]
+            kinds = {name: config.kind_of(f"{prefix}:{name}" if prefix else name) for name in names}
+            layers = [networks[prefix].get_submodule(name) for name in names if FILE_KINDS[kinds[name]].reads_weights]
             self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
