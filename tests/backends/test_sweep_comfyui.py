@@ -50,13 +50,13 @@ def some(tmp_path_factory) -> dict[str, dict]:
     return swept(tmp_path_factory.mktemp("sweep"), *TRAINS, *REFUSED)
 
 
-@pytest.mark.parametrize("name", TRAINS)
+@pytest.mark.parametrize("name", list(TRAINS))
 def test_trains(some, name):
     wrong = {check: message for check, message in some[name]["checks"].items() if message}
     assert not wrong, "\n".join(wrong.values())
 
 
-@pytest.mark.parametrize(("name", "reason"), REFUSED.items())
+@pytest.mark.parametrize(("name", "reason"), list(REFUSED.items()))
 def test_is_refused_by_what_it_is(some, name, reason):
     text = some[name]["refused"]
     assert reason in text and "\n" not in text and "; connect " in text
