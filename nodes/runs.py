@@ -169,6 +169,6 @@ def _send(state: dict[str, Any]) -> None:
 
     server = getattr(PromptServer, "instance", None)
     if server is not None:
-        server.send_sync(EVENT, _header(state))
         if state["node"] is not None:
             server.send_progress_text(line(state), state["node"], server.client_id)
+        server.send_sync(EVENT, _header(state))  # after the line, which a page with our script hides

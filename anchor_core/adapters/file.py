@@ -125,7 +125,7 @@ def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Te
         return to_embedding(adapter.tokens)
     tensors = {}
     for name in adapter.module_names:
-        kind = adapter.config.kinds.get(name, adapter.config.kind)
+        kind = adapter.config.kind_of(name)
         parts = _WRITTEN.get(kind, _as_trained)(adapter, name, adapter.parts(name))
         prefix = file_keys[name]
         if prefix.startswith(DIFFUSERS_PREFIXES):

@@ -47,10 +47,11 @@ def base_fingerprint(denoiser: Any) -> str:
     """
     adapter, keys = denoiser.adapter, denoiser.file_keys()
     digest = hashlib.sha256()
-    weights = {keys[name]: adapter.base_module(name).weight for name in adapter.module_names}
+    layers = {keys[name]: adapter.base_module(name) for name in adapter.module_names}
     for prefix in () if adapter.tokens is None else adapter.tokens.vectors:
-        weights[f"{prefix}:tokens"] = denoiser.text_encoders[prefix].get_input_embeddings().weight
-    for name, weight in sorted(weights.items()):
+        layers[f"{prefix}:tokens"] = denoiser.text_encoders[prefix].get_input_embeddings()
+    for name, layer in sorted(layers.items()):
+        weight = denoiser.weight_of(layer)
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         digest.update(weight.detach().flatten()[:64].float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]

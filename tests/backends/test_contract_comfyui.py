@@ -35,7 +35,7 @@ def test_contract(results, family, check):
     ("kind", "message"),
     {
         "fp8_matrix_mult": "load it with weight_dtype fp8_e4m3fn",
-        "quantised": "connect a model in 32 or 16 bit, or in plain fp8",
+        "quantised": "connect a model in 32 or 16 bit, or in fp8",
         "integers": "is quantised (torch.int8)",
         "packed_latents": "connect another model",
         "text_encoder": "text encoder is no CLIP",

@@ -48,6 +48,7 @@ if __name__ == "__main__":
     from anchor_core.adapters.config import AdapterConfig
     from anchor_core.backends.comfyui.apply import apply_adapter
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+    from anchor_core.training.events import StepMade
     from anchor_core.training.settings import TrainSettings
     from anchor_core.training.trainer import train
 
@@ -62,8 +63,8 @@ def training(parts, shape, kind: str = "lora", meddle=None, **options) -> dict[s
         settings = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2, guidance=2.0)
         latents = contract.draw(denoiser, shape, 2)
 
-        def between(report) -> None:
-            if meddle is not None and report.step < 3:
+        def between(event) -> None:
+            if meddle is not None and isinstance(event, StepMade) and event.step < settings.steps:
                 meddle(denoiser, shape)
 
         history = train(denoiser, adapter, latents, contract.CONCEPT, settings, tell=between)

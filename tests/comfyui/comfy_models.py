@@ -105,10 +105,13 @@ def build(name: str, dtype: torch.dtype = torch.float32, computing: torch.dtype 
     config.set_inference_dtype(dtype, computing)
     model = config.get_model(family.told_by(), device=torch.device("cpu"))
     fill(model.diffusion_model)
-    device = comfy.model_management.get_torch_device()
-    patcher = comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
     video = config.latent_format.latent_dimensions == 3
-    return patcher, Clip(family.fixed_length), Vae(config.latent_format.latent_channels, video)
+    return patcher_of(model), Clip(family.fixed_length), Vae(config.latent_format.latent_channels, video)
+
+
+def patcher_of(model: comfy.model_base.BaseModel) -> comfy.model_patcher.ModelPatcher:
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model, device, comfy.model_management.unet_offload_device())
 
 
 def latent_shape(name: str) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
 import comfy.quant_ops

@@ -199,7 +199,7 @@ def test_whatever_ends_a_training_keeps_the_steps_made(train, tmp_path, error):
     with pytest.raises(error, match="in the middle") as caught:
         train(listen)
     assert load_adapter(tmp_path / "adapter.safetensors")[1]["anchor.steps"] == "3"
-    assert caught.value.__notes__ == [f"the adapter of the 3 steps before is in {tmp_path / 'adapter.safetensors'}"]
+    assert caught.value.__notes__ == [f"the LoRA of the 3 steps before is in {tmp_path / 'adapter.safetensors'}"]
     assert train.events[-1] == Ended("failed", 3, 3, "in the middle")
 
 
@@ -218,7 +218,7 @@ def test_divergence_says_where_the_steps_before_are(train, eps_denoiser, tmp_pat
         if isinstance(event, StepMade) and event.step == 2:
             eps_denoiser.adapter.parameters()[0].register_hook(lambda gradient: gradient * math.nan)
 
-    with pytest.raises(TrainingDiverged, match=r"at step 3 of 4; .*; the adapter of the 2 steps before is in"):
+    with pytest.raises(TrainingDiverged, match=r"at step 3 of 4; .*; the LoRA of the 2 steps before is in"):
         train(listen)
     assert load_adapter(tmp_path / "adapter.safetensors")[1]["anchor.steps"] == "2"
     assert train.events[-1].how == "diverged"

@@ -33,7 +33,7 @@ def train(eps_denoiser, latents, concept, tmp_path):
             probe = {"timesteps": 2, "noises": 1}
             material = prepare(eps_denoiser, latents, concept, class_pictures=None, probe=probe, seed=0)
             chosen = TrainSettings(**{**QUICK, **settings})
-            files = Files.beside(tmp_path / "adapter.safetensors")
+            files = Files(tmp_path / "adapter_1_.safetensors", tmp_path / "vectors_1_.safetensors", new=True)
             return fit(eps_denoiser, material, chosen, files=files, tell=tell, orders=orders), events
         finally:
             eps_denoiser.detach()
@@ -59,7 +59,7 @@ def test_a_saved_step_is_the_result(train, tmp_path, config):
     assert steps(events) == [(1, 3), (2, 3)] and outcome.how == "stopped"  # it ends the training
     assert events[-1] == Ended("stopped", kept=1, made=2) and outcome.history.kept == 1
     one, _ = train(config=config, steps=1)
-    kept = load_adapter(tmp_path / "adapter.safetensors")
+    kept = load_adapter(tmp_path / "adapter_1_.safetensors")
     assert kept[1]["anchor.steps"] == "1"
     for name, tensor in one.trained.tensors.items():
         assert torch.equal(tensor, outcome.trained.tensors[name]) and torch.equal(tensor, kept[0][name])
@@ -97,9 +97,9 @@ def test_a_step_that_cannot_be_read_again_leaves_the_steps_made(train, tmp_path)
         if isinstance(event, StepMade) and event.step == 2:
             orders.keep(1)
 
-    with pytest.raises(ValueError, match="step 1 cannot be kept: .* the adapter of the 2 steps made is in"):
+    with pytest.raises(ValueError, match="step 1 cannot be kept: .* the LoRA of the 2 steps made is in"):
         train(listen, orders)
-    assert load_adapter(tmp_path / "adapter.safetensors")[1]["anchor.steps"] == "2"
+    assert load_adapter(tmp_path / "adapter_1_.safetensors")[1]["anchor.steps"] == "2"
 
 
 def test_more_steps_are_the_longer_training(train, tmp_path):

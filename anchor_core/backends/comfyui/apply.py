@@ -9,7 +9,7 @@ import comfy.lora
 import comfy.lora_convert
 import torch
 from comfy.weight_adapter.base import WeightAdapterBase
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...adapters.formulas import SCALARS, adapted, check_size, on_rows
 from ...adapters.parts import scale_of, split_key
@@ -56,10 +56,10 @@ def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str
     if clip is None:
         layers = {prefix: parts for prefix, parts in layers.items() if not _is_text(prefix)}
     keys = comfy.lora.model_lora_keys_unet(model.model, {})
-    weights = dict(model.model.state_dict())
+    weights = _weights(model.model)
     if clip is not None:
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, keys)
-        weights |= clip.cond_stage_model.state_dict()
+        weights |= _weights(clip.cond_stage_model)
     places = _places(layers, keys)
     unread += [prefix for prefix in layers if prefix not in places]
     tell_unread(len(places), unread)
@@ -81,6 +81,11 @@ def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str
                 raise ValueError(f"this LoRA was made for another model: {prefix} changes {name}, which it has not")
             patches[place] = patch
     return patches
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """By name; quantised ones have the shape of what they stand for, which those of a state dict have not."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _is_text(prefix: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.conds
@@ -23,17 +22,18 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...adapters.kinds import KINDS
+from ...adapters.kinds import FILE_KINDS
 from ...adapters.layers import matching_in_all
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
 from . import families
 from .apply import apply_adapter
 from .batching import batches, with_own_options
+from .encoding import ComfyCondition, Encoding
 from .gradients import copied_where_overwritten, register_kernels
-from .layers import holds_its_weight
+from .layers import holds_its_weight, is_plain, plain_values
 from .noise import NoiseProcess
-from .tokens import tokenize, word_ids
+from .tokens import word_ids
 from .trainable import check_trainable
 from .weights import TrainableWeights
 
@@ -43,19 +43,7 @@ TRAINING_GUIDANCE = 1.0
 """What a network with an embedded guidance scale (Flux.1-dev) is told in `predict`; `sample` leaves it ComfyUI's."""
 
 
-@dataclass(eq=False)
-class ComfyCondition:
-    """One encoded prompt: ComfyUI's cross-attention tensor (1, tokens, width) and its companions.
-
-    `encoded` keeps what the model makes of them, by latent shape.
-    """
-
-    cross_attention: Tensor
-    extras: dict[str, Any]
-    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
-
-
-class ComfyDenoiser(NoiseProcess):
+class ComfyDenoiser(Encoding, NoiseProcess):
     """`Denoiser` over a MODEL, CLIP and VAE of ComfyUI.
 
     Epsilon and v models: timesteps lie on the discrete axis 0 ... 999 and z_t = alpha_t z_0 + sigma_t epsilon, as in
@@ -119,12 +107,16 @@ class ComfyDenoiser(NoiseProcess):
         management, own = comfy.model_management, [self.model]
         if self.adapter is not None and self.adapter.config.trains_text:
             own.append(self.clip.patcher)
+        paged, held = self.model.is_dynamic(), management.current_loaded_models
         if self.device.type != "cpu":
-            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
-            management.free_memory(needed, self.device, keep_loaded=keep)
-        # Pages are given up on demand.
-        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
-        return int(management.get_free_memory(self.device)) + paged
+            keep = [loaded for loaded in held if loaded.model in own]
+            with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+                management.free_memory(needed, self.device, keep_loaded=keep, for_dynamic=paged)
+        # Pages are given up on demand, those of others first.
+        pages = [
+            loaded.model for loaded in held if paged and loaded.device == self.device and loaded.model.is_dynamic()
+        ]
+        return int(management.get_free_memory(self.device)) + sum(model.loaded_size() for model in pages)
 
     @property
     def family(self) -> str:
@@ -178,7 +170,7 @@ class ComfyDenoiser(NoiseProcess):
             read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
             vectors = start_vectors(word, config.vectors, read)
         try:
-            if config.kind in KINDS and KINDS[config.kind].reads_weights:
+            if any(FILE_KINDS[kind].reads_weights for kind in config.used_kinds):
                 self._hold_weights(networks, config)
             self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         except BaseException:
@@ -195,12 +187,13 @@ class ComfyDenoiser(NoiseProcess):
 
     def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
-        chosen = matching_in_all(dict(networks), config.layers, norms=config.kind == "full")
+        chosen = matching_in_all(dict(networks), config.layers, norms="full" in config.used_kinds)
         for prefix, names in chosen.items():
             device, dtype = self.device, self.compute_dtype
             if prefix:
                 device, dtype = self.clip.patcher.load_device, torch.float32
-            layers = [networks[prefix].get_submodule(name) for name in names]
+            kinds = {name: config.kind_of(f"{prefix}:{name}" if prefix else name) for name in names}
+            layers = [networks[prefix].get_submodule(name) for name in names if FILE_KINDS[kinds[name]].reads_weights]
             self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
@@ -220,81 +213,16 @@ class ComfyDenoiser(NoiseProcess):
             adapter.detach()
         self._weights.let_go()
 
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        """What the weight that a layer holds stands for."""
+        return layer.weight if is_plain(layer.weight) else plain_values(layer, layer.weight, self.device)
+
     def adapter_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
     def file_keys(self) -> dict[str, str]:
         """Names of the network's modules to key prefixes that the stock LoraLoader reads."""
         return dict(self._file_keys)
-
-    # --- pictures and prompts ---------------------------------------------------------------------------------
-
-    @property
-    def downscale(self) -> int:
-        """Pixels of a picture to one of its latents, along an edge."""
-        return self.model.model.latent_format.spacial_downscale_ratio
-
-    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture; ValueError if its edges are no multiples of `downscale`."""
-        if height % self.downscale or width % self.downscale:
-            raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {self.downscale}")
-        return self.model.model.latent_format.latent_channels, height // self.downscale, width // self.downscale
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        height, width = pixels.shape[-2:]
-        if min(height, width) < self.downscale:
-            raise ValueError(f"images are {width}x{height}, but this model takes {self.downscale} pixels at least")
-        # A video VAE takes a batch for the frames of one video.
-        batches = pixels.movedim(1, -1).split(1 if self._video else len(pixels))
-        with self._weights.released():
-            latents = self._frames(torch.cat([self.vae.encode(batch) for batch in batches]))
-            families.check_latents(self.model.model, latents)
-            latents = self._pictures(self.model.model.process_latent_in(latents))
-        return latents.clone().to(self.device)
-
-    def decode_latents(self, latents: Tensor) -> Tensor:
-        with self._weights.released():
-            pixels = self.vae.decode(self.model.model.process_latent_out(self._frames(latents.clone())))
-            pixels = pixels[:, 0] if pixels.ndim == 5 else pixels
-        return pixels.clone().movedim(-1, 1).clamp(0, 1)
-
-    def encode_prompt(self, prompt: str, adapted: bool = False) -> ComfyCondition:
-        return self.encode_prompts([prompt], adapted)[0]
-
-    def encode_prompts(self, prompts: Sequence[str], adapted: bool = False) -> list[ComfyCondition]:
-        """`encode_prompt` of each; ComfyUI changes from the model to the CLIP and back only once."""
-        vectors = self.adapter.tokens if adapted and self.adapter is not None else None
-        tokenizers = families.text_tokenizers(self.clip, self.network)
-        tokens = [tokenize(self.clip, prompt, vectors, tokenizers) for prompt in prompts]
-        held = adapted and self.adapter is not None and self.adapter.config.trains_text
-        with nullcontext() if held else self._weights.released():
-            schedules = [self.clip.encode_from_tokens_scheduled(each, show_pbar=False) for each in tokens]
-        return [self._condition(schedule) for schedule in schedules]
-
-    def encode_pooled(self, prompts: Sequence[str], adapted: bool = False) -> Tensor:
-        """Each CLIP's pooled output at length 1, side by side, (N, D); CLIP-G's is projected, as models read it."""
-        with families.pooled_outputs(self.clip, self.network) as found:
-            self.encode_prompts(prompts, adapted)
-        if not found:
-            raise ValueError("this model's text encoder is no CLIP, and has no pooled output; connect one with a CLIP")
-        return torch.cat([nn.functional.normalize(torch.stack(rows), dim=-1) for rows in found], dim=-1).to(self.device)
-
-    def _condition(self, schedule: list) -> ComfyCondition:
-        if len(schedule) != 1:
-            raise ValueError(f"the CLIP gives {len(schedule)} encodings of one prompt; give a CLIP without hooks")
-        cross_attention, extras = schedule[0]
-        self._text_input.check("clip: the prompt", cross_attention, extras)
-        copies = {key: value.clone() if torch.is_tensor(value) else value for key, value in extras.items()}
-        return ComfyCondition(cross_attention.clone().to(self.device), copies)
-
-    def _frames(self, latents: Tensor) -> Tensor:
-        """(B, C, h, w) as the model takes them: with a frame axis where it is one of video."""
-        return latents.unsqueeze(2) if self._video and latents.ndim == 4 else latents
-
-    def _pictures(self, latents: Tensor) -> Tensor:
-        return latents[:, :, 0] if self._video else latents
-
-    token_limit = None  # ComfyUI reads long prompts in parts
 
     # --- predictions ------------------------------------------------------------------------------------------
 

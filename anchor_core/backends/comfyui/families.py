@@ -297,7 +297,7 @@ def is_guided(model: comfy.model_base.BaseModel) -> bool:
 
 def check_size(config: AdapterConfig, network: nn.Module) -> None:
     """ValueError if `config` fine-tunes most of the network, which does not fit beside what ComfyUI keeps in memory."""
-    if config.kind != "full":
+    if config.kind != "full" or config.ranks:  # a file's layers are not trained
         return
     modules = [network.get_submodule(name) for name in selected_modules(network, config.layers, norms=True)]
     share = sum(map(_size, modules)) / _size(network)

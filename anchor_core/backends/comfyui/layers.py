@@ -33,6 +33,11 @@ def is_mixed(module: nn.Module) -> bool:
     return hasattr(module, "_full_precision_mm") and not hasattr(module, "num_experts")
 
 
+def is_gguf(module: nn.Module) -> bool:
+    """Whether a module is a layer of ComfyUI-GGUF, which casts its weights itself."""
+    return hasattr(module, "is_ggml_quantized")
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor holds its values itself, and is not a quantised one that stands for them."""
     return type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point()
@@ -62,6 +67,14 @@ def dequantised(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.dequantize() if isinstance(tensor, comfy.quant_ops.QuantizedTensor) else tensor).to(dtype)
 
 
+def plain_values(layer: nn.Module, tensor: Tensor, device: torch.device) -> Tensor:
+    """What one of a layer's stored tensors stands for, in float32, without LoRAs; of its own memory."""
+    if is_gguf(layer) and hasattr(tensor, "tensor_type"):
+        bare = type(tensor)(tensor.as_subclass(Tensor), tensor_type=tensor.tensor_type, tensor_shape=tensor.shape)
+        return layer.get_weight(bare.to(device), torch.float32).clone()
+    return dequantised(tensor.detach().to(device), torch.float32).clone()
+
+
 def view(tensor: Tensor) -> Tensor:
     """Another tensor over the same bytes: an inference tensor in inference mode, else one that autograd may save."""
     other = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
@@ -75,8 +88,11 @@ def view(tensor: Tensor) -> Tensor:
 @contextmanager
 def weight_in_use(layer: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The weight and bias that a layer computes with, as plain tensors; they may be gone afterwards."""
-    casting = {"dtype": dtype, "bias_dtype": dtype, "device": device, "offloadable": True}
-    with comfy.ops.CastBiasWeightContext(layer, **casting) as (weight, bias):
+    casting = {"dtype": dtype, "bias_dtype": dtype, "device": device}
+    if is_gguf(layer):
+        yield layer.cast_bias_weight(**casting)
+        return
+    with comfy.ops.CastBiasWeightContext(layer, **casting, offloadable=True) as (weight, bias):
         yield dequantised(weight, dtype), bias
 
 

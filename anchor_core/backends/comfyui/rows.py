@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import comfy.lora
-import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .layers import plain_values
 
 Patches = Mapping[str | tuple, Any]
 """Of one adapter: ComfyUI's key of a weight, or (key, offset, function), to its patch."""
@@ -41,13 +42,11 @@ class RowStrengths:
         self._adapters = [_by_layer(patches) for patches in adapters]
         self._networks: dict[nn.Module, _Batch] = {}
         self._hooks = ExitStack()
-        self._weights: dict[str, list] | None = None
 
     def close(self) -> None:
         """Take every hook off the layers, and drop what was made for them."""
         self._hooks.close()
         self._networks.clear()
-        self._weights = None
 
     @contextmanager
     def rows(self, model: nn.Module, batch: int, shares: Sequence[tuple[float, ...]]) -> Iterator[None]:
@@ -98,11 +97,13 @@ class RowStrengths:
 
     def _dense(self, adapter: int, key: str, like: Tensor) -> Tensor:
         """The weight with the adapter in its place among the MODEL's other patches, less the weight without it."""
-        if self._weights is None:
-            self._weights = self._patcher.get_key_patches("diffusion_model.")
-        (weight, convert), *present = self._weights[key]
-        if key in self._patcher.backup:  # under a hook LoRA the former is the patched one
-            weight = self._patcher.backup[key].weight
+        patcher = self._patcher
+        weight, _, convert = comfy.model_patcher.get_key_weight(patcher.model, key)
+        if key in patcher.backup:  # under a LoRA, or a hook LoRA, the former is the patched one
+            weight = patcher.backup[key].weight
+        elif key in patcher.hook_backup:
+            weight = patcher.hook_backup[key][0]
+        present = patcher.patches.get(key, [])
         name, _, parameter = key.rpartition(".")
         own = {id(patch) for patch, *_ in self._adapters[0].get(name, {}).get(parameter, [])}
         others = [each for each in present if id(each[1]) not in own]
@@ -111,8 +112,8 @@ class RowStrengths:
         entries = [(self._strength, patch, 1.0, offset, function) for patch, offset, function in added]
 
         def calculate(patches: list) -> Tensor:
-            plain = comfy.model_management.cast_to_device(weight, like.device, torch.float32, copy=True)
-            return comfy.lora.calculate_weight(patches, convert(plain, inplace=True), key)
+            plain = plain_values(patcher.model.get_submodule(name), weight, like.device)
+            return comfy.lora.calculate_weight(patches, plain if convert is None else convert(plain, inplace=True), key)
 
         return (calculate([*others[:place], *entries, *others[place:]]) - calculate(others)).to(like.dtype)
 

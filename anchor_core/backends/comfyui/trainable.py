@@ -5,7 +5,9 @@ from __future__ import annotations
 import comfy.model_patcher
 import comfy.ops
 import comfy.quant_ops
-from torch import Tensor
+from torch import Tensor, nn
+
+from .layers import LAYERS, is_gguf, is_mixed, is_plain
 
 
 def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
@@ -27,12 +29,19 @@ def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(f"this model cannot be trained on: it {reason}")
-    for name, parameter in model.model.named_parameters():
-        kind = type(parameter.data)
-        if isinstance(parameter, comfy.quant_ops.QuantizedTensor) or not parameter.is_floating_point():
-            stored = getattr(parameter, "_layout_cls", None) or parameter.dtype
-            raise ValueError(
-                f"this model's {name} is quantised ({stored}); connect a model in 32 or 16 bit, or in plain fp8"
-            )
-        if kind is not Tensor:
-            raise ValueError(f"this model's {name} is a {kind.__name__}; connect a model of plain tensors")
+    for name, module in model.model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not is_plain(parameter) and not _is_known(module, parameter):
+                stored = getattr(parameter, "_layout_cls", None) or parameter.dtype
+                raise ValueError(
+                    f"this model's {name}.{leaf} of a {type(module).__name__} is quantised ({stored}) in a way that "
+                    "training does not know; connect a model in 32 or 16 bit, or in fp8"
+                )
+
+
+def _is_known(module: nn.Module, parameter: Tensor) -> bool:
+    """Whether gradients flow through a module whose parameter stands for other values."""
+    if isinstance(parameter, comfy.quant_ops.QuantizedTensor):
+        casts = isinstance(module, comfy.ops.CastWeightBiasOp)
+        return casts and (is_mixed(module) or isinstance(module, (*LAYERS, nn.Embedding)))
+    return is_gguf(module)

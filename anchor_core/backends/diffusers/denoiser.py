@@ -374,6 +374,9 @@ class DiffusersDenoiser:
             self.adapter.detach()
             self.adapter = None
 
+    def weight_of(self, layer: nn.Module) -> Tensor:
+        return layer.weight
+
     def adapter_disabled(self) -> AbstractContextManager[None]:
         return nullcontext() if self.adapter is None else self.adapter.disabled()
 
