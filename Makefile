@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long lint licenses clean
+.PHONY: demo test test-long test-browser lint licenses clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
@@ -13,6 +13,16 @@ test: .venv/ready lint
 # Sweeps over every family, hostile inputs and faults by the hundred.
 test-long: .venv/ready
 	$(BIN)/python -m pytest -m long -rA
+
+# The nodes in Chromium, in ComfyUI's front end and in the newest one; screenshots in out/browser.
+test-browser: .venv/ready out/front_end/ready
+	$(BIN)/pip install --quiet playwright
+	COMFYUI_FRONT_END=$(CURDIR)/out/front_end/comfyui_frontend_package/static BROWSER_SCREENSHOTS=out/browser \
+		$(BIN)/python -m pytest -m browser -rs tests/browser
+
+out/front_end/ready: .venv/ready
+	$(BIN)/pip install --quiet --no-deps --target out/front_end comfyui-frontend-package
+	touch $@
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -49,10 +49,16 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # a disk that is full or read-only now, a folder in the place of a file
         if error.filename is None:
             raise
-        reason = (
-            f"{error.filename} cannot be read or written ({error.strerror}); make room there, or give another place"
-        )
+        place, why = error.filename2 or error.filename, error.strerror
+        reason = f"{place} cannot be read or written ({why}); make room there, or give another place"
         print(f"semantic-anchor {options.verb}: error: {reason}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200] or "the machine's"
+        advice = "take a smaller batch_size or resolution, or --gradient_checkpointing"
+        print(f"semantic-anchor {options.verb}: error: out of memory ({reason}); {advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"semantic-anchor {options.verb}: cancelled", file=sys.stderr)
@@ -65,6 +71,11 @@ def _given(arguments: list[str] | None) -> Iterator[str]:
     names = [field.name for part in (TrainSettings, AdapterConfig, DataSettings) for field in fields(part)]
     options = _build_parser(dict.fromkeys(names, unset)).parse_args(arguments)
     return (name for name, value in vars(options).items() if value is not unset)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a type for a card's alone."""
+    return isinstance(error, MemoryError) or any(text in str(error) for text in ("out of memory", "allocate memory"))
 
 
 def _with_option(message: str, parser: argparse.ArgumentParser) -> str:

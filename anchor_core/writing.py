@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -30,10 +31,10 @@ def whole(path: Path, stale: float = STALE) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
-        if part.parent.is_dir():
-            part.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone already, or its disk is read-only by now
+            part.unlink()
     for left in path.parent.glob(".*.part"):
-        with suppress(FileNotFoundError):  # another process has just finished it
+        with suppress(OSError):  # another process has just finished it
             if left.stat().st_mtime <= time.time() - stale:
                 left.unlink()
 
@@ -68,3 +69,14 @@ def claimed(path: Path) -> Iterator[Path]:
         if file.is_file() and not file.stat().st_size:
             file.unlink()
         raise
+
+
+def try_folder(folder: Path) -> None:
+    """Make the folder, and a file in it that leaves nothing behind.
+
+    Raises:
+        OSError: of the file system, as it is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass

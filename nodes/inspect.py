@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .types import CATEGORY, ConceptType, HistoryType, LoraModel, check_connected, checked_lora
+from .types import CATEGORY, ConceptType, HistoryType, LoraModel, check_connected, checked_lora, one_each
 
 
 class AnchorDriftReport(io.ComfyNode):
@@ -18,14 +18,15 @@ class AnchorDriftReport(io.ComfyNode):
                 "How far a LoRA has moved the subject's prediction from the model's own prediction for the class "
                 "(drift), and how well it predicts the pictures (reconstruction), by timestep. For any LoRA."
             ),
+            is_input_list=True,  # for lists of pictures
             inputs=[
                 io.Model.Input("model", tooltip="The model without the LoRA."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its autoencoder."),
                 io.Image.Input(
                     "images",
-                    tooltip="Pictures to measure on: the references show what was learnt, pictures of the class the "
-                    "harm.",
+                    tooltip="Pictures of one size to measure on: the references show what was learnt, pictures of the "
+                    "class the harm.",
                 ),
                 ConceptType.Input(
                     "concept", tooltip="The prompts to measure with: those that the LoRA was trained with."
@@ -66,7 +67,11 @@ class AnchorDriftReport(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
+    def execute(cls, **inputs) -> io.NodeOutput:
+        return cls._measure(**one_each(inputs, ("images",)))
+
+    @classmethod
+    def _measure(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
         from ..anchor_core.adapters.attach import attach_tensors
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
         from ..anchor_core.data.pictures import from_images

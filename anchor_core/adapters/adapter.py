@@ -324,14 +324,14 @@ def _full_name(prefix: str, name: str) -> str:
 
 
 def _kind(config: AdapterConfig, name: str) -> Kind | WeightKind:
-    return FILE_KINDS[config.kinds.get(name, config.kind)]
+    return FILE_KINDS[config.kind_of(name)]
 
 
 def _by_kind(config: AdapterConfig, prefix: str, names: list[str]) -> dict[str, list[str]]:
     """A network's module names by their kind."""
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault(config.kinds.get(_full_name(prefix, name), config.kind), []).append(name)
+        groups.setdefault(config.kind_of(_full_name(prefix, name)), []).append(name)
     return groups
 
 

@@ -47,8 +47,8 @@ def _by_module(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], meta
     if not layers.keys() <= modules.keys():
         # The network's own names beside those of its files: a family may have both.
         own = {f":{module.replace('.', '_')}": module for module in file_keys if ":" not in module}
-        modules = own | {identity(prefix): module for prefix, module in modules.items()}
-        found = {prefix: identity(prefix) for prefix in layers}
+        modules = own | {identity(prefix) or prefix: module for prefix, module in modules.items()}
+        found = _identities(layers)
         if not set(found.values()) <= modules.keys():
             try:
                 layers = renamed(layers, metadata, format_of(list(file_keys.values())))
@@ -57,7 +57,7 @@ def _by_module(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], meta
                 if not set(found.values()) & modules.keys():
                     tell_unread(0, [*layers, *unread])
                     raise
-            found = {prefix: identity(prefix) for prefix in layers}
+            found = _identities(layers)
         twice = [key for key, count in Counter(found.values()).items() if count > 1 and key in modules]
         if twice:
             raise ValueError(f"this file holds two LoRAs in one: {modules[twice[0]]} has two; give one with one LoRA")
@@ -65,6 +65,10 @@ def _by_module(tensors: Mapping[str, Tensor], file_keys: Mapping[str, str], meta
     unread += [prefix for prefix in layers if prefix not in modules]
     tell_unread(len(modules.keys() & layers.keys()), unread)
     return {modules[prefix]: parts for prefix, parts in layers.items() if prefix in modules}
+
+
+def _identities(layers: Layers) -> dict[str, str]:
+    return {prefix: identity(prefix) or prefix for prefix in layers}
 
 
 # --- a layer's parts as `Adapter.state_dict` names them -----------------------------------------------------------

@@ -110,6 +110,10 @@ class AdapterConfig:
         if not isinstance(self.layers, ExactLayers):
             compile_layers(self.layers)
 
+    def kind_of(self, name: str) -> str:
+        """That of the layer of this module."""
+        return self.kinds.get(name, self.kind)
+
     @property
     def used_kinds(self) -> set[str]:
         """The kinds of its layers."""

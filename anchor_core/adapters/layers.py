@@ -48,7 +48,7 @@ def layer_choices() -> str:
     return f"one of {', '.join(LAYERS)}, {EVERYTHING}, or a regular expression over module names"
 
 
-SECONDS = 1.0
+SECONDS = 0.5  # of the processor, for all names
 LENGTH = 10_000
 
 

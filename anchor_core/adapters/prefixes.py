@@ -43,13 +43,15 @@ _CLIP_NAME = re.compile(r"encoder\.layers\.|embeddings\.|final_layer_norm$")
 
 def module_of(prefix: str) -> tuple[str, str] | None:
     """The network of a layer and its module's name there; None if the prefix is no program's."""
+    inner = prefix
     for wrapper in ("unet.base_model.model.", "transformer.base_model.model.", "base_model.model."):
-        prefix = prefix.removeprefix(wrapper)
+        inner = inner.removeprefix(wrapper)
+    wrapped, prefix = inner != prefix, inner
     beginning = next(filter(prefix.startswith, _PREFIXES), None)
-    if beginning is None and not _ROOT.match(prefix):
+    if beginning is None and not (wrapped or _ROOT.match(prefix)):
         return None
     component, name = _PREFIXES.get(beginning, ""), prefix.removeprefix(beginning or "")
-    if "." not in name or beginning is not None and beginning.endswith("_"):
+    if beginning.endswith("_") if beginning else "." not in name:
         name = dotted(name)
     if component == "" and name.startswith("text_model."):  # LyCORIS' own prefix says no network
         component = "text_encoder"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Condition, Denoiser
-from ..writing import whole
+from ..writing import try_folder, whole
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,8 @@ class Cache:
         self._latents: dict[str, Tensor] = {}
         self._conditions: dict[str, Condition] = {}
         if self.folder is not None:
-            probe = f".{os.getpid()}.probe"
-            self._write(probe, b"probe")
-            (self.folder / probe).unlink()
+            with self._writing():
+                try_folder(self.folder)
 
     def latents(self, pictures: Sequence[Tensor], gap: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Scaled latents, (C, h, w) each, float32 on the CPU, of pictures (3, H, W) in [0, 1] of any sizes.
@@ -149,11 +148,10 @@ class Cache:
 
     # --- files ------------------------------------------------------------------------------------------------
 
-    def _write(self, name: str, content: bytes) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with whole(self.folder / name) as part:
-                part.write_bytes(content)
+            yield
         except OSError as error:
             raise ValueError(
                 f"the cache folder {self.folder} cannot be written ({error.strerror}); "
@@ -164,7 +162,10 @@ class Cache:
         from safetensors.torch import save
 
         check = _digest(layout, *(tensors[key] for key in sorted(tensors)))
-        self._write(name, save(dict(tensors), {"layout": layout, "sha256": check}))
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with whole(self.folder / name) as part:
+                part.write_bytes(save(dict(tensors), {"layout": layout, "sha256": check}))
 
     def _load(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Tensors and layout of an entry; None if there is none, or none that can be used."""

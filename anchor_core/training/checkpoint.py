@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..writing import whole
+from ..adapters.torch_file import sealed
+from ..writing import try_folder, whole
 
 KEPT = 2
 """Checkpoints that stay; the one before the newest is there in case that the newest cannot be read."""
@@ -27,10 +27,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            trial = self.folder / f".{os.getpid()}.part"
-            trial.write_bytes(b"")
-            trial.unlink()
+            try_folder(self.folder)
         except OSError as error:
             raise self._unwritable(error) from error
 
@@ -47,7 +44,7 @@ class Checkpoints:
         path = self.folder / f"step-{step:06}.ckpt"
         try:
             with whole(path, stale=0.0) as part:  # nobody else writes here
-                torch.save(state, part)
+                torch.save(sealed(state), part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise self._unwritable(error) from error
         for old in self.files()[:-KEPT]:

@@ -77,6 +77,7 @@ class AveragedWeights:
     def __init__(self, parameters: Sequence[torch.nn.Parameter], decay: float, optimizer: torch.optim.Optimizer):
         self._parameters, self._decay, self._optimizer = list(parameters), decay, optimizer
         self._average = [p.detach().clone() for p in self._parameters] if decay else []
+        self._running: list[torch.Tensor] = []
         self._updates = 0
         if hasattr(optimizer, "train"):
             optimizer.train()
@@ -103,12 +104,18 @@ class AveragedWeights:
         self._swap()
 
     def __enter__(self) -> None:
+        if hasattr(self._optimizer, "eval"):  # whose way to its average and back rounds
+            self._running = [p.detach().clone() for p in self._parameters]
         self.apply()
 
+    @torch.no_grad()
     def __exit__(self, *exception) -> None:
         self._swap()
         if hasattr(self._optimizer, "train"):
             self._optimizer.train()
+        for parameter, running in zip(self._parameters, self._running):
+            parameter.copy_(running)
+        self._running = []
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average, "updates": self._updates}

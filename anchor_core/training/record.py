@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.pictures import as_picture
-from .events import Event
+from ..writing import whole
+from .events import Event, Measured
 from .keeping import Candidates
 from .settings import TrainSettings
 
@@ -70,7 +70,7 @@ class Record:
 
     Args:
         folder: of `run.json` and the pictures. Nothing is written before there is a step or a picture.
-        about: of the training: JSON values that are in the record from the start.
+        about: of the training: JSON values that are in the record from the start, beside `begun` in ms since 1970.
         settings: for the planned steps, and for which measured step is the best.
         memory: gives what is shown as memory, a JSON value.
         changed: is told each new state, but not the first.
@@ -96,7 +96,7 @@ class Record:
         self._published = self._written = -math.inf
         self.begun = self._warned = False
         self._now: dict[str, Any] = {
-            **about, "begun": round(time.time()), "phase": "preparing", "how": None, "reason": "", "step": 0,
+            **about, "begun": round(1000 * time.time()), "phase": "preparing", "how": None, "reason": "", "step": 0,
             "steps": settings.steps, "fixed_length": settings.fixed_length, "seconds": 0.0, "seconds_per_step": None,
             "drift": None, "best": None, "kept": None, "saved": [], "pictures": [],
         }  # fmt: skip
@@ -114,6 +114,14 @@ class Record:
 
     def _phase(self, event) -> None:
         self._now["phase"] = event.phase
+
+    def _resumed(self, event) -> None:
+        history = event.history
+        for i in range(event.step):
+            self._losses.add(i + 1, {name: values[i] for name, values in history.terms.items()})
+        for step, result in history.probes:
+            self._measured(Measured(step, result))
+        self._now |= {"step": event.step, "seconds": history.seconds}
 
     def _step(self, event) -> None:
         self._begin()
@@ -143,6 +151,8 @@ class Record:
         self._now["pictures"] = [*made, {"step": event.step, "file": name, "prompt": event.prompt}]
 
     def _saved(self, event) -> None:
+        if self._now["phase"] == "saving":  # the name that was planned may have been taken meanwhile
+            self._now["file"] = event.files[0].name
         if event.step not in [each["step"] for each in self._now["saved"]]:
             saved = {"step": event.step, "file": event.files[0].name}
             self._now["saved"] = [*self._now["saved"], saved]
@@ -175,10 +185,10 @@ class Record:
             self._warn(error)
 
     def _write(self) -> None:
-        self._written, part = time.monotonic(), self._folder / f".{os.getpid()}.part"
+        self._written = time.monotonic()
         try:
-            part.write_text(json.dumps(self.state, allow_nan=False), encoding="utf-8")
-            os.replace(part, self._folder / FILE)
+            with whole(self._folder / FILE) as part:
+                part.write_text(json.dumps(self.state, allow_nan=False), encoding="utf-8")
         except OSError as error:
             self._warn(error)
 

@@ -95,6 +95,9 @@ def run(
     except _EndedEarly:
         tell(Ended(orders.ending, kept=0, made=0))
         return Outcome(orders.ending, History(), None, ())
+    except BaseException as error:
+        tell(_failed(error, made=0))
+        raise
     return fit(
         denoiser, material, settings, files=files, tell=tell, orders=orders, checkpoints=checkpoints, workers=workers,
         picture_every=picture_every,
@@ -141,44 +144,56 @@ def fit(
     settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
     orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
-    tell(PhaseBegun("training"))
     try:
+        going.begin()
         history = train(
             denoiser, denoiser.adapter, material.dataset, material.concept, settings,
             class_latents=material.class_latents, probe=material.probe, tell=going.tell, orders=orders,
             answer=going.answer, checkpoints=checkpoints, cache=material.cache, workers=workers,
         )  # fmt: skip
+        going.made, going.kept = len(history.losses), history.kept
+        how = next((how for how in ("cancelled", "stopped", "over_budget") if getattr(history, how)), "finished")
+        trained, written = going.end(files)
     except BaseException as error:
         orders.close()
         going.keep_after(error)
         raise
     orders.close()
-    how = next((how for how in ("cancelled", "stopped", "over_budget") if getattr(history, how)), "finished")
-    trained = written = None
-    if history.losses:
-        tell(PhaseBegun("saving"))
-        trained, written = going.save(history.kept, files)
-        if orders.kept is not None and written:
-            trained, written = going.take(orders.kept, files)
-            history.kept = orders.kept
+    if orders.kept is not None and written:
+        trained, written = going.take(orders.kept, written)
+        history.kept = orders.kept
     tell(Ended(how, history.kept, len(history.losses)))
-    return Outcome(how, history, trained, written or ())
+    return Outcome(how, history, trained, written)
+
+
+def _failed(error: BaseException, made: int, kept: int = 0) -> Ended:
+    how = "diverged" if isinstance(error, TrainingDiverged) else "failed"
+    return Ended(how, kept, made, " ".join(str(error).split()))
 
 
 class _Going:
-    """A training that goes on: what is done between its steps, and what is saved of it."""
+    """A training that goes on: what is done between its steps, and what is saved of it.
+
+    Attributes:
+        made: steps so far.
+        kept: the step whose weights the adapter has.
+    """
 
     def __init__(self, denoiser, material: Material, settings, files: Files | None, tell: Tell, orders, every: int):
         self.denoiser, self.concept, self.settings, self.files = denoiser, material.concept, settings, files
-        self.listener, self.orders, self.every, self.made = tell, orders, every, 0
+        self.listener, self.orders, self.every, self.made, self.kept = tell, orders, every, 0, 0
+        self.saved: dict[int, tuple[Path, ...]] = {}
         shape = tuple(material.latents.shape[1:])
         self.preview = Preview(denoiser, self.concept, shape, settings.guidance, settings.seed)
-        if every:
+
+    def begin(self) -> None:
+        if self.every:
             self.preview.conditions()  # before the loop, so that no text encoder is loaded in the middle of it
+        self.listener(PhaseBegun("training"))
 
     def tell(self, event: Event) -> None:
         if isinstance(event, StepMade):
-            self.made = event.step
+            self.made = self.kept = event.step
             if self.every and (event.step % self.every == 0 or event.step == event.steps):
                 self.orders.picture_now()
         self.listener(event)
@@ -187,8 +202,15 @@ class _Going:
         if what == PICTURE:
             self.listener(PictureMade(step, self.concept.subject_prompt, self.preview.picture()))
         elif self.files is not None and step:
-            self.save(step, self.files.at(step))
+            _, self.saved[step] = self.save(step, self.files.at(step))
             self.orders.saved(step)
+
+    def end(self, files: Files | None) -> tuple[Trained | None, tuple[Path, ...]]:
+        """What is kept of the whole training, and its files; nothing of one that made no step."""
+        if not self.made:
+            return None, ()
+        self.listener(PhaseBegun("saving"))
+        return self.save(self.kept, files)
 
     def save(self, step: int, files: Files | None) -> tuple[Trained, tuple[Path, ...]]:
         """The adapter as it is, and the files it was written to."""
@@ -201,29 +223,30 @@ class _Going:
         self.listener(Saved(step, written))
         return trained, written
 
-    def take(self, step: int, files: Files) -> tuple[Trained, tuple[Path, ...]]:
-        """The adapter that was saved after `step` steps, and the files it was copied to."""
+    def take(self, step: int, files: tuple[Path, ...]) -> tuple[Trained, tuple[Path, ...]]:
+        """The adapter that was saved after `step` steps, in the place of the last one in `files`."""
         try:
-            trained = Trained.read(self.files.at(step))
+            trained = Trained.read(self.saved[step])
         except ValueError as error:
-            told = f"the adapter of the {self.made} steps made is in {files.adapter}"
+            told = f"the LoRA of the {self.made} steps made is in {files[0]}"
             raise ValueError(f"step {step} cannot be kept: {error}; {told}") from error
-        written = trained.save(files)
+        written = trained.save(Files(files[0], files[-1]))
         self.listener(Saved(step, written))
         return trained, written
 
     def keep_after(self, error: BaseException) -> None:
         """Save the steps made before `error`, and say so with it; its type stays, as hosts know theirs by it."""
-        diverged, told = isinstance(error, TrainingDiverged), ""
+        told = ""
         if self.made and self.files is not None:
             try:
-                _, (path, *_) = self.save(self.made, self.files)
-                told = f"the LoRA of the {self.made} steps before is in {path}"
-            except ValueError as unsaved:  # the disk is full, say: what ended the training is still what is told
+                _, (path, *_) = self.save(self.kept, self.files)
+                told = f"the LoRA of the {self.kept} steps before is in {path}"
+            except Exception as unsaved:  # no room on the disk or in memory: what ended it is still what is raised
                 told = str(unsaved)
-            if diverged:
+        if told not in ("", str(error)):
+            if isinstance(error, TrainingDiverged):
                 error.args = (f"{error}; {told}",)
             else:
                 error.add_note(told)
                 logger.warning("%s", told)
-        self.listener(Ended("diverged" if diverged else "failed", self.made, self.made, " ".join(str(error).split())))
+        self.listener(_failed(error, self.made, self.kept))

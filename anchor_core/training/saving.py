@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -142,13 +142,11 @@ class Trained:
         return cls(tensors, metadata, None if adapter.tokens is None else to_embedding(adapter.tokens))
 
     @classmethod
-    def read(cls, files: Files) -> Trained:
-        """What `save` wrote; ValueError if it cannot be read."""
-        tensors, metadata = load_adapter(files.adapter)
-        if metadata.get("anchor.kind") == NO_LAYERS:
-            return cls(tensors, metadata, tensors)
-        beside = files.embedding != files.adapter and files.embedding.is_file()
-        return cls(tensors, metadata, load_adapter(files.embedding)[0] if beside else None)
+    def read(cls, files: Sequence[Path]) -> Trained:
+        """What `save` wrote to these; ValueError if it cannot be read."""
+        tensors, metadata = load_adapter(files[0])
+        vectors = load_adapter(files[1])[0] if len(files) > 1 else None
+        return cls(tensors, metadata, tensors if metadata.get("anchor.kind") == NO_LAYERS else vectors)
 
     def save(self, files: Files) -> tuple[Path, ...]:
         """Write them, each whole or not at all; gives the files that were written, the adapter's first.

@@ -16,7 +16,7 @@ from tests.comfyui import comfy_server
 
 def test_metadata_holds_every_setting_and_what_others_read(eps_denoiser, concept):
     eps_denoiser.attach(AdapterConfig(rank=3, kind="loha", layers="cross_attention_kv"))
-    settings = TrainSettings(steps=9, seed=4)
+    settings = TrainSettings(steps=9, seed=4, precision="fp32")
     metadata = adapter_metadata(eps_denoiser, concept, settings, steps=5)
     assert {name: metadata[f"anchor.{name}"] for name in vars(settings)} == {
         name: str(5 if name == "steps" else value) for name, value in vars(settings).items()

@@ -72,7 +72,7 @@ def install_pack(target: Path) -> Path:
 class ComfyServer:
     """`main.py --cpu` on a free port of 127.0.0.1, with input, output and custom_nodes under `base`."""
 
-    def __init__(self, comfyui: Path, python: Path, base: Path):
+    def __init__(self, comfyui: Path, python: Path, base: Path, *options: str | Path):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -82,6 +82,7 @@ class ComfyServer:
         self.log = base / "server.log"
         command = [python, comfyui / "main.py", "--cpu", "--port", self.port, "--listen", "127.0.0.1"]
         command += ["--base-directory", base, "--database-url", f"sqlite:///{base}/comfyui.db", "--disable-auto-launch"]
+        command += options
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [str(part) for part in command],

@@ -68,7 +68,7 @@ def refusals() -> dict[str, str]:
         "hooked_class": lambda: run(case, guide("switching", class_conditioning=hooked)),
         "same_prompt": lambda: run(case, guide("masked", class_conditioning=case.conds[SUBJECT])),
         "other_clip": lambda: run(case, guide("masked", class_conditioning=unlike)),
-        "row_less": lambda: guide("unconditional_priors", sd3, lora={norm: torch.ones(16)}),
+        "row_less": lambda: guide("unconditional_priors", sd3, lora={norm: torch.ones(64)}),
     }
     said = {}
     for name, attempt in attempts.items():

@@ -142,8 +142,9 @@ FOREIGN = {
     },
 }  # fmt: skip
 """What ComfyUI_IPAdapter_plus 2.0.0 declares of the nodes that a workflow here uses."""
+IP_ADAPTER = comfy_server.ROOT / "docs/compare_ip_adapter.json"
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-WORKFLOWS = sorted((comfy_server.ROOT / "workflows").glob("*.json"))
+WORKFLOWS = [*sorted((comfy_server.ROOT / "example_workflows").glob("*.json")), IP_ADAPTER]
 
 
 def declared(type_: str, object_info: dict) -> tuple[dict[str, str], list[str]]:
@@ -191,7 +192,7 @@ def test_every_workflow_fits_the_nodes(server, file):
 
 def test_the_ip_adapter_workflow_compares_both_systems(server):
     """With IP-Adapter's nodes left out, every other value of the workflow is one that ComfyUI takes."""
-    workflow = json.loads((comfy_server.ROOT / "docs/compare_ip_adapter.json").read_text())
+    workflow = json.loads(IP_ADAPTER.read_text())
     object_info = server.get("/object_info")
     for type_, schema in FOREIGN.items():
         specs = {name: [kind, {}] for name, kind in schema["inputs"].items()}

@@ -33,7 +33,7 @@ def server(server):
 
 
 def loras(server, name: str) -> list[str]:
-    return sorted(file.name for file in (server.base / "output/loras").glob(f"{name}_*"))
+    return sorted(file.name for file in (server.base / "output/loras").glob(f"{name}_*.safetensors"))
 
 
 def trained_on(name: str, references: dict) -> dict:
@@ -47,11 +47,11 @@ def trained_on(name: str, references: dict) -> dict:
 
 
 def test_a_list_of_pictures_and_texts_is_one_training(server):
-    prompt = trained_on("listed", {})
+    prompt = trained_on("gathered", {})
     prompt["30"]["inputs"] |= {"images": ["31", 0], "captions": ["31", 1]}
     prompt["31"] = node("LoadImageTextDataSetFromFolder", folder="pip")
     server.run(prompt)
-    assert loras(server, "listed") == ["listed_00001_.safetensors"]
+    assert loras(server, "gathered") == ["gathered_00001_.safetensors"]
     prompt["30"]["inputs"]["captions"] = ["32", 0]
     prompt["32"] = node("PrimitiveString", value="a photo of a sks star")
     with pytest.raises(RuntimeError, match="captions has 1 entries, but it takes one for each of 3 pictures"):
@@ -110,3 +110,16 @@ def test_a_file_that_is_gone_is_written_again(server):
     server.run(prompt)
     assert loras(server, "saved") == ["saved_00001_.safetensors"]
     assert loras(server, "trained") == ["trained_00001_.safetensors"]
+
+
+def test_a_list_of_pictures_is_one_drift_report(server):
+    prompt = training(steps=1, preview_every=0, name="drifted")
+    measured = {name: prompt["4"]["inputs"][name] for name in ("model", "clip", "vae", "concept")}
+    measured |= {"lora": ["4", 1], "timesteps": 1, "noises": 1, "seed": 0, "images": ["7", 0]}
+    prompt |= {"6": node("AnchorDriftReport", **measured), "8": node("PreviewAny", source=["6", 1])}
+    prompt["7"] = node("LoadImageDataSetFromFolder", folder="one_size")
+    folder = server.base / "input/one_size"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 64), (90 * number, 20, 200)).save(folder / f"{number}.png")
+    assert len(server.run(prompt)["6"]["text"]) == 1

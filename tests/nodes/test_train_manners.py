@@ -18,7 +18,7 @@ def short(name: str, **changes) -> dict:
 
 
 def loras(server, name: str) -> list[str]:
-    return sorted(file.name for file in (server.base / "output/loras").glob(f"{name}_*"))
+    return sorted(file.name for file in (server.base / "output/loras").glob(f"{name}_*.safetensors"))
 
 
 def test_a_list_of_pictures_of_several_sizes_is_one_training(server):

@@ -70,14 +70,7 @@ def test_it_opens_without_a_missing_node_or_value(saved, object_info):
         missing = {
             name for name in object_info[entry["class_type"]]["input_order"]["required"] if name not in entry["inputs"]
         }
-        assert all(known[name][0] in ("COMFY_AUTOGROW_V3", "IMAGECOMPARE") for name in missing), missing
-
-
-def test_links_join_what_they_name(saved):
-    nodes = {node["id"]: node for node in saved["nodes"]}
-    for id_, source, out, target, slot, kind in saved["links"]:
-        assert id_ in nodes[source]["outputs"][out]["links"] and nodes[target]["inputs"][slot]["link"] == id_
-        assert "*" in (kind, nodes[target]["inputs"][slot]["type"]) or kind == nodes[target]["inputs"][slot]["type"]
+        assert all(known[name][0] == "COMFY_AUTOGROW_V3" for name in missing), missing
 
 
 def test_no_node_covers_another(saved, object_info):

@@ -1,8 +1,9 @@
-"""One training of SD1.5 at full size, random weights, on the CPU: its peak memory beside the estimate.
+"""One training step of SD1.5 at full size, random weights, on the CPU: its peak memory beside the estimate.
 
-Usage: sd15_memory.py SIDE SETTINGS CONFIG, the last two as JSON. Prints bytes: {"model", "estimate", "peak"};
-`estimate` is what `check_memory` compares with the free memory, `peak` the highest resident size during the training
-over what was resident before the model was made, both with the model's own bytes. Linux only. A process of its own.
+Usage: sd15_memory.py SIDE SETTINGS CONFIG, the last two as JSON. Prints bytes, each with the model's own: `model`;
+`estimate`, what `check_memory` compares with the free memory; `peak`, the most that torch had allocated at once, by its
+memory profiler; `resident`, the highest resident size during the training over that before the model was made (Linux).
+A process of its own.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.profiler import ProfilerActivity, profile
 
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.concept import Concept
@@ -59,8 +62,12 @@ def main() -> None:
     step = found.peak(settings.micro_batch or settings.batch_size, side * side)
     estimate = model + step + memory.optimizer_bytes(adapter, settings)
     RESET.write_text("5")  # VmHWM starts anew
-    train(denoiser, adapter, latents, concept, settings)
-    print(json.dumps({"model": model, "estimate": estimate, "peak": resident("VmHWM") - before}))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        train(denoiser, adapter, latents, concept, settings)
+    high = resident("VmHWM") - before
+    changes = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    peak = model + max(accumulate(changes))
+    print(json.dumps({"model": model, "estimate": int(estimate), "peak": peak, "resident": high}))
 
 
 main()

@@ -23,8 +23,12 @@ SHAPE = (4, 24, 24)
 SETTINGS = TrainSettings(steps=4, batch_size=4)
 FULL_SIZE = {
     "one row": (64, {"batch_size": 1}, {"rank": 8}),
-    "two rows, checkpointing": (64, {"batch_size": 2, "gradient_checkpointing": True}, {"rank": 8}),
-    "every layer": (48, {"batch_size": 2, "objective": "reconstruction"}, {"rank": 16, "layers": "all_linear_conv"}),
+    "checkpointing": (64, {"batch_size": 1, "gradient_checkpointing": True}, {"rank": 8}),
+    "every layer, two rows": (
+        40,
+        {"batch_size": 2, "objective": "reconstruction"},
+        {"rank": 16, "layers": "all_linear_conv"},
+    ),
 }
 
 

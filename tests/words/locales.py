@@ -30,7 +30,7 @@ def english(object_info: Mapping[str, Any]) -> dict[str, Any]:
         type_: {
             "display_name": info["display_name"],
             "description": info["description"],
-            "inputs": dict(_inputs(info["input"])),
+            "inputs": dict(inputs(info["input"])),
             "outputs": {
                 str(number): {"name": name, "tooltip": tooltip}
                 for number, (name, tooltip) in enumerate(zip(info["output_name"], info["output_tooltips"]))
@@ -41,14 +41,15 @@ def english(object_info: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _inputs(sections: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+def inputs(sections: Mapping[str, Any], inside: str = "") -> Iterator[tuple[str, dict[str, str]]]:
+    """(key, name and tooltip) of each input, and of those that a dynamic one opens."""
     for section in ("required", "optional"):
         for name, (kind, *options) in sections.get(section, {}).items():
             given = options[0] if options else {}
             yield f"{inside}{name}", {"name": given.get("display_name") or name, "tooltip": given.get("tooltip", "")}
             if kind == "COMFY_DYNAMICCOMBO_V3":
                 for option in given["options"]:
-                    yield from _inputs(option["inputs"], f"{inside}{name}_")  # the front end's key of `name.part`
+                    yield from inputs(option["inputs"], f"{inside}{name}_")  # the front end's key of `name.part`
 
 
 def texts(defs: Any) -> Iterator[str]:
@@ -56,7 +57,7 @@ def texts(defs: Any) -> Iterator[str]:
     if isinstance(defs, str):
         yield defs
     else:
-        for part in defs.values():
+        for part in defs if isinstance(defs, list) else defs.values():
             yield from texts(part)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from anchor_core.training.presets import PRESETS
 from tests.workflows.graph import Graph, Out
 from tests.workflows.parts import drawn, pictures, prompt, star
 
@@ -51,10 +52,19 @@ def z_image(g: Graph) -> tuple[Out, Out, Out]:
     return model[0], clip[0], g.add("VAELoader", vae_name="ae.safetensors", models=[vae])[0]
 
 
-def subject(load, size: int, latent: str, how: dict[str, Any], memory: str, **settings: Any) -> Callable[[Graph], None]:
-    """Training on a model of one's own. `how`: of the sampler; `settings`: of training and options."""
-    options = {"precision": "bf16"} | settings.pop("options", {})
-    given = {"steps": 500, "learning_rate": 1e-4, "rank": 16, "batch_size": 1, "preview_every": 100} | settings
+ON_THE_NODE = ("learning_rate", "batch_size", "rank", "layers")
+MEMORY = (
+    "**Memory**: what a step takes is estimated before the first one, and what saves memory switched on where it does "
+    "not fit. Still too much? A smaller `size`."
+)
+
+
+def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Graph], None]:
+    """Training on a model of one's own by the preset of its family, for five pictures. `how`: of the sampler."""
+    preset = dict(PRESETS[family].options)
+    size = preset.pop("resolution")
+    given = {name: preset.pop(name) for name in ON_THE_NODE} | {"steps": 500, "preview_every": 100}
+    options = {name: value for name, value in preset.items() if name != "steps"}
 
     def write(g: Graph) -> None:
         g.note(
@@ -63,7 +73,7 @@ def subject(load, size: int, latent: str, how: dict[str, Any], memory: str, **se
             "2. Write what it is as `class_word`: dog, backpack, person.\n"
             "3. Press **Run**. The LoRA lies in `output/loras` under `name` when it ends; a cancelled training keeps "
             f"what it has learnt.\n\n**Steps**: about 100 for each picture. **w**: 0.5 to begin with; more if the "
-            f"surroundings of your pictures come along, less if the subject is not met.\n\n{memory}",
+            f"surroundings of your pictures come along, less if the subject is not met.\n\n{MEMORY}",
             380,
         )
         model, clip, vae = load(g)[:3]
@@ -114,12 +124,11 @@ def as_an_app(g: Graph) -> None:
     g.column()
     batch = g.add("BatchImagesNode", **{f"images__image{n}": each[0] for n, each in enumerate(loaded)})[0]
     references = g.add("AnchorImageReferences", images=batch, size=512)[0]
-    more = g.add("AnchorTrainOptions", "More settings", precision="bf16")
     g.column(380)
-    settings = {"steps": 400, "learning_rate": 1e-4, "rank": 16, "batch_size": 1, "preview_every": 50}
+    settings = {name: PRESETS["sd1"].options[name] for name in ON_THE_NODE} | {"steps": 400, "preview_every": 50}
     trained = g.add(
         "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=references, concept=concept[0],
-        options=more[0], name="subject", **settings,
+        name="subject", **settings,
     )  # fmt: skip
     g.column()
     text = g.add(
@@ -137,34 +146,26 @@ def as_an_app(g: Graph) -> None:
 SD15 = ("v1-5-pruned-emaonly-fp16.safetensors", "Comfy-Org/stable-diffusion-v1-5-archive")
 SDXL = ("sd_xl_base_1.0.safetensors", "stabilityai/stable-diffusion-xl-base-1.0")
 SD35 = ("sd3.5_medium_incl_clips_t5xxlfp8scaled.safetensors", "Comfy-Org/stable-diffusion-3.5-fp8")
-SAVING = {"gradient_checkpointing": True}
-LARGE = "**Memory**: gradient checkpointing is on in *More settings*; off is faster if it fits."
 EULER = {"sampler_name": "euler"}
 
 
 WORKFLOWS = {
     "Train a subject (SD 1.5)": subject(
-        checkpoint(*SD15), 512, "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 7.0},
-        "**Memory**: the least of these workflows; *batch_size* 2 is smoother where it fits.",
+        checkpoint(*SD15), "sd1", "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 7.0}
     ),
     "Train a subject (SDXL)": subject(
-        checkpoint(*SDXL), 1024, "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 6.0},
-        LARGE, options=SAVING,
+        checkpoint(*SDXL), "sdxl", "EmptyLatentImage", EULER | {"scheduler": "normal", "steps": 25, "cfg": 6.0}
     ),
     "Train a subject (SD 3.5)": subject(
-        checkpoint(*SD35), 1024, "EmptySD3LatentImage",
-        EULER | {"scheduler": "sgm_uniform", "steps": 28, "cfg": 4.5},
-        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
+        checkpoint(*SD35), "sd3", "EmptySD3LatentImage", EULER | {"scheduler": "sgm_uniform", "steps": 28, "cfg": 4.5}
     ),
     "Train a subject (Flux)": subject(
-        flux, 1024, "EmptySD3LatentImage",
+        flux, "flux", "EmptySD3LatentImage",
         EULER | {"scheduler": "simple", "steps": 20, "cfg": 1.0, "guidance": 3.5},
-        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
     ),
     "Train a subject (Z-Image)": subject(
-        z_image, 1024, "EmptySD3LatentImage",
+        z_image, "z_image", "EmptySD3LatentImage",
         {"sampler_name": "res_multistep", "scheduler": "simple", "steps": 25, "cfg": 4.0},
-        LARGE, options=SAVING | {"timestep_sampling": "logit_normal"},
     ),
     "Train a subject as an app (SD 1.5)": as_an_app,
 }  # fmt: skip

@@ -32,7 +32,6 @@ def quickstart(g: Graph) -> None:
     rows = [("Before", model, positive), ("The LoRA, sampled plainly", trained[0], positive)]
     results = drawn(g, [*rows, ("With guidance", guided, positive)], negative, latents, vae, "quickstart")
     g.column(420)
-    g.add("ImageCompare", "Before and after: move the pointer", image_a=results[0][0], image_b=results[2][0])
     links = {"model": model, "clip": clip, "vae": vae, "images": loaded[0], "concept": concept[0]}
     report = g.add("AnchorDriftReport", lora=trained[1], history=trained[3], timesteps=6, noises=1, **links)
     g.add("PreviewImage", "What the training changed", images=report[0])

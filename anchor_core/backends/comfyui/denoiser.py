@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...adapters.adapter import Adapter
 from ...adapters.config import AdapterConfig
-from ...adapters.kinds import KINDS
+from ...adapters.kinds import FILE_KINDS
 from ...adapters.layers import matching_in_all
 from ...adapters.tokens import start_vectors
 from ...checks import check_count, check_number
@@ -29,8 +29,9 @@ from . import families
 from .apply import apply_adapter
 from .batching import batches, with_own_options
 from .encoding import ComfyCondition, Encoding
+from .gradients import copied_where_overwritten, register_kernels
 from .layers import holds_its_weight, is_plain, plain_values
-from .noise import NoiseProcess, column
+from .noise import NoiseProcess
 from .patches import told_apart, training_options, without_compiling
 from .tokens import word_ids
 from .trainable import check_trainable
@@ -56,7 +57,9 @@ class ComfyDenoiser(Encoding, NoiseProcess):
     """
 
     def __init__(self, model, clip, vae):
+        families.check_makes_pictures(model.model)
         check_trainable(model)
+        register_kernels()
         self.model, self.clip, self.vae = model, clip, vae
         self.adapter: Adapter | None = None
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
@@ -105,12 +108,16 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         management, own = comfy.model_management, [self.model]
         if self.adapter is not None and self.adapter.config.trains_text:
             own.append(self.clip.patcher)
+        paged, held = self.model.is_dynamic(), management.current_loaded_models
         if self.device.type != "cpu":
-            keep = [loaded for loaded in management.current_loaded_models if loaded.model in own]
-            management.free_memory(needed, self.device, keep_loaded=keep)
-        # Pages are given up on demand.
-        paged = sum(model.loaded_size() for model in own if model.is_dynamic())
-        return int(management.get_free_memory(self.device)) + paged
+            keep = [loaded for loaded in held if loaded.model in own]
+            with torch.inference_mode():  # as in every prompt: what is moved stays what it was
+                management.free_memory(needed, self.device, keep_loaded=keep, for_dynamic=paged)
+        # Pages are given up on demand, those of others first.
+        pages = [
+            loaded.model for loaded in held if paged and loaded.device == self.device and loaded.model.is_dynamic()
+        ]
+        return int(management.get_free_memory(self.device)) + sum(model.loaded_size() for model in pages)
 
     @property
     def family(self) -> str:
@@ -164,7 +171,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             read = {name: (word_ids(tokenizer, word), encoders[name]) for name, (_, tokenizer) in tokenizers.items()}
             vectors = start_vectors(word, config.vectors, read)
         try:
-            if config.kind in KINDS and KINDS[config.kind].reads_weights:
+            if any(FILE_KINDS[kind].reads_weights for kind in config.used_kinds):
                 self._hold_weights(networks, config)
             self.adapter = Adapter.attach(networks, config, seed, self.file_keys(), vectors)
         except BaseException:
@@ -181,12 +188,13 @@ class ComfyDenoiser(Encoding, NoiseProcess):
 
     def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
         """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
-        chosen = matching_in_all(dict(networks), config.layers, norms=config.kind == "full")
+        chosen = matching_in_all(dict(networks), config.layers, norms="full" in config.used_kinds)
         for prefix, names in chosen.items():
             device, dtype = self.device, self.compute_dtype
             if prefix:
                 device, dtype = self.clip.patcher.load_device, torch.float32
-            layers = [networks[prefix].get_submodule(name) for name in names]
+            kinds = {name: config.kind_of(f"{prefix}:{name}" if prefix else name) for name in names}
+            layers = [networks[prefix].get_submodule(name) for name in names if FILE_KINDS[kinds[name]].reads_weights]
             self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
@@ -226,8 +234,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
                 "but it takes one of each a row"
             )
         noisy = noisy.to(self.device)
-        alpha, _, sigma = self._coefficients(timesteps)
-        x = self._frames(noisy if self.prediction_type == "flow" else noisy / column(alpha, noisy))
+        x, sigma = self._as_comfy(self._frames(noisy), timesteps)
         encoded = [self._encoded(condition, x) for condition in conditions]
         said: dict[int, Tensor] = {}
         for rows in batches(encoded):
@@ -244,7 +251,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         # apply_model returns the denoised latents; what the network itself said is the native prediction.
         hook = self.network.register_forward_hook(lambda module, arguments, output: outputs.append(output))
         try:
-            with told_apart(self.model):
+            with told_apart(self.model), copied_where_overwritten(self.network):
                 self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
         finally:
             hook.remove()
@@ -265,7 +272,10 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
             with torch.set_grad_enabled(condition.cross_attention.requires_grad), self.adapter_disabled():
                 noise = torch.zeros_like(x[:1])
-                conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
+                # As where nothing is connected to a sampler: models of further channels take an empty picture.
+                conds = comfy.samplers.process_conds(
+                    self.model.model, noise, {"positive": conds}, self.device, latent_image=noise, seed=0
+                )
             encoded = conds["positive"][0]["model_conds"]
             condition.encoded[shape] = {
                 key: value.process_cond(batch_size=1, area=None) for key, value in encoded.items()

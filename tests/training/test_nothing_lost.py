@@ -1,0 +1,73 @@
+"""What the fault suites of tests/reliability found, each in its smallest form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from anchor_core.adapters.file import load_adapter
+from anchor_core.data.cache import Cache
+from anchor_core.training import saving
+from anchor_core.training.events import Ended
+from anchor_core.training.optimizers import AveragedWeights, make_optimizer
+from anchor_core.training.preview import Preview
+from anchor_core.training.settings import TrainSettings
+from tests.reliability.trainings import Workshop
+
+
+@pytest.fixture(scope="module")
+def shop(model_folders):
+    return Workshop(model_folders["epsilon"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free"])
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_looking_at_the_average_leaves_the_running_weights(optimizer, ema):
+    settings = TrainSettings(optimizer=optimizer, learning_rate=1e-2)
+    weights = torch.nn.Parameter(torch.randn(50, generator=torch.Generator().manual_seed(0)))
+    made = make_optimizer([weights], settings)
+    average = AveragedWeights([weights], ema, made)
+    for step in range(5):
+        weights.grad = torch.sin(weights.detach() + step)
+        made.step()
+        average.update()
+        before = weights.detach().clone()
+        with average:
+            assert step == 0 or torch.equal(weights, before) == (optimizer == "adamw" and not ema)
+        assert torch.equal(weights, before)
+
+
+@pytest.mark.parametrize("where", [(Cache, "latents"), (Preview, "conditions")])
+def test_whatever_fails_before_the_first_step_is_told(shop, tmp_path, monkeypatch, where):
+    def fail(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError):
+        patches.setattr(*where, fail)
+        shop.train("anchor", tmp_path, picture_every=2)
+    assert shop.events[-1] == Ended("failed", 0, 0, "no memory")
+    assert not list(tmp_path.iterdir())
+    shop.check_network()
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_memory_that_runs_out_while_saving(shop, tmp_path, monkeypatch, lasting):
+    """What is kept may be an earlier step's; the file says so, and the first error is the one that is raised."""
+    calls, to_file_keys = [], saving.to_file_keys
+
+    def fail(*arguments):
+        calls.append(arguments)
+        if lasting or len(calls) == 1:
+            raise torch.OutOfMemoryError(f"no memory, call {len(calls)}")
+        return to_file_keys(*arguments)
+
+    with monkeypatch.context() as patches, pytest.raises(torch.OutOfMemoryError, match="call 1") as caught:
+        patches.setattr(saving, "to_file_keys", fail)
+        shop.train("prior, best kept", tmp_path, steps=6)
+    ended = shop.events[-1]
+    assert (ended.how, ended.made, ended.kept) == ("failed", 6, 2)
+    if lasting:
+        assert caught.value.__notes__ == ["no memory, call 2"]
+        assert not list(tmp_path.iterdir())
+    else:
+        assert load_adapter(tmp_path / "adapter.safetensors")[1]["anchor.steps"] == "2"
