@@ -91,11 +91,13 @@ def picture(model, clip, shape) -> Tensor:
     )
 
 
-def run_training(model, clip, vae, shape, ending: type[BaseException] | None) -> type[BaseException] | None:
+def run_training(
+    model, clip, vae, shape, ending: type[BaseException] | None, layers: str = "all_linear"
+) -> type[BaseException] | None:
     """Two steps; an error comes up inside the network, in the second one's backward pass."""
     try:
         with ComfyDenoiser(model, clip, vae) as denoiser:
-            adapter = denoiser.attach(AdapterConfig(rank=2, layers="all_linear"), 0)
+            adapter = denoiser.attach(AdapterConfig(rank=2, layers=layers), 0)
             calls = []
 
             def stop(gradient: Tensor) -> None:

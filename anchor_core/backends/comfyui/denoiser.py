@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_management
-import comfy.patcher_extension
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -30,8 +29,10 @@ from . import families
 from .apply import apply_adapter
 from .batching import batches, with_own_options
 from .encoding import ComfyCondition, Encoding
+from .gradients import copied_where_overwritten, register_kernels
 from .layers import holds_its_weight, is_plain, plain_values
-from .noise import NoiseProcess, column
+from .noise import NoiseProcess
+from .patches import told_apart, training_options, without_compiling
 from .tokens import word_ids
 from .trainable import check_trainable
 from .weights import TrainableWeights
@@ -56,7 +57,9 @@ class ComfyDenoiser(Encoding, NoiseProcess):
     """
 
     def __init__(self, model, clip, vae):
+        families.check_makes_pictures(model.model)
         check_trainable(model)
+        register_kernels()
         self.model, self.clip, self.vae = model, clip, vae
         self.adapter: Adapter | None = None
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
@@ -76,6 +79,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
             stack.callback(self.model.cleanup)
+            stack.callback(without_compiling(self.model))
             stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             for block in families.find_blocks(self.network):
@@ -230,8 +234,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
                 "but it takes one of each a row"
             )
         noisy = noisy.to(self.device)
-        alpha, _, sigma = self._coefficients(timesteps)
-        x = self._frames(noisy if self.prediction_type == "flow" else noisy / column(alpha, noisy))
+        x, sigma = self._as_comfy(self._frames(noisy), timesteps)
         encoded = [self._encoded(condition, x) for condition in conditions]
         said: dict[int, Tensor] = {}
         for rows in batches(encoded):
@@ -242,15 +245,14 @@ class ComfyDenoiser(Encoding, NoiseProcess):
     def _native(self, x: Tensor, sigma: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What the network itself says of ComfyUI's x at its sigma, (B, ...), in float32."""
         self._weights.load_again()
-        options = self.model.model_options["transformer_options"].copy()
-        options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(options.get("wrappers", {}))
-        comfy.patcher_extension.merge_nested_dicts(options["wrappers"], self.model.wrappers, copy_dict1=False)
-        options.update(cond_or_uncond=[0] * len(x), sigmas=sigma)
+        self.model.model_patches_call_function("cleanup")  # what a patch keeps from step to step
+        options = training_options(self.model) | {"cond_or_uncond": [0] * len(x), "sigmas": sigma}
         outputs: list[Tensor] = []
         # apply_model returns the denoised latents; what the network itself said is the native prediction.
         hook = self.network.register_forward_hook(lambda module, arguments, output: outputs.append(output))
         try:
-            self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
+            with told_apart(self.model), copied_where_overwritten(self.network):
+                self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
         finally:
             hook.remove()
         said = outputs[-1]
@@ -270,7 +272,10 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             # Some models send the prompt through layers of their own here, once for all steps: without the adapter.
             with torch.set_grad_enabled(condition.cross_attention.requires_grad), self.adapter_disabled():
                 noise = torch.zeros_like(x[:1])
-                conds = comfy.samplers.process_conds(self.model.model, noise, {"positive": conds}, self.device)
+                # As where nothing is connected to a sampler: models of further channels take an empty picture.
+                conds = comfy.samplers.process_conds(
+                    self.model.model, noise, {"positive": conds}, self.device, latent_image=noise, seed=0
+                )
             encoded = conds["positive"][0]["model_conds"]
             condition.encoded[shape] = {
                 key: value.process_cond(batch_size=1, area=None) for key, value in encoded.items()

@@ -46,14 +46,39 @@ FAMILY_NAMES = {
 """Of `families.FAMILIES`, the derived classes first; UNets of one CLIP are told by its width."""
 
 BLOCKS = {
-    OpenAISignatureMMDITWrapper: ("joint_blocks",),
-    Flux: ("double_blocks", "single_blocks"),
-    Chroma: ("double_blocks", "single_blocks"),
-    NextDiT: ("noise_refiner", "context_refiner", "layers"),
-    WanModel: ("blocks",),
-    QwenImageTransformer2DModel: ("transformer_blocks",),
+    "Anima": "blocks",
+    "BooguTransformer2DModel": "noise_refiner context_refiner double_stream_layers single_stream_layers",
+    "CameraWanModel": "blocks",
+    "CausalWanModel": "blocks",
+    "Chroma": "double_blocks single_blocks",
+    "ChromaRadiance": "double_blocks single_blocks",
+    "ErnieImageModel": "layers",
+    "Flux": "double_blocks single_blocks",
+    "HiDreamImageTransformer2DModel": "double_stream_blocks single_stream_blocks",
+    "HunYuanDiT": "blocks",
+    "HunyuanVideo": "double_blocks single_blocks",
+    "Ideogram4Transformer2DModel": "layers",
+    "JoyImageTransformer3DModel": "double_blocks",
+    "Kandinsky5": "text_transformer_blocks visual_transformer_blocks",
+    "LensTransformer2DModel": "transformer_blocks",
+    "MMDiT": "double_layers single_layers",
+    "MageFlowTransformer2DModel": "transformer_blocks",
+    "MiniTrainDIT": "blocks",
+    "NextDiT": "noise_refiner context_refiner layers",
+    "NextDiTPixelSpace": "noise_refiner context_refiner layers",
+    "OmniGen2Transformer2DModel": "noise_refiner context_refiner layers",
+    "OpenAISignatureMMDITWrapper": "joint_blocks",
+    "PixArtMS": "blocks",
+    "QwenImageTransformer2DModel": "transformer_blocks",
+    "SingleStreamDiT": "blocks",
+    "VaceWanModel": "blocks vace_blocks",
+    "WanModel": "blocks",
 }
-"""The module lists that a transformer's blocks are in; only networks whose checkpointed gradients are tested."""
+"""The module lists that a transformer's blocks are in, by its class: only of networks whose checkpointed gradients are
+tested. Classes are named, so that one which another ComfyUI lacks is no error."""
+
+WRITES_IN_PLACE = ("LTXVModel", "PixDiT_T2I")
+"""Networks whose blocks overwrite what the gradient needs, and their inputs, so that they cannot be computed again."""
 
 TEXT_LAYERS = {
     OpenAISignatureMMDITWrapper: "context_embedder",
@@ -64,6 +89,23 @@ TEXT_LAYERS = {
     QwenImageTransformer2DModel: "txt_in",
 }
 """What a transformer's prompts go through first."""
+
+
+OTHER_PURPOSES = {
+    "makes video and sound in one latent": {"LTXAV", "MiniMaxH3"},
+    "makes video of a picture, and takes no prompt": {"SVD_img2vid"},
+    "turns a picture's object round, and takes no prompt": {"Stable_Zero123"},
+    "makes video that follows a recording of sound": {"WAN22_S2V", "WAN21_HuMo", "WAN22_WanDancer"},
+    "makes video that follows the movements of another one": {"WAN22_Animate", "WAN_Animate2", "WAN21_SCAIL"},
+    "makes shapes in 3D": {"Hunyuan3Dv2", "Hunyuan3Dv2_1", "TripoSplat", "Trellis2"},
+    "looks at pictures, and makes none": {"SAM3", "RT_DETR_v4", "DepthAnything3"},
+    "tells the depth or the normals of a picture, in one step": {"Lotus"},
+    "finds an object in a video, in one step": {"WAN21_FlowRVS"},
+    "refines or enlarges a picture that it is given": {
+        "SD_X4Upscaler", "HunyuanImage21Refiner", "HunyuanVideo15_SR_Distilled", "SeedVR2", "PiD",
+    },
+}  # fmt: skip
+"""What models are for that cannot learn a subject from pictures with prompts, by their class or one it derives from."""
 
 
 def prediction_type(sampling: nn.Module) -> str:
@@ -85,7 +127,9 @@ def prediction_type(sampling: nn.Module) -> str:
     packed = isinstance(sampling, kinds.ModelSamplingAV) or getattr(sampling, "noise_scale", 1.0) != 1
     if does(kinds.CONST, "calculate_input", "calculate_denoised") and sampling.sigma_max <= 1 and not packed:
         return "flow"
-    known = "epsilon and v on 1000 steps, and rectified flow"
+    if does(kinds.COSMOS_RFLOW, "calculate_input", "calculate_denoised"):
+        return "flow"
+    known = "epsilon and v on 1000 steps, and rectified flow of unit noise"
     names = "/".join(base.__name__ for base in type(sampling).__bases__)
     raise ValueError(f"this model samples by {names}, but training knows {known}; connect another model")
 
@@ -111,7 +155,7 @@ def find_blocks(network: nn.Module) -> list[nn.Module]:
     """The blocks of a transformer; of a UNet, its residual and its transformer blocks; empty if they are not known."""
     if isinstance(network, UNetModel):
         return [module for module in network.modules() if isinstance(module, (ResBlock, BasicTransformerBlock))]
-    return [block for name in BLOCKS.get(type(network), ()) for block in getattr(network, name)]
+    return [block for name in BLOCKS.get(type(network).__name__, "").split() for block in getattr(network, name)]
 
 
 def file_keys(model: comfy.model_base.BaseModel) -> dict[str, str]:
@@ -218,12 +262,22 @@ class TextInput:
                 )
 
 
+def check_makes_pictures(model: comfy.model_base.BaseModel) -> None:
+    """ValueError, saying what the model is for, if that is not pictures by a prompt."""
+    classes = {kind.__name__ for kind in type(model).__mro__}
+    purpose = next((purpose for purpose, kinds in OTHER_PURPOSES.items() if classes & kinds), "")
+    if model.model_config.unet_config.get("audio_model"):
+        purpose = "makes sound"
+    if not purpose and model.latent_format.latent_dimensions not in (2, 3):
+        purpose = "has latents that are no pictures"
+    if purpose:
+        name = type(model).__name__
+        raise ValueError(f"this model ({name}) {purpose}; connect one that makes pictures by a prompt")
+
+
 def takes_frames(model: comfy.model_base.BaseModel) -> bool:
-    """Whether latents are (B, C, frames, h, w); ValueError if they are no pictures at all."""
-    dimensions = model.latent_format.latent_dimensions
-    if dimensions not in (2, 3):
-        raise ValueError("this model's latents are no pictures; connect an image or video model")
-    return dimensions == 3
+    """Whether latents are (B, C, frames, h, w)."""
+    return model.latent_format.latent_dimensions == 3
 
 
 def check_latents(model: comfy.model_base.BaseModel, latents: Tensor) -> None:

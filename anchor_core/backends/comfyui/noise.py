@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import comfy.model_sampling
 import torch
 from torch import Tensor
 
@@ -21,10 +22,21 @@ class NoiseProcess:
         timesteps = timesteps.to(self.device)
         if self.prediction_type == "flow":
             sigma = timesteps.float() / 1000
-            return 1 - sigma, sigma, sigma
+            alpha = 1 - sigma
+            return alpha, sigma, sigma if self._keeps_scale else sigma / alpha.clamp_min(1e-6)
         sigma = self._sampling.sigma(timesteps)
         alpha = (1 + sigma**2).rsqrt()
         return alpha, sigma * alpha, sigma
+
+    @property
+    def _keeps_scale(self) -> bool:
+        """Whether ComfyUI's x is z_t itself instead of z_t / alpha_t: for all flow models but Cosmos."""
+        return isinstance(self._sampling, comfy.model_sampling.CONST)
+
+    def _as_comfy(self, noisy: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """ComfyUI's x and sigma (B,) of z_t."""
+        alpha, _, sigma = self._coefficients(timesteps)
+        return noisy if self._keeps_scale else noisy / column(alpha.clamp_min(1e-6), noisy), sigma
 
     def timesteps(self, levels: Tensor) -> Tensor:
         if self.prediction_type == "flow":
