@@ -173,7 +173,7 @@ def main() -> None:
                 start = time.process_time()
                 results.append(sweep(name, kind))
                 print(f"{name} {kind}: {time.process_time() - start:.1f} s of CPU")
-    Path(output).write_text(json.dumps(results, indent=1))
+                Path(output).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
