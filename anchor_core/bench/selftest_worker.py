@@ -16,9 +16,10 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
-import main  # noqa: E402, F401 (ComfyUI's own start, which chooses how weights are managed)
 import torch  # noqa: E402
 from comfy.sd import load_diffusion_model  # noqa: E402
+
+import main  # noqa: E402, F401 (ComfyUI's own start, which chooses how weights are managed)
 
 
 def run() -> int:
