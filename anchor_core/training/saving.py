@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapters.config import AdapterConfig
-from ..adapters.file import EMBEDDING_FILE, save_adapter, to_file_keys
+from ..adapters.file import EMBEDDING_FILE, save_adapter, saving_adapter, to_file_keys
 from ..adapters.formats import DIFFUSERS_PREFIXES, convert
 from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
@@ -135,15 +135,16 @@ class Trained:
         return cls(tensors, metadata, None if adapter.tokens is None else to_embedding(adapter.tokens))
 
     def save(self, files: Files) -> tuple[Path, ...]:
-        """Write them, each whole or not at all; gives the files that were written, the adapter's first.
+        """Write them, whole and both or none; gives the files that were written, the adapter's first.
 
         Raises:
             ValueError: if one cannot be written.
         """
-        save_adapter(files.adapter, self.tensors, self.metadata)
         if self.vectors is None or self.vectors.keys() == self.tensors.keys():
+            save_adapter(files.adapter, self.tensors, self.metadata)
             return (files.adapter,)
-        save_adapter(files.embedding, self.vectors, embedding_metadata(self.metadata))
+        with saving_adapter(files.adapter, self.tensors, self.metadata):
+            save_adapter(files.embedding, self.vectors, embedding_metadata(self.metadata))
         return files.adapter, files.embedding
 
 
