@@ -21,7 +21,8 @@ Token vectors are a file of their own, an embedding (`tokens.py`): the whole of 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
     Raises:
         ValueError: if `path` cannot be written.
     """
+    with saving_adapter(path, tensors, metadata):
+        pass
+
+
+@contextmanager
+def saving_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[None]:
+    """As `save_adapter`, but the file takes its place at the end of the block, if that has not failed."""
     from safetensors import SafetensorError
 
     path = Path(path)
@@ -54,6 +62,7 @@ def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapp
             raise IsADirectoryError("it is a folder")
         with whole(path) as part:  # safetensors' own save_file makes a file that other users cannot read
             part.write_bytes(_serialise(tensors, metadata))
+            yield
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the adapter cannot be written to {path} ({_reason(error)}); choose another place") from error
 

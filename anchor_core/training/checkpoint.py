@@ -33,6 +33,8 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """The checkpoints, oldest first."""
+        if not self.folder.is_dir():  # taken away meanwhile
+            return []
         return sorted((f for f in self.folder.iterdir() if _NAME.fullmatch(f.name)), key=_step)
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
@@ -43,6 +45,7 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step:06}.ckpt"
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             with whole(path, stale=0.0) as part:  # nobody else writes here
                 torch.save(sealed(state), part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError

@@ -78,7 +78,7 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
     own = state_of(loop)
     for name in ("adapter", "average", "schedule", "generator", "random"):
         _check_like(own[name], state[name], name)
-    _check_like(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"], "optimizer")
+    _check_groups(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"])
     for held in state["candidates"]["held"]:
         _check_like(own["adapter"], held["weights"], "kept adapter")
     loop.adapter.load_state_dict(state["adapter"])
@@ -145,13 +145,19 @@ def _check_like(own: Any, saved: Any, name: str) -> None:
         fits = type(saved) is type(own) and len(saved) == len(own)
         parts = range(len(own))
     elif isinstance(own, (int, float)):
-        fits = isinstance(saved, (int, float)) and math.isfinite(saved)
+        fits = isinstance(saved, (int, float)) and (math.isfinite(saved) or saved == own)
     else:
         fits = type(saved) is type(own)
     if not fits:
         raise ValueError(f"its {name} is {_short(saved)}, and {_short(own)} here")
     for part in parts:
         _check_like(own[part], saved[part], f"{name} {part}")
+
+
+def _check_groups(own: Any, saved: Any) -> None:
+    """As `_check_like`, but that an optimizer may have come to know more than it began with, as Prodigy does."""
+    began = [{name: each[name] for name in group} for group, each in zip(own, saved, strict=True)]
+    _check_like(own, began, "optimizer")
 
 
 def _check_moments(loop: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..adapters.config import AdapterConfig
-from ..adapters.file import EMBEDDING_FILE, load_adapter, save_adapter, to_file_keys
+from ..adapters.file import EMBEDDING_FILE, load_adapter, save_adapter, saving_adapter, to_file_keys
 from ..adapters.formats import DIFFUSERS_PREFIXES, convert
 from ..adapters.kinds import KINDS, NO_LAYERS
 from ..adapters.metadata import base_fingerprint, embedding_metadata
@@ -149,17 +149,21 @@ class Trained:
         return cls(tensors, metadata, tensors if metadata.get("anchor.kind") == NO_LAYERS else vectors)
 
     def save(self, files: Files) -> tuple[Path, ...]:
-        """Write them, each whole or not at all; gives the files that were written, the adapter's first.
+        """Write them, whole and both or none; gives the files that were written, the adapter's first.
 
         Raises:
             ValueError: if one cannot be written.
         """
         place = claimed if files.new else nullcontext
-        with place(files.adapter) as adapter:
-            save_adapter(adapter, self.tensors, self.metadata)
         if self.vectors is None or self.vectors.keys() == self.tensors.keys():
+            with place(files.adapter) as adapter:
+                save_adapter(adapter, self.tensors, self.metadata)
             return (adapter,)
-        with place(files.embedding) as embedding:
+        with (
+            place(files.adapter) as adapter,
+            place(files.embedding) as embedding,
+            saving_adapter(adapter, self.tensors, self.metadata),
+        ):
             save_adapter(embedding, self.vectors, embedding_metadata(self.metadata))
         return adapter, embedding
 

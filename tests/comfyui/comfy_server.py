@@ -95,7 +95,7 @@ class ComfyServer:
         self._wait()
 
     def _wait(self) -> None:
-        for _ in range(600):
+        for _ in range(1500):
             if self.process.poll() is not None:
                 break
             try:

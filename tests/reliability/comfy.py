@@ -24,7 +24,7 @@ def install(base: Path) -> Path:
     for folder in ("embeddings", "loras"):
         (base / "models" / folder).mkdir(parents=True)
     save_file({"emb_params": torch.randn(2, 128)}, base / "models/embeddings/pip.safetensors")
-    save_file(odd_nodes.lora(), base / "models/loras/told.safetensors", {"anchor.guidance": "lots"})
+    save_file(odd_nodes.lora(), base / "models/loras/plain.safetensors")
     return base
 
 

@@ -213,9 +213,9 @@ class Tally:
     def run(self, one: Callable[[random.Random, Path], str], base: Path) -> None:
         """`one(draw, folder)` for seeds from 0 on; it gives a word for what became of it, and raises what is wrong.
 
-        AssertionError, with the seeds, if one was wrong; the seed alone brings a case back.
+        AssertionError, with the seeds, if one was wrong; $ANCHOR_SEED, the first seed, brings one back.
         """
-        for seed in count():
+        for seed in count(int(os.environ.get("ANCHOR_SEED", 0))):
             if self.told.total() == self.cases:
                 break
             folder = base / f"{self.kind} {seed}"
@@ -226,6 +226,7 @@ class Tally:
             except Exception as error:  # all cases are run, and all that is wrong is told
                 became = "wrong"
                 self.wrong.append(f"seed {seed}: {type(error).__name__}: {error}")
+                print(f"{self.kind}, {self.wrong[-1]}"[:2000], flush=True)
             self.told[became] += 1
             shutil.rmtree(folder, ignore_errors=True)
         told = ", ".join(f"{number} {became}" for became, number in sorted(self.told.items()) if became != "wrong")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -71,3 +73,21 @@ def test_memory_that_runs_out_while_saving(shop, tmp_path, monkeypatch, lasting)
         assert not list(tmp_path.iterdir())
     else:
         assert load_adapter(tmp_path / "adapter.safetensors")[1]["anchor.steps"] == "2"
+
+
+def test_the_vectors_that_cannot_be_written_take_the_adapter_with_them(shop, tmp_path):
+    (tmp_path / "embedding.safetensors").mkdir()
+    with pytest.raises(ValueError, match="the adapter cannot be written to .*embedding.safetensors .it is a folder"):
+        shop.train("lora and token", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["embedding.safetensors"]
+
+
+def test_a_checkpoint_folder_that_is_taken_away_is_made_again(shop, tmp_path):
+    folder = tmp_path / "checkpoints"
+
+    def listen(event) -> None:
+        if event.event == "phase" and event.phase == "preparing":
+            shutil.rmtree(folder)
+
+    shop.train("anchor", tmp_path, listen=listen, checkpoint_every=2)
+    assert [file.name for file in sorted(folder.iterdir())] == ["step-000002.ckpt", "step-000004.ckpt"]
