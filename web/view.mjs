@@ -140,6 +140,7 @@ export class View {
     const failed = ["failed", "diverged"].includes(this.run.how)
     this.line.textContent = this.told?.bad ? this.told.text : parts.join(" · ")
     this.line.title = this.told?.bad ? this.told.text : this.run.reason || this.line.textContent
+    this.canvas.ariaLabel = this.line.textContent
     this.line.toggleAttribute("data-bad", Boolean(failed || this.told?.bad))
     if (failed && this.run.reason) this.line.textContent += `: ${this.run.reason}`
   }
@@ -147,6 +148,8 @@ export class View {
   /** A whole record. */
   show(record) {
     const known = this.record
+    const answers = ({ saved, pictures }) => saved.length + pictures.length
+    if (known?.id === record.id && answers(known) < answers(record)) this.told = null
     this.head(record)
     this.record = record
     this.prepared = prepare(record)

@@ -357,7 +357,8 @@ def kinds() -> list[tuple[str, str]]:
 def build(name: str, kind: str = "", dtype: torch.dtype = torch.float32):
     """MODEL, CLIP, VAE, the shape of latents, and which layers train."""
     swept = BUILT.get(name, {"": Swept()})[kind]
-    config = getattr(supported, name)(dict(swept.network))
+    known = getattr(supported, name)
+    config = known(known.unet_config | swept.network)
     config.unet_config |= {key: value for key, value in swept.network.items() if key in config.unet_config}
     config.set_inference_dtype(dtype, None)
     model = config.get_model(swept.told_by(), device=torch.device("cpu"))

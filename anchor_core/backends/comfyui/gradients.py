@@ -11,6 +11,7 @@ from comfy_kitchen.backends import eager
 from torch import Tensor, nn
 
 from .families import WRITES_IN_PLACE
+from .layers import is_plain
 
 KERNELS = (
     "adaln", "rms_adaln", "apply_rope", "apply_rope1", "apply_rope_split_half", "apply_rope_split_half1", "rms_rope",
@@ -42,10 +43,11 @@ def copied_where_overwritten(network: nn.Module) -> Iterator[None]:
     if type(network).__name__ not in WRITES_IN_PLACE:
         yield
         return
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    weights = {each.untyped_storage().data_ptr() for each in network.parameters() if is_plain(each)}
 
     def keep(saved: Tensor) -> Tensor:
-        return saved if saved.untyped_storage().data_ptr() in weights else saved.clone()
+        kept = not is_plain(saved) or saved.untyped_storage().data_ptr() in weights
+        return saved if kept else saved.clone()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         yield
