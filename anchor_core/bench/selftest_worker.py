@@ -6,6 +6,7 @@ exits with 0 if it passed, 1 if not, 2 if the model cannot be trained on.
 
 from __future__ import annotations
 
+import importlib
 import sys
 
 comfyui, root, file, *numbers, device = sys.argv[1:]
@@ -16,13 +17,14 @@ import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
 
-import torch  # noqa: E402
-from comfy.sd import load_diffusion_model  # noqa: E402
-
-import main  # noqa: E402, F401 (ComfyUI's own start, which chooses how weights are managed)
+# ComfyUI's own start, which chooses how weights are managed; it comes before torch.
+importlib.import_module("main")
 
 
 def run() -> int:
+    import torch
+    from comfy.sd import load_diffusion_model
+
     from anchor_core.backends.comfyui.selftest import self_test
 
     resolution, batch_size, steps = map(int, numbers)

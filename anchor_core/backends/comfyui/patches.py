@@ -71,7 +71,8 @@ def origin(function: Any) -> str:
     """Where a function, method or callable object comes from, for a message: a node's class is in its name."""
     function = function[-1] if isinstance(function, tuple) else function
     named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__.replace('.<locals>', '')}"
+    module = named.__module__.replace("\\", "/").rpartition("/")[2]  # of a node pack it is a path
+    return f"{module}.{named.__qualname__.replace('.<locals>', '')}"
 
 
 def _guarded(patch: Any) -> Any:
