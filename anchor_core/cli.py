@@ -1,4 +1,4 @@
-"""The command line: `semantic-anchor train | sample | inspect | compare | convert | bench | demo | sandbox`.
+"""The command line: `semantic-anchor train | sample | inspect | compare | convert | bench | demo | selftest | sandbox`.
 
 Bad input is one line on stderr and exit status 2, before anything is written.
 """
@@ -217,6 +217,15 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     bench.add_argument("--guidance", metavar="DIR", help="instead: time of a guided step in this ComfyUI against CFG's")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock, --guidance")
+
+    test = _verb(verbs, "selftest", "whether training is right on this machine's card", commands.selftest, out=None)
+    test.add_argument("--comfyui", required=True, metavar="DIR", help="the ComfyUI to start")
+    test.add_argument("--python", metavar="FILE", help="its interpreter (default: its .venv)")
+    test.add_argument("--model", metavar="FILE", help="checkpoint or diffusion model (default: SD1.5, random weights)")
+    test.add_argument("--resolution", type=int, default=512, help="of the pictures (default 512)")
+    test.add_argument("--batch_size", "--batch-size", type=int, default=1, help="pictures in a step (default 1)")
+    test.add_argument("--steps", type=int, default=5, help="steps that are timed, after a first one (default 5)")
+    test.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="where ComfyUI runs (default cuda)")
 
     sandbox = verbs.add_parser("sandbox", help="the embedded model: pretrain it, list and draw its subjects")
     actions = sandbox.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)

@@ -1,4 +1,4 @@
-"""The nodes, by topic: references, model, train, inspect, compare, apply, adjust, guide."""
+"""The nodes, by topic: references, model, train, inspect, compare, apply, adjust, guide, self test."""
 
 from comfy_api.latest import ComfyExtension, io
 
@@ -10,6 +10,7 @@ from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorImageReferences, AnchorLoadReferences
+from .selftest import AnchorSelfTest
 from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
@@ -28,6 +29,7 @@ NODES = [
     AnchorAdjustEmbedding,
     AnchorGuidance,
     AnchorGuider,
+    AnchorSelfTest,
 ]
 
 

@@ -246,7 +246,8 @@ class AnchorTrainLoRA(io.ComfyNode):
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
         orders = Orders(comfy.model_management.processing_interrupted)
-        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo)) as going:
+        resumable = checkpoints and checkpoints.folder.name
+        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo), resumable) as going:
             going.listeners.append(_Watch(settings.steps))
             with ComfyDenoiser(model, clip, vae) as denoiser:
                 outcome = run(

@@ -148,6 +148,8 @@ def test_no_file_is_long():
     assert not {name: lines for name, lines in long.items() if lines > LIMIT}
 
 
-@pytest.mark.parametrize("above, below", list(pairwise(("commands", "bench", "evaluation", "training", "adapters", ""))))
+@pytest.mark.parametrize(
+    "above, below", list(pairwise(("commands", "bench", "evaluation", "training", "adapters", "")))
+)
 def test_the_map_of_rooms_has_no_circle_itself(above, below):
     assert above not in MAY_IMPORT[below]

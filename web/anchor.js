@@ -2,9 +2,10 @@
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
+import { trainOn } from "./again.mjs"
 import { Records } from "./records.mjs"
 import { View } from "./view.mjs"
-import { WORDS } from "./words.mjs"
+import { adopt, WORDS } from "./words.mjs"
 
 const NODE = "AnchorTrainLoRA"
 const LINE = "$$node-text-preview" // ComfyUI's own, for pages without this script
@@ -16,7 +17,10 @@ function follow(node) {
       const line = node.widgets.find(({ name }) => name === LINE)
       if (line) line.hidden = true
     },
-    give: (order) => records.order(view.run.id, order, WORDS.unreachable),
+    give: async (order) => {
+      if (!view.run.how) return records.order(view.run.id, order, WORDS.unreachable)
+      return (await trainOn(app, node, view.run, order.steps)) ? null : WORDS.no_options
+    },
     pictureOf: (id, step) => records.picture(id, step),
     grown: () => {
       node.setSize?.([Math.max(node.size[0], 320), Math.max(node.size[1], node.computeSize()[1])])
@@ -42,11 +46,20 @@ function follow(node) {
   }
 }
 
+async function translate() {
+  const language = app.extensionManager?.setting?.get("Comfy.Locale") ?? "en"
+  if (language === "en") return
+  const answer = await api.fetchApi("/i18n")
+  const trees = answer.ok ? await answer.json() : {}
+  adopt(WORDS, (trees[language] ?? trees[language.split("-")[0]])?.anchor)
+}
+
 app.registerExtension({
   name: "semantic_anchor.run",
-  setup() {
+  async setup() {
     api.addEventListener("semantic_anchor.run", ({ detail }) => records.heard(detail))
     api.addEventListener("reconnected", () => records.restore())
+    await translate()
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) follow(node)

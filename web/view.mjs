@@ -23,7 +23,7 @@ const STYLE = `
   border-radius: 4px; padding: 2px 6px; font: inherit; cursor: pointer; }
 .sa-buttons > :disabled { opacity: 0.45; cursor: default; }
 .sa-buttons input { width: 52px; cursor: text; }
-.sa-buttons[hidden] { display: none; }
+.sa-buttons[hidden], .sa-run[data-ended] .sa-buttons > :not([data-order="extend"], input) { display: none; }
 .sa-run dialog { background: var(--comfy-menu-bg); color: var(--input-text); border: 1px solid var(--border-color);
   border-radius: 6px; padding: 10px; text-align: center; font: 13px sans-serif; }
 .sa-run dialog::backdrop { background: rgb(0 0 0 / 60%); }
@@ -127,9 +127,11 @@ export class View {
       this.pause.dataset.order = order
       ;[this.pause.textContent, this.pause.title] = WORDS.orders[order]
     }
-    this.buttons.hidden = Boolean(run.how)
+    // What has ended can only be trained on, from checkpoints.
+    this.root.toggleAttribute("data-ended", Boolean(run.how))
+    this.buttons.hidden = Boolean(run.how && !(run.checkpoints && run.step))
     this.extend.disabled = this.more.disabled = Boolean(run.fixed_length)
-    this.extend.title = run.fixed_length || WORDS.orders.extend[1]
+    this.extend.title = run.fixed_length || (run.how ? WORDS.on_later : WORDS.orders.extend[1])
   }
 
   headline() {
@@ -138,6 +140,7 @@ export class View {
     const failed = ["failed", "diverged"].includes(this.run.how)
     this.line.textContent = this.told?.bad ? this.told.text : parts.join(" · ")
     this.line.title = this.told?.bad ? this.told.text : this.run.reason || this.line.textContent
+    this.canvas.ariaLabel = this.line.textContent
     this.line.toggleAttribute("data-bad", Boolean(failed || this.told?.bad))
     if (failed && this.run.reason) this.line.textContent += `: ${this.run.reason}`
   }
@@ -145,6 +148,8 @@ export class View {
   /** A whole record. */
   show(record) {
     const known = this.record
+    const answers = ({ saved, pictures }) => saved.length + pictures.length
+    if (known?.id === record.id && answers(known) < answers(record)) this.told = null
     this.head(record)
     this.record = record
     this.prepared = prepare(record)

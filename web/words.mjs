@@ -1,4 +1,4 @@
-// All that the page says of a training.
+// All that the page says of a training; in other languages from locales/<language>/main.json.
 
 export const WORDS = {
   none: "The training shows itself here once it runs.",
@@ -49,7 +49,19 @@ export const WORDS = {
     keep: "Stopping with that step …",
     extend: "More steps …",
   },
+  no_options: "Connect Train Options to the node itself: it says where to go on from.",
+  on_later: "Go on from the checkpoints for that many steps more, with this graph.",
   unreachable: "ComfyUI does not answer",
   steps_more: "How many steps more",
   picture: "Sample after step",
+}
+
+/** Take those texts of a tree that stand where `words` has one of the same kind. */
+export function adopt(words, tree) {
+  for (const [name, own] of Object.entries(words)) {
+    const other = tree?.[name]
+    const list = Array.isArray(own)
+    if (typeof own === "object" && !list) adopt(own, other)
+    else if (list ? Array.isArray(other) && other.length === own.length : typeof other === "string") words[name] = other
+  }
 }

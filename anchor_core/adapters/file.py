@@ -36,7 +36,7 @@ from .kinds import NAME, NO_LAYERS
 from .parts import scale_of
 from .reading import STATED, check_names, checked
 from .tokens import to_embedding
-from .torch_file import UnreadableFile, read_torch
+from .torch_file import UnreadableFile, read_sealed, read_torch
 
 
 def save_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -216,6 +216,6 @@ def convert_file(source: str | Path, target: str | Path, to: str) -> None:
 def read_adapter(path: str | Path) -> dict[str, Tensor]:
     """The weights of the adapter in a checkpoint, a `state_dict()`; ValueError if it cannot be read."""
     try:
-        return read_torch(path)["adapter"]
-    except (UnreadableFile, KeyError, TypeError) as error:
+        return checked(read_sealed(path)["adapter"])
+    except (UnreadableFile, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a readable checkpoint ({error}); give one of a training") from error

@@ -164,7 +164,16 @@ def _full(parts: Parts, weight: Tensor) -> Tensor:
     return weight + parts["diff"].reshape(weight.shape) if "diff" in parts else weight
 
 
+def _difference(parts: Parts, weight: Tensor) -> Tensor:
+    """Of our OFT and SVDiff, whose files hold the change of the weight beside what trained."""
+    if "diff" not in parts:
+        raise ValueError(f"{' and '.join(sorted(parts))} do not go together without diff")
+    return _full(parts, weight)
+
+
 _FORMULAS = {
+    "oft": _difference,
+    "svdiff": _difference,
     "lora": _lora,
     "dora": _lora,
     "loha": _loha,

@@ -69,7 +69,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def write_weights(path: Path) -> Path:
+def write_weights(path: Path, dtype: str = "bfloat16") -> Path:
     """SD1.5's network at random weights in 16 bit, unless the file is there."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -79,6 +79,6 @@ def write_weights(path: Path) -> Path:
         torch.manual_seed(0)
         unet = UNet2DConditionModel(cross_attention_dim=768)  # every other default is SD1.5's
         part = path.with_suffix(".part")
-        save_file({name: tensor.bfloat16() for name, tensor in unet.state_dict().items()}, part)
+        save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in unet.state_dict().items()}, part)
         os.replace(part, path)
     return path

@@ -1,5 +1,6 @@
 """What the verbs of the command line do, each given its parsed options."""
 
+from .checking import selftest
 from .files import convert
 from .measuring import compare, inspect
 from .sampling import adjust, sample
@@ -7,5 +8,6 @@ from .sandbox import bench, demo, pretrain, subject, subjects
 from .training import train
 
 __all__ = [
-    "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "subject", "subjects", "train",
+    "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "selftest", "subject", "subjects",
+    "train",
 ]  # fmt: skip

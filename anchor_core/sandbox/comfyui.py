@@ -168,11 +168,18 @@ def _load_model(folder: Path, unet, vae, scheduler) -> comfy.model_patcher.Model
     model.diffusion_model.load_state_dict(weights)
     _set_groups(model.diffusion_model, unet["norm_num_groups"])
     # A plain ModelPatcher also where ComfyUI pages weights in and out: the model is small and is to be trained on.
-    return comfy.model_patcher.ModelPatcher(
+    patcher = comfy.model_patcher.ModelPatcher(
         model,
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )
+    patcher.cached_patcher_init = (_load_again, (folder,))
+    return patcher
+
+
+def _load_again(folder: Path, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """What ComfyUI calls for a copy of its own, as its training node does; the patcher is plain either way."""
+    return load(folder)[0]
 
 
 def _set_groups(network: torch.nn.Module, groups: int) -> None:

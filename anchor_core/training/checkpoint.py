@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.torch_file import sealed
 from ..writing import try_folder, whole
 
 KEPT = 2
@@ -43,7 +44,7 @@ class Checkpoints:
         path = self.folder / f"step-{step:06}.ckpt"
         try:
             with whole(path, stale=0.0) as part:  # nobody else writes here
-                torch.save(state, part)
+                torch.save(sealed(state), part)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise self._unwritable(error) from error
         for old in self.files()[:-KEPT]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ..drift import ProbeResult
+from .history import History
 
 PHASES = ("preparing", "class_pictures", "measuring", "training", "paused", "saving")
 """Pictures and prompts are encoded; class pictures made; the probe's pretrained predictions; the loop; the file."""
@@ -35,6 +36,15 @@ class PhaseBegun(Event):
 
     event = "phase"
     phase: str
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The training goes on after `step` steps of an earlier one, whose `history` is told before any new step."""
+
+    event = "resumed"
+    step: int
+    history: History
 
 
 @dataclass(frozen=True)
@@ -95,8 +105,8 @@ Tell = Callable[[Event], None]
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return list(value.shape)
-    if isinstance(value, ProbeResult):
-        return _plain(asdict(value))
+    if isinstance(value, (ProbeResult, History)):
+        return _plain(value.to_dict())
     if isinstance(value, Mapping):
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):

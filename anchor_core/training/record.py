@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.pictures import as_picture
 from ..writing import whole
-from .events import Event
+from .events import Event, Measured
 from .keeping import Candidates
 from .settings import TrainSettings
 
@@ -114,6 +114,14 @@ class Record:
 
     def _phase(self, event) -> None:
         self._now["phase"] = event.phase
+
+    def _resumed(self, event) -> None:
+        history = event.history
+        for i in range(event.step):
+            self._losses.add(i + 1, {name: values[i] for name, values in history.terms.items()})
+        for step, result in history.probes:
+            self._measured(Measured(step, result))
+        self._now |= {"step": event.step, "seconds": history.seconds}
 
     def _step(self, event) -> None:
         self._begin()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..adapters.metadata import base_fingerprint
-from ..adapters.torch_file import read_torch
+from ..adapters.torch_file import read_sealed
+from .events import Resumed
 from .history import History
 
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class _OfAnotherTraining(ValueError):
 
 
 def resume(loop: Any) -> None:
-    """Bring the loop to the newest of its checkpoints that is whole; to none, if there is none.
+    """Bring the loop to the newest of its checkpoints that is whole, and tell it; to none, if there is none.
 
     Raises:
         ValueError: they are of another training, or none of them is whole.
@@ -54,7 +57,7 @@ def resume(loop: Any) -> None:
     broken = 0
     for path in reversed(loop.checkpoints.files()):
         try:
-            _restore(loop, read_torch(path))  # all of it, so that nothing stays of a broken one before
+            _restore(loop, read_sealed(path))  # all of it, so that nothing stays of a broken one before
         except _OfAnotherTraining:
             raise
         except Exception as error:  # whatever a file's contents lead to
@@ -64,6 +67,7 @@ def resume(loop: Any) -> None:
         if broken:
             logger.warning("going on from %s, the newest checkpoint that is whole", path)
         logger.info("going on from step %d of %d", loop.made, loop.settings.steps)
+        loop.tell(Resumed(loop.made, loop.history))
         return
     if broken:
         raise ValueError(f"checkpoint: none of the {broken} in {loop.checkpoints.folder} can be read; remove them")
@@ -71,12 +75,19 @@ def resume(loop: Any) -> None:
 
 def _restore(loop: Any, state: dict[str, Any]) -> None:
     _check_about(loop, state["about"])
-    _check_weights(loop.adapter.state_dict(), state["adapter"])
+    own = state_of(loop)
+    for name in ("adapter", "average", "schedule", "generator", "random"):
+        _check_like(own[name], state[name], name)
+    _check_like(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"], "optimizer")
+    for held in state["candidates"]["held"]:
+        _check_like(own["adapter"], held["weights"], "kept adapter")
     loop.adapter.load_state_dict(state["adapter"])
     loop.optimizer.load_state_dict(state["optimizer"])
+    _check_moments(loop)
     loop.schedule.load_state_dict(state["schedule"])
     loop.average.load_state_dict(state["average"])
     if state["scaler"] or not loop.scaler.is_enabled():
+        _check_like(own["scaler"], state["scaler"], "scaler")
         loop.scaler.load_state_dict(state["scaler"])
     else:
         logger.info("the checkpoint has no scale of the loss, from before fp16 models had one; it starts anew")
@@ -88,6 +99,7 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
         dataset.load_state_dict(saved)
     loop.candidates.load_state_dict(state["candidates"])
     loop.history = History.from_dict(state["history"])
+    _check_like(len(loop.history.losses) * [0.0], loop.history.losses, "losses")
     loop.history.cancelled = loop.history.stopped = False
     planned = state.get("steps", loop.settings.steps)
     if loop.settings.schedule != "constant" and planned != loop.settings.steps:
@@ -120,12 +132,40 @@ def _check_about(loop: Any, about: dict[str, Any]) -> None:
             )
 
 
-def _check_weights(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    for name, tensor in own.items():
-        if saved[name].shape != tensor.shape:
-            raise ValueError(f"its {name} is {tuple(saved[name].shape)}, and {tuple(tensor.shape)} here")
-        if not torch.isfinite(saved[name]).all():
-            raise ValueError(f"its {name} has NaN or infinite values")
+def _check_like(own: Any, saved: Any, name: str) -> None:
+    """ValueError unless `saved` is built as `own` is: its names, shapes and types, and finite numbers."""
+    parts: Any = ()
+    if isinstance(own, Tensor):
+        fits = isinstance(saved, Tensor) and saved.shape == own.shape and saved.dtype == own.dtype
+        fits = fits and bool(torch.isfinite(saved).all())
+    elif isinstance(own, Mapping):
+        fits = isinstance(saved, Mapping) and saved.keys() == own.keys()
+        parts = own
+    elif isinstance(own, (list, tuple)):
+        fits = type(saved) is type(own) and len(saved) == len(own)
+        parts = range(len(own))
+    elif isinstance(own, (int, float)):
+        fits = isinstance(saved, (int, float)) and math.isfinite(saved)
+    else:
+        fits = type(saved) is type(own)
+    if not fits:
+        raise ValueError(f"its {name} is {_short(saved)}, and {_short(own)} here")
+    for part in parts:
+        _check_like(own[part], saved[part], f"{name} {part}")
+
+
+def _check_moments(loop: Any) -> None:
+    """ValueError unless what the optimizer holds of each parameter is finite and of its shape, or one for all."""
+    for parameter in loop.parameters:
+        held = [part for part in loop.optimizer.state[parameter].values() if isinstance(part, Tensor)]
+        shapes = {parameter.shape} | ({parameter.flatten().shape} if loop.settings.optimizer == "prodigy" else set())
+        quantised = any(part.dtype == torch.uint8 for part in held)  # of 8 bits, beside tables of other sizes
+        if not quantised and any(
+            (part.numel() != 1 and part.shape not in shapes) or part.is_complex() for part in held
+        ):
+            raise ValueError("its optimizer is of other parameters")
+        if not all(bool(torch.isfinite(part).all()) for part in held):
+            raise ValueError("its optimizer has NaN or infinite values")
 
 
 def _short(value: Any) -> str:

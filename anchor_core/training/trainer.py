@@ -67,8 +67,8 @@ def train(
         references: a dataset, or scaled latents (N, C, h, w) that all have the concept's two prompts.
         class_latents: (M, C, h, w), for prior preservation.
         probe: measured before the first step, every `settings.probe_every` steps, and after the last.
-        tell: is told `StepMade` after each step and `Measured` after each probe; what it raises ends the training
-            and is passed on.
+        tell: is told `Resumed` where it goes on from a checkpoint, `StepMade` after each step and `Measured` after each
+            probe; what it raises ends the training and is passed on.
         orders: answered before each step and after the last.
         answer: given `orders.PICTURE` or `orders.SAVE` and the steps made, while the adapter has the weights that would
             be kept now.
@@ -105,6 +105,8 @@ def train(
         cache = cache or Cache(denoiser)
         run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
         run.tell, run.orders, run.answer = tell or _ignore, orders or Orders(), answer or _ignore
+        if checkpoints is not None:
+            resume(run)
         try:
             run.loop()
         finally:
@@ -179,8 +181,6 @@ class _Run:
         self.conditions = dict(zip(prompts, cache.conditions(prompts)))
         reads_pooled = self.objective.reads_pooled
         self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
-        if checkpoints is not None:
-            resume(self)
 
     @property
     def made(self) -> int:
@@ -220,7 +220,7 @@ class _Run:
             self._save()
         self._attend()
         history.seconds += time.perf_counter() - self.started
-        logger.info("trained %d of %d steps in %.1f s", self.made, settings.steps, history.seconds)
+        logger.info("trained %d of %d steps in %.1f s", self.made, self.steps, history.seconds)
 
     def _attend(self) -> None:
         """Answer the orders of the time since the last step, and wait while it is paused, which counts no time."""
@@ -265,7 +265,7 @@ class _Run:
             self.average.update()
         elif self.scaler.get_scale() < LOWEST_SCALE:
             raise TrainingDiverged(
-                f"the gradient overflows fp16 at step {self.made + 1} of {settings.steps}, even with the loss times "
+                f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
                 f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
             )
         return dict(zip(sums, terms, strict=True))

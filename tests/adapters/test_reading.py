@@ -41,6 +41,7 @@ def layer(**parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
         (layer(hada_w1_a=(16, 2), hada_w1_b=(2, 24), hada_w2_a=(16, 3), hada_w2_b=(2, 24)), "of different ranks"),
         (layer(oft_blocks=(4, 4, 3)), "the blocks are not square"),
         (layer(alpha=()), "has alpha alone"),
+        (layer(oft_R__weight=(8, 3), diff_b=(16,)), "diff_b and oft_R.weight do not go together without diff"),
         (layer(lambda_layer=(1, 2)), "1 of its 1 layers .*T-LoRA"),
         (layer(set_weight=(16, 24)), "1 of its 1 layers .*replaces the model's"),
         ({"a": torch.ones(1), "b": torch.ones(1)}, "holds no LoRA: 'a' is no part of a layer"),

@@ -57,12 +57,14 @@ def server(request, chromium, tmp_path_factory, weights):
 @pytest.fixture(params=["classic", "nodes2"])
 def window(request, server, chromium):
     """`window(...)`: a page of its own that shows ComfyUI; when the test ends nothing of ours was in the console."""
-    server.post("/settings", {
+    usual = {
         "Comfy.TutorialCompleted": True, "Comfy.UseNewMenu": "Top", "Comfy.VueNodes.Enabled": request.param == "nodes2",
-    })  # fmt: skip
+        "Comfy.Locale": "en", "Comfy.ColorPalette": "dark",
+    }  # fmt: skip
     opened = []
 
-    def open_(**options) -> Window:
+    def open_(settings=None, **options) -> Window:
+        server.post("/settings", usual | (settings or {}))
         opened.append(Window(chromium, server, **options))
         return opened[-1]
 

@@ -22,9 +22,10 @@ GRAPH = """async ([id, trainings]) => {
   const model = make("AnchorSandboxModel", 0, 0, {})
   const pictures = make("AnchorLoadReferences", 0, 150, { references: "sandbox/pip", size: 64 })
   const concept = make("AnchorConcept", 0, 420, { token: "sks", class_word: "star" })
-  trainings.forEach((values, i) => {
+  trainings.forEach(({ options, ...values }, i) => {
     const train = make("AnchorTrainLoRA", 340 + 720 * i, 0, values)
     const shown = make("PreviewAny", 740 + 720 * i, 0, {})
+    if (options) link(make("AnchorTrainOptions", -400, 0, options), 0, train, "options")
     ;["model", "clip", "vae"].forEach((name, output) => link(model, output, train, name))
     link(pictures, 0, train, "images")
     link(concept, 0, train, "concept")
@@ -54,7 +55,7 @@ class Window:
 
     def __init__(self, chromium, server, blocked: str | None = None):
         self.server, self.errors = server, []
-        self.page = chromium.new_context(viewport={"width": 1500, "height": 1000}).new_page()
+        self.page = chromium.new_context(viewport={"width": 1500, "height": 1400}).new_page()
         self.page.set_default_timeout(1000 * SECONDS)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._console)
@@ -78,7 +79,7 @@ class Window:
         return self.page.wait_for_function(script, arg=argument).json_value()
 
     def build(self, *trainings: dict, workflow: str | None = None) -> str:
-        """A graph with these trainings, nodes 4, 6, ...; gives its id."""
+        """A graph with these trainings, nodes 4, 6, ..., each with `options` if it has some; gives the graph's id."""
         workflow = workflow or str(uuid.uuid4())
         usual = {"steps": 4, "probe_every": 2, "preview_every": 0, "batch_size": 1, "seed": 1, "name": "browser"}
         usual["control_after_generate"] = "fixed"

@@ -143,6 +143,51 @@ def test_a_node_in_a_subgraph_does_the_same(window):
     assert here.record(workflow, node)["how"] == "stopped"
 
 
+def test_what_has_ended_is_trained_on_from_its_checkpoints(window):
+    here = window()
+    workflow = here.build({"steps": 3, "options": {"checkpoint_every": 1}})
+    here.queue()
+    view = here.view()
+    view.line("Finished")
+    view.root.locator("input").fill("2")
+    view.order("extend")
+    view.line("Finished · step 5 / 5")
+    record = here.record(workflow)
+    assert record["losses"]["step"] == [1, 2, 3, 4, 5]  # the whole curve
+    assert [each["step"] for each in here.runs(workflow=workflow)] == [5, 3]
+    values = """() => [4, 6].flatMap((id) => app.graph.getNodeById(id).widgets ?? [])
+      .filter(({ name }) => ["steps", "resume"].includes(name)).map(({ value }) => value)"""
+    assert here.page.evaluate(values) == [3, "[new training]"]
+
+
+CONTRAST = """([text, ground]) => {
+  const light = (colour) => {
+    const [r, g, b] = colour.match(/[0-9.]+/g).slice(0, 3).map((each) => {
+      const share = each / 255
+      return share <= 0.03928 ? share / 12.92 : ((share + 0.055) / 1.055) ** 2.4
+    })
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b
+  }
+  const style = (name) => getComputedStyle(document.querySelector(name))
+  const [low, high] = [light(style(text).color), light(style(ground).backgroundColor)].sort((a, b) => a - b)
+  return (high + 0.05) / (low + 0.05)
+}"""  # of WCAG 2
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_the_text_is_readable_in_both_themes(window, palette):
+    here = window(settings={"Comfy.ColorPalette": palette})
+    here.build({})
+    here.view().line("shows itself here")
+    assert here.page.evaluate(CONTRAST, [".sa-head", ".sa-chart"]) >= 3
+
+
+def test_the_node_speaks_the_language_of_the_page(window):
+    here = window(settings={"Comfy.Locale": "zh"})
+    here.build({})
+    assert here.view().line("训练开始后会显示在这里")
+
+
 def test_without_the_script_there_is_a_line_and_a_preview(window):
     here = window(blocked=SCRIPTS)
     here.build({"steps": MANY, "preview_every": 3})

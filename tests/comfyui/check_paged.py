@@ -42,12 +42,14 @@ if __name__ == "__main__":
     import comfy_text_encoders
     import contract
     import torch
-    from comfy_training import assert_near, gradients, picture, run_training, trained
+    from comfy_training import assert_near, gradients, guided_picture, picture, predict, run_training, trained
     from torch import Tensor
 
+    from anchor_core.adapters.attach import attach_tensors
     from anchor_core.adapters.config import AdapterConfig
     from anchor_core.backends.comfyui.apply import apply_adapter
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+    from anchor_core.drift import DriftProbe
     from anchor_core.training.events import StepMade
     from anchor_core.training.settings import TrainSettings
     from anchor_core.training.trainer import train
@@ -148,6 +150,26 @@ def check_stored(name: str, shape) -> None:
         assert_same(training(paged, shape, kind), training(plain, shape, kind))
 
 
+def check_other_uses(name: str, shape) -> None:
+    """A LoRA applied, guided by and measured, as a product of factors and as a difference of weights."""
+    plain, paged = build_plain(name), models.build(name)
+    for kind in ("lora", "dora"):
+        tensors, *_ = trained(*plain, shape, kind=kind)
+        found = []
+        for model, clip, vae in (paged, plain):
+            applied = predict(apply_adapter(model, tensors, 0.5)[0], clip, vae, shape)
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                attach_tensors(denoiser, tensors)
+                probe = DriftProbe(denoiser, contract.draw(denoiser, shape, 1), contract.CONCEPT, timesteps=2, noises=1)
+                drift = torch.tensor(probe.measure().drift)
+            found.append({"applied": applied, "drift": drift, "guided": guided_picture(model, clip, shape, tensors)})
+        for key, theirs in found[1].items():
+            torch.testing.assert_close(
+                found[0][key], theirs, atol=1e-4, rtol=1e-4, msg=lambda text, k=key: f"{k}: {text}"
+            )
+    assert not paged_vram.pinned_pages()
+
+
 def check_endings(name: str, shape) -> None:
     """However a training ends: the same weights on the host, the same picture, no page pinned, no memory taken."""
     model, clip, vae = models.build(name)
@@ -217,6 +239,7 @@ CHECKS = (
     check_other_models,
     check_lora_on_model,
     check_stored,
+    check_other_uses,
     check_endings,
 )
 

@@ -44,20 +44,17 @@ if __name__ == "__main__":
 
     import comfy.ops
     import comfy.quant_ops
-    import comfy.samplers
     import comfy.sd
     import comfy_models as models
     import contract
     import numpy as np
     import torch
-    from comfy_training import assert_near, gradients, picture, predict, run_training, trained
+    from comfy_training import assert_near, gradients, guided_picture, picture, predict, run_training, trained
     from torch import Tensor
 
     from anchor_core.adapters.attach import attach_tensors
     from anchor_core.backends.comfyui.apply import apply_adapter
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
-    from anchor_core.backends.comfyui.guidance import guide_model, make_guider
-    from anchor_core.guidance import make_rule
 
     if gguf_pack:
         import gguf
@@ -205,16 +202,7 @@ def check_guidance(quantised, plain, shape, exact: bool) -> None:
     """A rule with strengths by row, with products of factors and with dense differences."""
     for kind in ("lora", "dora"):
         tensors, *_ = trained(*plain, shape, layers=TRAINED, kind=kind)
-        pictures = []
-        for model, clip, _ in (quantised, plain):
-            class_ = clip.encode_from_tokens_scheduled("a photo of a dog")
-            guided = guide_model(model, tensors, make_rule("autoguidance"), class_conditioning=class_)
-            conds = (clip.encode_from_tokens_scheduled(prompt) for prompt in ("a dog in the snow", ""))
-            noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(8))
-            sigmas = torch.tensor([1.0, 0.6, 0.0])
-            guider = make_guider(guided, *conds, 3.0)
-            sampler = comfy.samplers.ksampler("euler")
-            pictures.append(guider.sample(noise, torch.zeros_like(noise), sampler, sigmas, disable_pbar=True, seed=0))
+        pictures = [guided_picture(model, clip, shape, tensors) for model, clip, _ in (quantised, plain)]
         # In ComfyUI's formats the weights are rounded again with the LoRA in them.
         limit = 0.5 if quantised[0].model.model_config.custom_operations.__name__ == "MixedPrecisionOps" else 1e-3
         assert near(*pictures, limit), f"{kind}: guided pictures differ"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import comfy.sample
+import comfy.samplers
 import contract
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import to_file_keys
 from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
+from anchor_core.backends.comfyui.guidance import guide_model, make_guider
+from anchor_core.guidance import make_rule
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import train
 
@@ -112,3 +115,15 @@ def run_training(
             raise
         return type(error)
     return None
+
+
+def guided_picture(model, clip, shape, tensors, kind: str = "autoguidance") -> Tensor:
+    """Two steps by a rule with strengths by row, of a LoRA's tensors."""
+    conds = [clip.encode_from_tokens_scheduled(prompt) for prompt in ("a photo of a dog", "a dog in the snow", "")]
+    guided = guide_model(model, tensors, make_rule(kind), class_conditioning=conds[0])
+    noise = torch.randn((1, *shape), generator=torch.Generator().manual_seed(8))
+    noise = noise.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else noise
+    guider, sigmas = make_guider(guided, *conds[1:], 3.0), torch.tensor([1.0, 0.6, 0.0])
+    return guider.sample(
+        noise, torch.zeros_like(noise), comfy.samplers.ksampler("euler"), sigmas, disable_pbar=True, seed=0
+    )

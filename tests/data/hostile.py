@@ -173,8 +173,8 @@ def read(folder: Path, kind: str, draw: random.Random) -> str:
     return "refused"
 
 
-def watch() -> Callable[[], list[str]]:
-    """Whatever this process writes, starts or connects to from now on."""
+def watch(allowed: Path | None = None) -> Callable[[], list[str]]:
+    """Whatever this process writes outside of `allowed`, starts or connects to from now on."""
     done: list[str] = []
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     refused = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.system")
@@ -182,7 +182,8 @@ def watch() -> Callable[[], list[str]]:
 
     def hook(event: str, arguments: tuple) -> None:
         opened = event == "open" and isinstance(arguments[2], int) and arguments[2] & writing
-        if on and (opened or event in refused or event in others):
+        inside = allowed is not None and event not in others and str(arguments[0]).startswith(str(allowed))
+        if on and not inside and (opened or event in refused or event in others):
             done.append(f"{event} {arguments[0]!r}")
 
     def take() -> list[str]:

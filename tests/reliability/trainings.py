@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -22,6 +23,7 @@ from anchor_core.concept import Concept
 from anchor_core.data.cache import Cache
 from anchor_core.data.pictures import References
 from anchor_core.data.prepare import ClassPictures
+from anchor_core.training import preview
 from anchor_core.training.checkpoint import Checkpoints
 from anchor_core.training.events import Ended, Saved, StepMade
 from anchor_core.training.orders import Orders
@@ -83,14 +85,15 @@ class Workshop:
             "checkpoint_every": checkpoint_every, **settings, **changes,
         }  # fmt: skip
         try:
-            return run(
-                self.denoiser, self.references, CONCEPT, TrainSettings(**settings), AdapterConfig(**adapter),
-                DataSettings(flip=True), files=Files.beside(out / "adapter.safetensors"),
-                class_pictures=ClassPictures(2, sampling={"steps": 1, "batch_size": 1}, folder=cache),
-                probe={"timesteps": 2, "noises": 1}, tell=tell, orders=orders, picture_every=picture_every,
-                checkpoints=Checkpoints(out / "checkpoints") if checkpoint_every else None,
-                cache=None if cache is None else Cache(self.denoiser, cache),
-            )  # fmt: skip
+            with patch.object(preview, "STEPS", 2):  # for speed
+                return run(
+                    self.denoiser, self.references, CONCEPT, TrainSettings(**settings), AdapterConfig(**adapter),
+                    DataSettings(flip=True), files=Files.beside(out / "adapter.safetensors"),
+                    class_pictures=ClassPictures(2, sampling={"steps": 1, "batch_size": 1}, folder=cache),
+                    probe={"timesteps": 2, "noises": 1}, tell=tell, orders=orders, picture_every=picture_every,
+                    checkpoints=Checkpoints(out / "checkpoints") if checkpoint_every else None,
+                    cache=None if cache is None else Cache(self.denoiser, cache),
+                )  # fmt: skip
         finally:
             self.denoiser.detach()
 

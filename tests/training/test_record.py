@@ -11,7 +11,8 @@ from PIL import Image
 
 from anchor_core.drift import ProbeResult
 from anchor_core.training import record as record_module
-from anchor_core.training.events import Ended, Measured, PhaseBegun, PictureMade, Saved, StepMade
+from anchor_core.training.events import Ended, Measured, PhaseBegun, PictureMade, Resumed, Saved, StepMade
+from anchor_core.training.history import History
 from anchor_core.training.record import FILE, POINTS, Curve, Record, line, read_record, record_folder
 from anchor_core.training.settings import TrainSettings
 
@@ -103,6 +104,19 @@ def test_the_time_of_a_step_is_of_the_last_ones(record):
     record(PhaseBegun("paused"))
     assert record.state["seconds_per_step"] == 0.5
     assert line(record.state) == "step 100 of 400, paused, 0.50 s a step, 2 min 30 s left"
+
+
+def test_a_training_that_goes_on_shows_what_was_before(record, tmp_path):
+    history = History([2.0, 1.0], {"reconstruction": [1.5, 0.5], "anchor": [0.5, 0.5]}, seconds=3.0)
+    history.probes = [(0, measured(0, 0.1).result), (2, measured(2, 0.2, 0.1).result)]
+    assert json.loads(json.dumps(Resumed(2, history).to_dict(), allow_nan=False))["history"]["losses"] == [2.0, 1.0]
+    record(Resumed(2, history))
+    assert record.state["step"] == 2 and not (tmp_path / "x.run").exists()
+    record(step(3, value=0.25))
+    record(PhaseBegun("paused"))
+    assert record.state["losses"]["step"] == [1, 2, 3]
+    assert record.state["losses"]["values"] == {"reconstruction": [1.5, 0.5, 0.25], "anchor": [0.5, 0.5, 0.25]}
+    assert record.state["probes"]["step"] == [0, 2] and record.state["best"] == 2
 
 
 # --- where it goes ----------------------------------------------------------------------------------------------------

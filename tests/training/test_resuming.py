@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from anchor_core.adapters.torch_file import read_torch
+from anchor_core.adapters.torch_file import read_torch, sealed
 from anchor_core.training.checkpoint import Checkpoints
 from tests.training.test_checkpoint import run, same
 
@@ -42,13 +42,29 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(eps_denoiser, latents, conc
     unbroken, weights = run(eps_denoiser, latents, concept)
     run(eps_denoiser, latents, concept, tmp_path, 4)
     newest = Checkpoints(tmp_path).files()[-1]
-    torch.save(TAMPERED[what](read_torch(newest)), newest)
+    tampered = TAMPERED[what](read_torch(newest))
+    torch.save(sealed(tampered) if isinstance(tampered, dict) else tampered, newest)  # as nobody does by accident
     with caplog.at_level(logging.WARNING):
         resumed, weights_resumed = run(eps_denoiser, latents, concept, tmp_path)
     assert resumed.losses == unbroken.losses and same(weights, weights_resumed)
     told = [record.getMessage() for record in caplog.records]
     assert any(str(newest) in message and "cannot be gone on from" in message for message in told)
     assert any("step-000002.ckpt, the newest checkpoint that is whole" in message for message in told)
+
+
+def test_changed_bytes_of_a_tensor_are_noticed(eps_denoiser, latents, concept, tmp_path, caplog):
+    """torch reads them without a word, and a training would go on from weights that nobody trained."""
+    _, weights = run(eps_denoiser, latents, concept)
+    run(eps_denoiser, latents, concept, tmp_path, 4)
+    newest = Checkpoints(tmp_path).files()[-1]
+    tensor = next(tensor for tensor in read_torch(newest)["adapter"].values() if tensor.any())
+    data, found = bytearray(newest.read_bytes()), tensor.numpy().tobytes()
+    data[data.index(found) + 5] ^= 0x10
+    newest.write_bytes(data)
+    assert not torch.equal(next(each for each in read_torch(newest)["adapter"].values() if each.any()), tensor)
+    with caplog.at_level(logging.WARNING):
+        assert same(weights, run(eps_denoiser, latents, concept, tmp_path)[1])
+    assert any("its contents are not what was written" in message for message in caplog.messages)
 
 
 def test_where_none_is_whole_nothing_is_trained(eps_denoiser, latents, concept, tmp_path):

@@ -8,21 +8,23 @@ import torch
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import load_adapter
 from anchor_core.data.prepare import prepare
+from anchor_core.training.checkpoint import Checkpoints
 from anchor_core.training.events import Ended, Measured, PhaseBegun, Saved, StepMade
 from anchor_core.training.orders import Orders
 from anchor_core.training.run import fit
 from anchor_core.training.saving import Files
 from anchor_core.training.settings import TrainSettings
+from anchor_core.training.trainer import train
 
 QUICK = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "probe_every": 2, "objective": "reconstruction"}
 
 
 @pytest.fixture
-def train(eps_denoiser, latents, concept, tmp_path):
-    """`train(listener, orders, config, **settings)`: (outcome, events); the events also as `train.events`."""
+def go(eps_denoiser, latents, concept, tmp_path):
+    """`go(listener, orders, config, **settings)`: (outcome, events)."""
 
-    def go(listen=lambda event: None, orders=None, config=None, **settings):
-        events = go.events = []
+    def training(listen=lambda event: None, orders=None, config=None, **settings):
+        events = []
 
         def tell(event) -> None:
             events.append(event)
@@ -38,7 +40,7 @@ def train(eps_denoiser, latents, concept, tmp_path):
         finally:
             eps_denoiser.detach()
 
-    return go
+    return training
 
 
 def steps(events) -> list[tuple[int, int]]:
@@ -46,7 +48,7 @@ def steps(events) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("config", [{}, {"kind": "none", "vectors": 1}, {"vectors": 1}], ids=str)
-def test_a_saved_step_is_the_result(train, tmp_path, config):
+def test_a_saved_step_is_the_result(go, tmp_path, config):
     orders = Orders()
 
     def listen(event) -> None:
@@ -55,10 +57,10 @@ def test_a_saved_step_is_the_result(train, tmp_path, config):
         if isinstance(event, StepMade) and event.step == 2:
             orders.keep(1)
 
-    outcome, events = train(listen, orders, config)
+    outcome, events = go(listen, orders, config)
     assert steps(events) == [(1, 3), (2, 3)] and outcome.how == "stopped"  # it ends the training
     assert events[-1] == Ended("stopped", kept=1, made=2) and outcome.history.kept == 1
-    one, _ = train(config=config, steps=1)
+    one, _ = go(config=config, steps=1)
     kept = load_adapter(tmp_path / "adapter_1_.safetensors")
     assert kept[1]["anchor.steps"] == "1"
     for name, tensor in one.trained.tensors.items():
@@ -68,7 +70,7 @@ def test_a_saved_step_is_the_result(train, tmp_path, config):
         assert torch.equal(vector, outcome.trained.vectors[name])
 
 
-def test_only_a_saved_step_can_be_kept_and_a_cancel_outranks_it(train):
+def test_only_a_saved_step_can_be_kept_and_a_cancel_outranks_it(go):
     orders = Orders()
 
     def listen(event) -> None:
@@ -82,11 +84,11 @@ def test_only_a_saved_step_can_be_kept_and_a_cancel_outranks_it(train):
             orders.keep(1)
             orders.cancel()
 
-    outcome, events = train(listen, orders)
+    outcome, events = go(listen, orders)
     assert events[-1] == Ended("cancelled", kept=2, made=2) and outcome.history.kept == 2
 
 
-def test_a_step_that_cannot_be_read_again_leaves_the_steps_made(train, tmp_path):
+def test_a_step_that_cannot_be_read_again_leaves_the_steps_made(go, tmp_path):
     orders = Orders()
 
     def listen(event) -> None:
@@ -98,19 +100,19 @@ def test_a_step_that_cannot_be_read_again_leaves_the_steps_made(train, tmp_path)
             orders.keep(1)
 
     with pytest.raises(ValueError, match="step 1 cannot be kept: .* the LoRA of the 2 steps made is in"):
-        train(listen, orders)
+        go(listen, orders)
     assert load_adapter(tmp_path / "adapter_1_.safetensors")[1]["anchor.steps"] == "2"
 
 
-def test_more_steps_are_the_longer_training(train, tmp_path):
-    longer, _ = train(steps=5)
+def test_more_steps_are_the_longer_training(go, tmp_path):
+    longer, _ = go(steps=5)
     orders = Orders()
 
     def listen(event) -> None:
         if isinstance(event, StepMade) and event.step == 3:  # the last moment
             orders.extend(2)
 
-    outcome, events = train(listen, orders)
+    outcome, events = go(listen, orders)
     assert steps(events) == [(1, 3), (2, 3), (3, 3), (4, 5), (5, 5)] and outcome.how == "finished"
     assert [event.step for event in events if isinstance(event, Measured)] == [0, 2, 4, 5]
     assert outcome.history.losses == longer.history.losses
@@ -120,7 +122,7 @@ def test_more_steps_are_the_longer_training(train, tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_a_course_to_its_end_takes_no_more_steps(train, schedule):
+def test_a_course_to_its_end_takes_no_more_steps(go, schedule):
     orders, said = Orders(), []
     why = f"'{schedule}', whose learning rate ends at 0 after the 3 planned"
 
@@ -130,7 +132,7 @@ def test_a_course_to_its_end_takes_no_more_steps(train, schedule):
                 orders.extend(10)
             said.append(no)
 
-    _, events = train(listen, orders, schedule=schedule)
+    _, events = go(listen, orders, schedule=schedule)
     assert said and len(steps(events)) == 3
 
 
@@ -141,7 +143,7 @@ def test_what_is_no_number_of_steps_is_refused():
 
 
 @pytest.mark.parametrize("end", ["finished", "failed"])
-def test_no_order_is_taken_and_lost_after_the_last_step(train, end):
+def test_no_order_is_taken_and_lost_after_the_last_step(go, end):
     orders, late = Orders(), []
 
     def listen(event) -> None:
@@ -157,7 +159,20 @@ def test_no_order_is_taken_and_lost_after_the_last_step(train, end):
 
     if end == "failed":
         with pytest.raises(RuntimeError, match="in the middle"):
-            train(listen, orders)
+            go(listen, orders)
     else:
-        assert train(listen, orders)[0].how == "finished"
+        assert go(listen, orders)[0].how == "finished"
     assert late
+
+
+def test_a_resumed_training_tells_what_was_before(eps_denoiser, latents, concept, tmp_path):
+    told = []
+    for steps in (2, 3):
+        adapter = eps_denoiser.attach(AdapterConfig(rank=2))
+        settings = TrainSettings(**{**QUICK, "steps": steps, "checkpoint_every": 1})
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        history = train(eps_denoiser, adapter, latents, concept, settings, checkpoints=checkpoints, tell=told.append)
+        eps_denoiser.detach()
+    kinds = [event.event for event in told]
+    assert kinds == ["step", "step", "resumed", "step"]
+    assert told[2].step == 2 and told[2].history is history and told[3].step == 3

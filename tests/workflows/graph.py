@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
 TITLE, SLOT, WIDGET, GAP, MARGIN = 30, 20, 24, 60, 80
 GROWS = {
-    "PreviewImage": 300, "SaveImage": 280, "ImageCompare": 380, "PreviewAny": 180, "LoadImage": 300,
-    "AnchorTrainLoRA": 420, "AnchorDriftReport": 240, "AnchorCompare": 160, "AnchorLoadReferences": 160,
-    "AnchorSaveAdapter": 60, "AnchorAdjustEmbedding": 60,
+    "PreviewImage": 300, "SaveImage": 280, "PreviewAny": 180, "LoadImage": 300,
+    "AnchorTrainLoRA": 420, "AnchorDriftReport": 100, "AnchorCompare": 100, "AnchorLoadReferences": 60,
+    "AnchorSaveAdapter": 60, "AnchorAdjustEmbedding": 60, "AnchorAdjustConditioning": 80,
+    "AnchorSelfTest": 100,
 }  # fmt: skip
 """What a node is higher than its rows: its picture, text or chart."""
 
@@ -93,7 +94,7 @@ class Graph:
                     written[-1] = options.get("default", "")
                 if options.get("control_after_generate"):
                     written.append("fixed")
-            elif kind != "IMAGECOMPARE":
+            else:
                 sockets.append(slot)
         about = {"Node name for S&R": type_, "cnr_id": "comfy-core", "ver": "0.33.0"}
         if type_.startswith("Anchor"):

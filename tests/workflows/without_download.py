@@ -32,7 +32,6 @@ def quickstart(g: Graph) -> None:
     rows = [("Before", model, positive), ("The LoRA, sampled plainly", trained[0], positive)]
     results = drawn(g, [*rows, ("With guidance", guided, positive)], negative, latents, vae, "quickstart")
     g.column(420)
-    g.add("ImageCompare", "Before and after: move the pointer", image_a=results[0][0], image_b=results[2][0])
     links = {"model": model, "clip": clip, "vae": vae, "images": loaded[0], "concept": concept[0]}
     report = g.add("AnchorDriftReport", lora=trained[1], history=trained[3], timesteps=6, noises=1, **links)
     g.add("PreviewImage", "What the training changed", images=report[0])
@@ -214,6 +213,21 @@ def embedding_adjusted(g: Graph) -> None:
     g.app(*shown, outputs=[node for _, node in results])
 
 
+def self_test(g: Graph) -> None:
+    g.note(
+        "# Training self test\n\nDoes training work on this computer? Press **Run**: a few steps on noise, nothing is "
+        "kept, and the last line says passed or not, with the time and memory of a step.\n\n**For your own model** "
+        "replace *Sandbox Model* by your loader, and set `resolution` to what you train at.",
+        220,
+    )
+    model, *_ = sandbox(g)
+    g.column()
+    tried = g.add("AnchorSelfTest", model=model, resolution=64)
+    g.column(620)
+    g.add("PreviewAny", "What was found", source=tried[0])
+    g.app((tried, "resolution"), (tried, "batch_size"), (tried, "steps"), outputs=[g.last])
+
+
 WORKFLOWS = {
     "Quickstart (no download)": quickstart,
     "Check a LoRA (no download)": check_a_lora,
@@ -221,4 +235,5 @@ WORKFLOWS = {
     "w sweep (no download)": w_sweep,
     "Textual inversion (no download)": textual_inversion,
     "Embedding adjusted (no download)": embedding_adjusted,
+    "Training self test (no download)": self_test,
 }

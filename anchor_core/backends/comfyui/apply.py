@@ -62,7 +62,6 @@ def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str
         weights |= _weights(clip.cond_stage_model)
     places = _places(layers, keys)
     unread += [prefix for prefix in layers if prefix not in places]
-    tell_unread(len(places), unread)
     by_adapted_norm = divides_by_adapted_norm(metadata)
     patches: dict[str | tuple, Any] = {}
     for prefix, key in places.items():
@@ -75,11 +74,16 @@ def adapter_patches(model, tensors: Mapping[str, Tensor], clip=None) -> dict[str
             made[to] = FileLayer.of(kind, parts, by_adapted_norm)
         if (change := _bias_change(parts)) is not None:
             made[_bias(to)] = ("diff", (change,))
+        if not made:  # of peft's OFT, say, ComfyUI reads nothing
+            unread.append(prefix)
         for place, patch in made.items():
             name = place if isinstance(place, str) else place[0]
             if name not in weights:
                 raise ValueError(f"this LoRA was made for another model: {prefix} changes {name}, which it has not")
             patches[place] = patch
+    tell_unread(len(layers.keys() - set(unread)), unread)
+    if not patches:
+        raise ValueError("this LoRA was made for another model: none of its layers is in this one")
     return patches
 
 

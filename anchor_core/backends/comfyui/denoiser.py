@@ -12,7 +12,6 @@ from typing import Any
 
 import comfy.conds
 import comfy.model_management
-import comfy.patcher_extension
 import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
@@ -33,6 +32,7 @@ from .encoding import ComfyCondition, Encoding
 from .gradients import copied_where_overwritten, register_kernels
 from .layers import holds_its_weight, is_plain, plain_values
 from .noise import NoiseProcess
+from .patches import told_apart, training_options, without_compiling
 from .tokens import word_ids
 from .trainable import check_trainable
 from .weights import TrainableWeights
@@ -79,6 +79,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             stack.callback(setattr, comfy.model_management, "in_training", comfy.model_management.in_training)
             comfy.model_management.in_training = True
             stack.callback(self.model.cleanup)
+            stack.callback(without_compiling(self.model))
             stack.callback(lambda: self._weights.restore())
             stack.callback(self.detach)
             for block in families.find_blocks(self.network):
@@ -244,15 +245,13 @@ class ComfyDenoiser(Encoding, NoiseProcess):
     def _native(self, x: Tensor, sigma: Tensor, inputs: dict[str, Any]) -> Tensor:
         """What the network itself says of ComfyUI's x at its sigma, (B, ...), in float32."""
         self._weights.load_again()
-        options = self.model.model_options["transformer_options"].copy()
-        options["wrappers"] = comfy.patcher_extension.copy_nested_dicts(options.get("wrappers", {}))
-        comfy.patcher_extension.merge_nested_dicts(options["wrappers"], self.model.wrappers, copy_dict1=False)
-        options.update(cond_or_uncond=[0] * len(x), sigmas=sigma)
+        self.model.model_patches_call_function("cleanup")  # what a patch keeps from step to step
+        options = training_options(self.model) | {"cond_or_uncond": [0] * len(x), "sigmas": sigma}
         outputs: list[Tensor] = []
         # apply_model returns the denoised latents; what the network itself said is the native prediction.
         hook = self.network.register_forward_hook(lambda module, arguments, output: outputs.append(output))
         try:
-            with copied_where_overwritten(self.network):
+            with told_apart(self.model), copied_where_overwritten(self.network):
                 self.model.model.apply_model(x, sigma, transformer_options=options, **inputs)
         finally:
             hook.remove()

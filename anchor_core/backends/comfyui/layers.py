@@ -134,7 +134,7 @@ def asking(kind: type[nn.Module]) -> type[nn.Module]:
 
     # peft knows linear layers by their class; nothing of `nn.Linear` itself is run.
     bases = (kind,) if issubclass(kind, LAYERS) else (kind, nn.Linear)
-    return type(kind.__name__, bases, {"forward": forward})
+    return type(kind.__name__, bases, {"forward": forward, "_asked_again": kind})
 
 
 def lasting(cast):

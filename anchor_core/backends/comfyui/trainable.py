@@ -8,6 +8,7 @@ import comfy.quant_ops
 from torch import Tensor, nn
 
 from .layers import LAYERS, is_gguf, is_mixed, is_plain
+from .patches import origin
 
 
 def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
@@ -16,12 +17,11 @@ def check_trainable(model: comfy.model_patcher.ModelPatcher) -> None:
     Raises:
         ValueError: one sentence that says why, and what to switch.
     """
+    wrapped = model.model_options.get("model_function_wrapper")
     reasons = {
         "carries a LoRA in bypass mode; load that LoRA without bypass": bool(model.injections),
         "carries hooks; connect it without them": bool(model.hook_patches) or model.forced_hooks is not None,
-        "has a function wrapped around it by another node; connect the model from before that node": (
-            "model_function_wrapper" in model.model_options
-        ),
+        f"has a function wrapped around it by another node ({origin(wrapped)}); connect the model from before": wrapped,
         "multiplies in fp8 (fp8_e4m3fn_fast, --fast fp8_matrix_mult); load it with weight_dtype fp8_e4m3fn": any(
             isinstance(module, comfy.ops.fp8_ops.Linear) for module in model.model.modules()
         ),

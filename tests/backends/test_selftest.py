@@ -1,0 +1,27 @@
+"""The self test of training, over ComfyUI's classes: plain weights and paged ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from anchor_core.cli import main
+from tests.comfyui import check_selftest, comfy_server
+
+found = comfy_server.find()
+
+
+@pytest.mark.skipif(isinstance(found, str), reason=str(found))
+@pytest.mark.parametrize("options", [(), ("--paged",)], ids=["plain", "paged"])
+def test_self_test(tmp_path, options):
+    output = tmp_path / "results.json"
+    comfy_server.run_script(check_selftest.__file__, comfy_server.ROOT, output, *options, folder=tmp_path)
+    told = json.loads(output.read_text())
+    assert set(told) == set(check_selftest.CHECKS)
+    assert not [text for text in told.values() if text]
+
+
+def test_without_a_comfyui(tmp_path, capsys):
+    assert main(["selftest", "--comfyui", str(tmp_path)]) == 2
+    assert "give the folder of a ComfyUI" in capsys.readouterr().err
