@@ -16,8 +16,8 @@ found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 TRAINS = {
-    "SD15:inpainting": "mask and picture concatenated",
-    "FluxInpaint": "the same by another way",
+    "HunyuanVideoSkyreelsI2V": "a picture concatenated, as for SD1's and SDXL's inpainting models, which take longer",
+    "FluxInpaint": "a picture and a mask concatenated by code of its own",
     "CosmosT2IPredict2": "flow whose x is scaled",
     "ErnieImage": "a fused kernel without a gradient",
     "PixelDiTT2I": "pixels instead of latents, and blocks that write in place",

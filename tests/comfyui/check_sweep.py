@@ -89,11 +89,11 @@ def check_gradients_are_slopes(denoiser: ComfyDenoiser, shape, layers) -> None:
         norm = torch.cat([part.flatten() for part in parts]).norm()
         sides = []
         with torch.no_grad():
-            for distance in (3e-3, -6e-3):
+            for distance in (3e-4, -6e-4):  # HiDream routes tokens to experts: not smooth over more
                 for parameter, part in zip(adapter.parameters(), parts):
                     parameter += distance * part / norm
                 sides.append(loss_of(denoiser, step))
-    torch.testing.assert_close(((sides[0] - sides[1]) / 6e-3).float(), norm, rtol=0.03, atol=0)
+    torch.testing.assert_close(((sides[0] - sides[1]) / 6e-4).float(), norm, rtol=0.03, atol=0)
 
 
 def check_stock_loader(model, clip, vae, shape, layers) -> None:
