@@ -15,6 +15,7 @@ from ..adapters.metadata import base_fingerprint
 from ..adapters.torch_file import read_sealed
 from .events import Resumed
 from .history import History
+from .optimizers import make_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -161,17 +162,17 @@ def _check_groups(own: Any, saved: Any) -> None:
 
 
 def _check_moments(loop: Any) -> None:
-    """ValueError unless what the optimizer holds of each parameter is finite and of its shape, or one for all."""
-    for parameter in loop.parameters:
-        held = [part for part in loop.optimizer.state[parameter].values() if isinstance(part, Tensor)]
-        shapes = {parameter.shape} | ({parameter.flatten().shape} if loop.settings.optimizer == "prodigy" else set())
-        quantised = any(part.dtype == torch.uint8 for part in held)  # of 8 bits, beside tables of other sizes
-        if not quantised and any(
-            (part.numel() != 1 and part.shape not in shapes) or part.is_complex() for part in held
-        ):
-            raise ValueError("its optimizer is of other parameters")
-        if not all(bool(torch.isfinite(part).all()) for part in held):
-            raise ValueError("its optimizer has NaN or infinite values")
+    """ValueError unless what the optimizer holds of each parameter is as another of its kind makes it in one step."""
+    trial = [torch.nn.Parameter(parameter.detach().clone()) for parameter in loop.parameters]
+    optimizer = make_optimizer(trial, loop.settings)
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    for parameter in trial:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for own, parameter in zip(trial, loop.parameters):
+        if loop.optimizer.state[parameter]:  # nothing of one that no gradient has reached
+            _check_like(dict(optimizer.state[own]), loop.optimizer.state[parameter], "optimizer")
 
 
 def _short(value: Any) -> str:

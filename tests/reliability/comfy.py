@@ -29,5 +29,6 @@ def install(base: Path) -> Path:
 
 
 def outside(base: Path) -> list[str]:
-    """What the server wrote, started or removed outside of its folder."""
-    return (base / "outside.log").read_text().splitlines()
+    """What the server wrote, started or removed outside of its folder, but for matplotlib's own folder of settings."""
+    lines = (base / "outside.log").read_text().splitlines()
+    return [line for line in lines if "/matplotlib" not in line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -21,6 +22,14 @@ TAMPERED = {
     "a tensor that would be broadcast": lambda state: _changed(state, lambda tensor: tensor[:1, :1]),
     "NaN": lambda state: _changed(state, lambda tensor: tensor * math.nan),
     "no optimizer": lambda state: {**state, "optimizer": {}},
+    "a mean of gradients that is a number": lambda state: _moment(state, lambda tensor: 0.5),
+    "a mean of gradients of one number": lambda state: _moment(state, lambda tensor: tensor.flatten()[:1]),
+    "a mean of gradients of NaN": lambda state: _moment(state, lambda tensor: tensor * math.nan),
+    "steps of the optimizer that are no number": lambda state: _moment(state, lambda tensor: tensor.bool(), "step"),
+    "a kept adapter of another shape": lambda state: {
+        **state,
+        "candidates": {"first": 1.0, "held": [{"step": 0, "score": 1.0, "weights": {"x": torch.ones(1)}}]},
+    },
     "an optimizer of text": lambda state: {**state, "optimizer": "adamw"},
     "a short random state": lambda state: {**state, "random": [torch.zeros(3, dtype=torch.uint8)]},
     "no random state": lambda state: {**state, "random": []},
@@ -35,6 +44,12 @@ TAMPERED = {
 def _changed(state: dict, change) -> dict:
     name, tensor = next((name, tensor) for name, tensor in state["adapter"].items() if tensor.ndim == 2)
     return {**state, "adapter": {**state["adapter"], name: change(tensor).clone()}}
+
+
+def _moment(state: dict, change, name: str = "exp_avg") -> dict:
+    optimizer = copy.deepcopy(state["optimizer"])
+    optimizer["state"][0][name] = change(optimizer["state"][0][name])
+    return {**state, "optimizer": optimizer}
 
 
 @pytest.mark.parametrize("what", TAMPERED)
