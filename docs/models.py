@@ -17,14 +17,15 @@ HEAD = """# Which models train
 
 Every class of models that ComfyUI {version} knows, with the kinds of files that a class may be. Made by
 `python docs/models.py`, which builds each at tiny size under ComfyUI's own classes and runs the main checks of the
-contract on it: the prediction agrees with ComfyUI's own sampling code, the gradient reaches the adapter, the anchor is
+contract on it: the prediction agrees with ComfyUI's own sampling code, the gradient is the slope of the loss, the anchor is
 the pretrained prediction, the LoRA's file loads in the stock loader and predicts the same there, the base stays
 untouched. It says nothing of quality at full size.
 
 - **Inpainting, fill and control models** have further input channels. They train on what ComfyUI gives them where
   nothing is connected: an empty picture, and a mask of everything. Such a model is marked *empty picture*.
 - **Edit models** (Flux Kontext, Flux.2, Qwen-Image-Edit, OmniGen2, ...) train without a reference picture.
-- **Video models** train on pictures, as videos of one frame.
+- **Models whose latents have frames**, which video models and some image models have, train on pictures as videos of
+  one frame. Such a model is marked *one frame*.
 - **Checkpointing** says whether gradient checkpointing is known for the network; without it a large one needs much
   memory.
 - A model that is refused is refused before anything is encoded or written, with the sentence that stands here.
@@ -47,12 +48,15 @@ def write(sweep: list[dict[str, Any]], version: str) -> str:
         elif "not_tried" in found:
             not_tried.append(f"| {name(found)} | {found['not_tried']} |")
         else:
-            notes = [note for note, holds in (("video", "video"), ("empty picture", "concatenates")) if found[holds]]
+            notes = [
+                note for note, holds in (("one frame", "frames"), ("empty picture", "concatenates")) if found[holds]
+            ]
             checkpointing = "yes" if found["checkpointing"] else "no"
             predicts = found["predicts"].removesuffix("_prediction")
-            family = found["family"] or "none"
-            trained.append(f"| {name(found)} | {family} | {predicts} | {checkpointing} | {', '.join(notes)} |")
-    rows = ["| class | family of presets | predicts | checkpointing | |", "|---|---|---|---|---|", *trained]
+            trained.append(
+                f"| {name(found)} | {found['network']} | {predicts} | {checkpointing} | {', '.join(notes)} |"
+            )
+    rows = ["| class | network | predicts | checkpointing | |", "|---|---|---|---|---|", *trained]
     rows += ["", "## Refused", "", "| class | what is said |", "|---|---|", *refused]
     rows += ["", "## Not tried", "", "| class | why it could not be built at tiny size |", "|---|---|", *not_tried]
     return HEAD.format(version=version) + "## Trains\n\n" + "\n".join(rows) + "\n"

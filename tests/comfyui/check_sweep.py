@@ -149,9 +149,9 @@ def sweep(name: str, kind: str) -> dict[str, Any]:
     with denoiser:
         conds = denoiser._encoded(denoiser.encode_prompt("a dog"), denoiser._frames(contract.draw(denoiser, shape, 1)))
         found |= {
-            "family": denoiser.family,
+            "network": type(denoiser.network).__name__,
             "predicts": denoiser.prediction_type,
-            "video": denoiser._video,
+            "frames": denoiser._video,
             "concatenates": "c_concat" in conds,
             "checkpointing": denoiser.can_checkpoint,
         }
