@@ -15,10 +15,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = """# Which models train
 
-Every class of models that ComfyUI {version} knows, with the kinds of files that a class may be. Made by
-`python docs/models.py`, which builds each at tiny size under ComfyUI's own classes and runs the main checks of the
-contract on it: the prediction agrees with ComfyUI's own sampling code, the gradient is the slope of the loss, the anchor
-is the pretrained prediction, the LoRA's file loads in the stock loader and predicts the same there, the base stays
+Every class of models that ComfyUI {version} knows, with the kinds of files that a class may be. Made by `python
+docs/models.py`, which builds each at tiny size under ComfyUI's own classes and runs the main checks of the contract
+on it: the prediction agrees with ComfyUI's own sampling code, the gradient is the slope of the loss, the anchor is
+the pretrained prediction, the LoRA's file loads in the stock loader and predicts the same there, the base stays
 untouched. It says nothing of quality at full size.
 
 - **Inpainting, fill and control models** have further input channels. They train on what ComfyUI gives them where
