@@ -91,3 +91,11 @@ def test_a_checkpoint_folder_that_is_taken_away_is_made_again(shop, tmp_path):
 
     shop.train("anchor", tmp_path, listen=listen, checkpoint_every=2)
     assert [file.name for file in sorted(folder.iterdir())] == ["step-000002.ckpt", "step-000004.ckpt"]
+
+
+def test_latents_do_not_depend_on_what_is_cached_already(shop, tmp_path):
+    """A preparation that was broken off leaves some; an autoencoder's last bits depend on the pictures of a pass."""
+    pictures = shop.references.pixels
+    together = Cache(shop.denoiser).latents(pictures)
+    Cache(shop.denoiser, tmp_path).latents(pictures[:2])
+    assert all(torch.equal(*pair) for pair in zip(together, Cache(shop.denoiser, tmp_path).latents(pictures)))
