@@ -9,6 +9,7 @@ import torch
 
 from anchor_core.adapters.file import load_adapter
 from anchor_core.data.cache import Cache
+from anchor_core.training import run as training
 from anchor_core.training import saving
 from anchor_core.training.events import Ended
 from anchor_core.training.optimizers import AveragedWeights, make_optimizer
@@ -39,7 +40,7 @@ def test_looking_at_the_average_leaves_the_running_weights(optimizer, ema):
         assert torch.equal(weights, before)
 
 
-@pytest.mark.parametrize("where", [(Cache, "latents"), (Preview, "conditions")])
+@pytest.mark.parametrize("where", [(Cache, "latents"), (training, "check_memory"), (Preview, "conditions")])
 def test_whatever_fails_before_the_first_step_is_told(shop, tmp_path, monkeypatch, where):
     def fail(*_):
         raise torch.OutOfMemoryError("no memory")
