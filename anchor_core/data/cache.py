@@ -20,8 +20,6 @@ from ..writing import try_folder, whole
 
 logger = logging.getLogger(__name__)
 
-BATCH = 4
-"""Pictures that are encoded at once."""
 _PROBE_PROMPT = "a photo of a red square, 1"
 
 
@@ -54,27 +52,23 @@ class Cache:
     def latents(self, pictures: Sequence[Tensor], gap: Callable[[], None] = lambda: None) -> list[Tensor]:
         """Scaled latents, (C, h, w) each, float32 on the CPU, of pictures (3, H, W) in [0, 1] of any sizes.
 
-        `gap` is called before each batch.
+        `gap` is called before each that is encoded.
 
         Raises:
             ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
         """
         names = [_digest("picture", picture) for picture in pictures]
-        missing: dict[tuple[int, ...], dict[str, Tensor]] = {}
         for name, picture in zip(names, pictures):
-            if name not in self._latents:
-                known = self._load(self._latent_file(name)) if self.folder is not None else None
-                if known is None:
-                    missing.setdefault(tuple(picture.shape), {})[name] = picture
-                else:
-                    self._latents[name] = known[0]["latents"]
-        for group in missing.values():
-            for start in range(0, len(group), BATCH):
-                gap()
-                part = list(group)[start : start + BATCH]
-                encoded = self.denoiser.encode_images(torch.stack([group[name] for name in part]))
-                for name, row in zip(part, encoded.detach().to("cpu", torch.float32)):
-                    self._keep_latents(name, row.clone(memory_format=torch.contiguous_format))
+            if name in self._latents:
+                continue
+            known = self._load(self._latent_file(name)) if self.folder is not None else None
+            if known is not None:
+                self._latents[name] = known[0]["latents"]
+                continue
+            gap()
+            # Alone: its last bits depend on what is encoded beside it, which would depend on what is known already.
+            (latents,) = self.denoiser.encode_images(picture.unsqueeze(0)).detach().to("cpu", torch.float32)
+            self._keep_latents(name, latents.clone(memory_format=torch.contiguous_format))
         return [self._latents[name] for name in names]
 
     def _keep_latents(self, name: str, latents: Tensor) -> None:

@@ -164,7 +164,10 @@ def from_images(
     Raises:
         ValueError: for other shapes, no picture, NaN, an empty mask, or pictures that are longer than 4:1.
     """
-    batches = [images] if isinstance(images, Tensor) else list(images)
+    batches = list(images) if isinstance(images, (list, tuple)) else [images]
+    odd = [type(batch).__name__ for batch in batches if not isinstance(batch, Tensor)]
+    if odd:
+        raise ValueError(f"{name} holds a {odd[0]} in the place of pictures; connect pictures")
     if not sum(map(len, batches)):
         raise ValueError(f"{name} holds no picture, but it takes at least one")
     given = [masks] * len(batches) if masks is None or isinstance(masks, bool) else masks

@@ -43,7 +43,7 @@ def build_dataset(
         caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
         flip: encode the mirrored pictures too, which are drawn half of the time.
         cache: latents that are known already; without it, none are.
-        gap: called before each batch of the autoencoder; what it raises ends the preparation.
+        gap: called before each pass of the autoencoder; what it raises ends the preparation.
 
     Raises:
         ValueError: before any encoding, for prompts that do not fit (see `prompt_pairs`) or a share out of range;

@@ -7,7 +7,8 @@ told as `events`; what is wanted meanwhile comes as `orders`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -86,22 +87,32 @@ def run(
     denoiser.attach(config, seed=settings.seed)
     gaps, reads_class = _Gaps(tell, orders), settings.make_objective().reads_class_pictures
     try:
-        material = prepare(
-            denoiser, references, concept, class_pictures=class_pictures if reads_class else None, probe=probe,
-            seed=settings.seed, cache=cache, begin=gaps.begin, gap=gaps.pass_by, shuffle=data.shuffle,
-            caption_dropout=data.caption_dropout, flip=data.flip,
-        )  # fmt: skip
-        gaps.pass_by()
+        with _told(tell):
+            material = prepare(
+                denoiser, references, concept, class_pictures=class_pictures if reads_class else None, probe=probe,
+                seed=settings.seed, cache=cache, begin=gaps.begin, gap=gaps.pass_by, shuffle=data.shuffle,
+                caption_dropout=data.caption_dropout, flip=data.flip,
+            )  # fmt: skip
+            gaps.pass_by()
     except _EndedEarly:
         tell(Ended(orders.ending, kept=0, made=0))
         return Outcome(orders.ending, History(), None, ())
-    except BaseException as error:
-        tell(_failed(error, made=0))
-        raise
     return fit(
         denoiser, material, settings, files=files, tell=tell, orders=orders, checkpoints=checkpoints, workers=workers,
         picture_every=picture_every,
     )  # fmt: skip
+
+
+@contextmanager
+def _told(tell: Tell, made: int = 0, kept: int = 0) -> Iterator[None]:
+    """What fails in the block is told as the end."""
+    try:
+        yield
+    except _EndedEarly:
+        raise
+    except BaseException as error:
+        tell(_failed(error, made, kept))
+        raise
 
 
 class _Gaps:
@@ -140,9 +151,10 @@ def fit(
     A step that `Orders.keep` chose is read back from its file: `Outcome` and the files have it, the adapter does not.
     """
     orders = orders or Orders()
-    settings = resolve(settings, denoiser)
-    settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
-    orders.fix_steps(settings.fixed_length)
+    with _told(tell):
+        settings = resolve(settings, denoiser)
+        settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
+        orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
     try:
         going.begin()
@@ -160,7 +172,8 @@ def fit(
         raise
     orders.close()
     if orders.kept is not None and written:
-        trained, written = going.take(orders.kept, written)
+        with _told(tell, going.made, going.kept):
+            trained, written = going.take(orders.kept, written)
         history.kept = orders.kept
     tell(Ended(how, history.kept, len(history.losses)))
     return Outcome(how, history, trained, written)

@@ -46,7 +46,7 @@ def all_prompts(server) -> dict[str, dict]:
     """Prompts in which every node of the pack stands once or more."""
     found = prompts() | {"options": with_options(server, {"steps": 1, "preview_every": 0})}
     images = {**training(steps=1, preview_every=0), "5": node("PreviewAny", source=["4", 4])}
-    images["6"] = node("AnchorImageReferences", images=["2", 0], size=64, captions="a photo of a sks star")
+    images["6"] = node("AnchorImageReferences", images=["2", 0], size=64)
     images["4"]["inputs"]["references"] = ["6", 0]
     del images["4"]["inputs"]["images"]
     found["images"] = images

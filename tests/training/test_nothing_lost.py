@@ -9,6 +9,7 @@ import torch
 
 from anchor_core.adapters.file import load_adapter
 from anchor_core.data.cache import Cache
+from anchor_core.training import run as training
 from anchor_core.training import saving
 from anchor_core.training.events import Ended
 from anchor_core.training.optimizers import AveragedWeights, make_optimizer
@@ -39,7 +40,7 @@ def test_looking_at_the_average_leaves_the_running_weights(optimizer, ema):
         assert torch.equal(weights, before)
 
 
-@pytest.mark.parametrize("where", [(Cache, "latents"), (Preview, "conditions")])
+@pytest.mark.parametrize("where", [(Cache, "latents"), (training, "check_memory"), (Preview, "conditions")])
 def test_whatever_fails_before_the_first_step_is_told(shop, tmp_path, monkeypatch, where):
     def fail(*_):
         raise torch.OutOfMemoryError("no memory")
@@ -91,3 +92,11 @@ def test_a_checkpoint_folder_that_is_taken_away_is_made_again(shop, tmp_path):
 
     shop.train("anchor", tmp_path, listen=listen, checkpoint_every=2)
     assert [file.name for file in sorted(folder.iterdir())] == ["step-000002.ckpt", "step-000004.ckpt"]
+
+
+def test_latents_do_not_depend_on_what_is_cached_already(shop, tmp_path):
+    """A preparation that was broken off leaves some; an autoencoder's last bits depend on the pictures of a pass."""
+    pictures = shop.references.pixels
+    together = Cache(shop.denoiser).latents(pictures)
+    Cache(shop.denoiser, tmp_path).latents(pictures[:2])
+    assert all(torch.equal(*pair) for pair in zip(together, Cache(shop.denoiser, tmp_path).latents(pictures)))
