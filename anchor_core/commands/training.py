@@ -6,7 +6,7 @@ import os
 import signal
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -144,7 +144,8 @@ def _signals() -> Iterator[Orders]:
     orders, before = Orders(), {}
 
     def cancel_once(*_) -> None:
-        orders.cancel()
+        with suppress(ValueError):  # the last step is made: what is left is to save it
+            orders.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 
