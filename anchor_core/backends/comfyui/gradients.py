@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ KERNELS = (
 )  # fmt: skip
 
 
+@cache  # torch keeps what each call registers for good
 def register_kernels() -> None:
     """Give every kernel that this comfy_kitchen has the gradient of its own plain implementation.
 
