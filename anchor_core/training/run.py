@@ -165,7 +165,7 @@ def fit(
         )  # fmt: skip
         going.made, going.kept = len(history.losses), history.kept
         how = next((how for how in ("cancelled", "stopped", "over_budget") if getattr(history, how)), "finished")
-        trained, written = going.end(files)
+        trained, written = going.end()
     except BaseException as error:
         orders.close()
         going.keep_after(error)
@@ -218,18 +218,18 @@ class _Going:
             _, self.saved[step] = self.save(step, self.files.at(step))
             self.orders.saved(step)
 
-    def end(self, files: Files | None) -> tuple[Trained | None, tuple[Path, ...]]:
+    def end(self) -> tuple[Trained | None, tuple[Path, ...]]:
         """What is kept of the whole training, and its files; nothing of one that made no step."""
         if not self.made:
             return None, ()
         self.listener(PhaseBegun("saving"))
-        return self.save(self.kept, files)
+        return self.save(self.kept, self.files)
 
     def save(self, step: int, files: Files | None) -> tuple[Trained, tuple[Path, ...]]:
-        """The adapter as it is, and the files it was written to."""
+        """The adapter as it is, and the files it was written to: none without `files`."""
         settings = replace(self.settings, steps=self.settings.steps + self.orders.more)
         trained = Trained.of(self.denoiser, self.concept, settings, step)
-        if self.files is None or files is None:
+        if files is None:
             return trained, ()
         written = trained.save(files)
         logger.info("the adapter of %d steps is in %s", step, written[0])
