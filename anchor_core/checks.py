@@ -25,6 +25,11 @@ def shown(text: Any, limit: int = 200) -> str:
     return "".join(" " if each.isspace() else each if each.isprintable() else "?" for each in text)
 
 
+def reason(error: BaseException) -> str:
+    """Why it happened, on one line as `shown`: the operating system's words, or else the error's own."""
+    return shown(" ".join(str(getattr(error, "strerror", None) or error).split()))
+
+
 @contextmanager
 def named(name: Any) -> Iterator[None]:
     """A ValueError from inside begins with `name`, of the file or input that is at fault, if it does not yet."""

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, named, shown
+from ..checks import check_choice, named, reason, shown
 from ..writing import whole
 from .adapter import Adapter
 from .formats import DIFFUSERS_PREFIXES, FORMATS, convert, diffusers_form
@@ -64,7 +64,7 @@ def saving_adapter(path: str | Path, tensors: Mapping[str, Tensor], metadata: Ma
             part.write_bytes(_serialise(tensors, metadata))
             yield
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the adapter cannot be written to {path} ({_reason(error)}); choose another place") from error
+        raise ValueError(f"the adapter cannot be written to {path} ({reason(error)}); choose another place") from error
 
 
 def _serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -98,8 +98,8 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                     check_names(file.keys())
                 tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
         except (OSError, SafetensorError, TypeError, AttributeError) as error:  # the last two for dtypes of no torch's
-            reason = f"{shown(path, 1000)} is not a readable safetensors file ({_reason(error)})"
-            raise ValueError(f"{reason}; give a file of an adapter or an embedding") from error
+            told = f"{shown(path, 1000)} is not a readable safetensors file ({reason(error)})"
+            raise ValueError(f"{told}; give a file of an adapter or an embedding") from error
     return checked(tensors, path), metadata
 
 
@@ -111,8 +111,8 @@ def _from_pickle(path: str | Path) -> dict[str, Tensor]:
     try:
         held: Any = read_torch(path)
     except UnreadableFile as error:
-        reason = error.strerror or "it is no file of tensors"
-        raise ValueError(f"{path} cannot be read ({reason}); give a file of an adapter or an embedding") from error
+        why = error.strerror or "it is no file of tensors"
+        raise ValueError(f"{path} cannot be read ({why}); give a file of an adapter or an embedding") from error
     if isinstance(held, Mapping) and isinstance(held.get("string_to_param"), Mapping):
         held = {"emb_params": next(iter(held["string_to_param"].values()), None)}
     tensors = {}
@@ -122,10 +122,6 @@ def _from_pickle(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no tensor, but it takes a file of an adapter or an embedding")
     return tensors
-
-
-def _reason(error: Exception) -> str:
-    return shown(" ".join(str(getattr(error, "strerror", None) or error).split()))
 
 
 def to_file_keys(adapter: Adapter, file_keys: Mapping[str, str]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import reason
 
 SEAL = "sha256"
 """Of a state's other contents, among them: neither torch nor zip notices changed bytes of a tensor when it reads."""
@@ -25,7 +25,7 @@ class UnreadableFile(Exception):
 
     def __init__(self, error: Exception):
         self.strerror = getattr(error, "strerror", None)
-        super().__init__(shown(" ".join(str(self.strerror or error).split())))
+        super().__init__(reason(error))
 
 
 def read_torch(path: str | Path) -> Any:

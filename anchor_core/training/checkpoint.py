@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..adapters.torch_file import sealed
+from ..checks import reason
 from ..writing import try_folder, whole
 
 KEPT = 2
@@ -55,8 +56,7 @@ class Checkpoints:
         return path
 
     def _unwritable(self, error: Exception) -> ValueError:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
-        return ValueError(f"checkpoint folder {self.folder} cannot be written ({reason}); choose another place")
+        return ValueError(f"checkpoint folder {self.folder} cannot be written ({reason(error)}); choose another place")
 
 
 def _step(path: Path) -> int:
