@@ -28,6 +28,7 @@ from ..sandbox import subjects
 from ..training.events import Event
 from ..training.methods import method_options
 from ..training.settings import TrainSettings
+from ..writing import whole
 from .ablation import COLUMNS, cell, paired
 from .personalise import ADAPTER, SETTINGS, Personalisation
 
@@ -288,9 +289,8 @@ class _Run:
         from safetensors.torch import save_file
 
         file = self._file("adapters", name, ".safetensors")
-        part = file.with_suffix(".part")
-        save_file(self.personalisation.denoiser.adapter.state_dict(), part)
-        os.replace(part, file)
+        with whole(file) as part:
+            save_file(self.personalisation.denoiser.adapter.state_dict(), part)
 
     def _load(self, name: str) -> dict[str, torch.Tensor]:
         from safetensors.torch import load_file

@@ -13,6 +13,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..writing import whole
+
 METHODS = ("stock", "plain", "anchored")
 _WORKER = Path(__file__).with_name("stock_worker.py")
 
@@ -78,7 +80,7 @@ def write_weights(path: Path, dtype: str = "bfloat16") -> Path:
     if not path.exists():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(cross_attention_dim=768)  # every other default is SD1.5's
-        part = path.with_suffix(".part")
-        save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in unet.state_dict().items()}, part)
-        os.replace(part, path)
+        tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in unet.state_dict().items()}
+        with whole(path) as part:
+            save_file(tensors, part)
     return path

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..writing import whole
 from . import model, tokenizer, world
 from .captions import caption
 from .stage import Stage, autocast
@@ -97,9 +98,8 @@ def _stage_data(work: Path, settings: PretrainSettings, device: torch.device) ->
 
 
 def _write_json(path: Path, value) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(value))
-    os.replace(temporary, path)
+    with whole(path) as part:
+        part.write_text(json.dumps(value))
 
 
 def load_pictures(work: Path) -> np.ndarray:
@@ -208,9 +208,8 @@ def _latents(work: Path, vae, device: torch.device) -> Tensor:
             for i in tqdm(range(0, len(pictures), 64), desc="latents"):
                 x = as_tensor(pictures[i : i + 64]).to(device)
                 parts.append((vae.encode(x).latents.float() * vae.config.scaling_factor).half().cpu())
-        temporary = path.with_suffix(".part")
-        torch.save(torch.cat(parts), temporary)
-        os.replace(temporary, path)
+        with whole(path) as part:
+            torch.save(torch.cat(parts), part)
     return torch.load(path, weights_only=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from ..writing import whole
 
 
 def autocast(device: torch.device):
@@ -41,16 +42,13 @@ class Stage:
             self.step = state["step"]
 
     def save(self) -> None:
-        temporary = self.path.with_suffix(".part")
-        torch.save(
-            {
-                "modules": {key: module.state_dict() for key, module in self.modules.items()},
-                "optimizer": self.optimizer.state_dict(),
-                "step": self.step,
-            },
-            temporary,
-        )
-        os.replace(temporary, self.path)
+        state = {
+            "modules": {key: module.state_dict() for key, module in self.modules.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        with whole(self.path) as part:
+            torch.save(state, part)
 
     def __iter__(self):
         """Yields a random generator for the step, which a resumed run draws the same; the caller calls `descend`."""
