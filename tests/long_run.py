@@ -1,9 +1,10 @@
 """`make test-long`: the long tests file by file, each in a process of its own, so that one that fails ends no other.
 
-    python -m tests.long_run [--docs] [FILE OR FOLDER ...]
+    python -m tests.long_run [FILE OR FOLDER ...]
+    python -m tests.long_run --docs
 
 What passed is not run again as long as no Python file has changed. Their output goes to `out/long/`, with a
-`summary.md` of what they printed, of which `--docs` makes the tables of docs/RELIABILITY.md.
+`summary.md` of what they printed, which `--docs` writes into docs/RELIABILITY.md.
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ def main(arguments: list[str]) -> int:
     OUT.mkdir(parents=True, exist_ok=True)
     state, since = OUT / "results.json", changed()
     known = json.loads(state.read_text()) if state.is_file() else {}
-    files = collect([each for each in arguments if each != "--docs"])
+    if arguments == ["--docs"]:
+        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
+        text = f"{before}{BEGIN}\n{table(sorted(known.values(), key=lambda each: each['file']))}{END}"
+        DOCS.write_text(text + rest.partition(END)[2], encoding="utf-8")
+        return 0
+    files = collect(arguments)
     for file in files:
         if known.get(file, {}).get("passed") and known[file]["at"] > since:
             continue
@@ -82,9 +88,6 @@ def main(arguments: list[str]) -> int:
         state.write_text(json.dumps(known, indent=1))
     results = [known[file] for file in files]
     (OUT / "summary.md").write_text(table(results))
-    if "--docs" in arguments:
-        before, _, rest = DOCS.read_text(encoding="utf-8").partition(BEGIN)
-        DOCS.write_text(f"{before}{BEGIN}\n{table(results)}{END}{rest.partition(END)[2]}", encoding="utf-8")
     failed = [each["file"] for each in results if not each["passed"]]
     print(f"{len(results)} files, {len(failed)} failed {failed or ''}; counts are in {OUT / 'summary.md'}")
     return 1 if failed else 0
