@@ -21,7 +21,7 @@ OUT, DOCS = ROOT / "out/long", ROOT / "docs/RELIABILITY.md"
 SECONDS = 5400
 """The most that one test may take: two hundred trainings, on two cores that others use too."""
 
-COUNT = re.compile(r"^(?:.+: [\d,]+ (?:cases|trainings)\b.*|.+: [\d,]+ passed\b.*|\d+ inputs of .+)$")
+COUNT = re.compile(r"^(?:.+: [\d,]+ (?:cases|trainings)\b.*|\d+ inputs of .+|loading a LoRA of .+)$")
 BEGIN, END = "<!-- made by python -m tests.long_run --docs: begin -->", "<!-- end -->"
 
 
