@@ -3,11 +3,12 @@
 from .checking import selftest
 from .files import convert
 from .measuring import compare, inspect
+from .repeating import with_report
 from .sampling import adjust, sample
 from .sandbox import bench, demo, pretrain, subject, subjects
 from .training import train
 
 __all__ = [
     "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "selftest", "subject", "subjects",
-    "train",
+    "train", "with_report",
 ]  # fmt: skip
