@@ -1,19 +1,16 @@
-"""The same seed gives the same adapter: again, with a cache or without, broken off or not, in 1 or 2 processes.
+"""The same seed gives the same adapter: again, with a cache or without, broken off or not.
 
-The node's is `test_a_training_is_resumed_from_its_checkpoints`, both backends' is in `test_parity_comfyui.py`.
+In two processes: `test_two_processes_train_what_one_trains_on_the_larger_batch`; in the node:
+`test_a_training_is_resumed_from_its_checkpoints`; in both backends: `test_parity_comfyui.py`.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
-from anchor_core.adapters.file import load_adapter
-from tests.commands.test_cli import PROMPTS, QUICK, ROOT, references, trained  # noqa: F401
+from tests.commands.test_cli import references, trained  # noqa: F401
 
 WAYS = {
     "anchor": ["--dropout", "0.2", "--flip", "--checkpoint_every", "2"],
@@ -44,19 +41,3 @@ def test_again_cached_and_broken_off(references, tmp_path, way, monkeypatch):  #
     trained(references, tmp_path / "parts", *options, "--resume")
     for name in ("again", "cold", "warm", "parts"):
         assert file(tmp_path / name) == file(tmp_path / "first"), name
-
-
-def test_one_process_and_two(references, tmp_path):  # noqa: F811
-    """To rounding: the gradient is the mean of two means."""
-    options = ["--seed", "3", "--steps", "4", "--flip"]
-    trained(references, tmp_path / "one", *options, "--batch_size", "4")
-    launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "anchor_core.cli", "train", *QUICK, "--references", references, *PROMPTS, *options]
-    command += ["--out", tmp_path / "two", "--batch_size", "2", "--device", "cpu"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (load_adapter(tmp_path / name / "adapter.safetensors")[0] for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    first, second = (torch.cat([side[key].flatten().double() for key in sorted(side)]) for side in (one, two))
-    assert torch.cosine_similarity(first, second, dim=0) > 0.99999
