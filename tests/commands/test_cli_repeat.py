@@ -17,13 +17,18 @@ from tests.commands.test_cli import PROMPTS, QUICK, references, refused, trained
 KEPT = "adapter.safetensors"
 
 
+@pytest.fixture
+def tiny(model_folders) -> list[str]:
+    return ["--model", str(model_folders["epsilon"]), "--resolution", "32"]
+
+
 def again(folder: Path, out: Path, *options: str) -> dict:
     assert cli.main(["train", "--from_report", str(folder / "report.json"), "--out", str(out), *options]) == 0
     return json.loads((out / "report.json").read_text())
 
 
-def test_a_report_holds_versions_hashes_and_settings(references, tmp_path):  # noqa: F811
-    report = trained(references, tmp_path, "--objective", "prior_preservation", "--class_pictures", "2")
+def test_a_report_holds_versions_hashes_and_settings(references, tiny, tmp_path):  # noqa: F811
+    report = trained(references, tmp_path, *tiny, "--objective", "prior_preservation", "--class_pictures", "2")
     made = report["made_with"]
     named = {
         "semantic-anchor",
@@ -45,7 +50,7 @@ def test_a_report_holds_versions_hashes_and_settings(references, tmp_path):  # n
     assert made["class_pictures"]["count"] == 2 and set(made["prompts"]) >= {PROMPTS[1], PROMPTS[3]}
 
 
-def test_a_training_is_made_again_from_its_report_alone(references, tmp_path, capsys):  # noqa: F811
+def test_a_training_is_made_again_from_its_report_alone(references, tiny, tmp_path, capsys):  # noqa: F811
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number, size in enumerate([(64, 64), (96, 64), (64, 96)]):
@@ -55,7 +60,7 @@ def test_a_training_is_made_again_from_its_report_alone(references, tmp_path, ca
         (folder / f"{number}.txt").write_text(f"a sks star, number {number}, in the snow")
     options = "--captions --masks --buckets --flip --shuffle --caption_dropout 0.2 --seed 5 --kind loha"
     options += " --schedule cosine --steps 6 --objective prior_preservation --class_pictures 2 --ema 0.9"
-    trained(str(folder), tmp_path / "first", *options.split())
+    trained(str(folder), tmp_path / "first", *tiny, *options.split())
     again(tmp_path / "first", tmp_path / "second")
     assert "the same as those of" in capsys.readouterr().out
     first, second = (tmp_path / name / KEPT for name in ("first", "second"))
@@ -67,30 +72,29 @@ def test_a_training_is_made_again_from_its_report_alone(references, tmp_path, ca
     assert refused(capsys, arguments) and not (tmp_path / "third").exists()
 
 
-def test_a_training_that_was_stopped_or_kept_its_best_step(references, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_a_training_that_was_stopped_or_kept_its_best_step(references, tiny, tmp_path, monkeypatch):  # noqa: F811
     from anchor_core.training.orders import Orders
 
-    made = trained(references, tmp_path / "best", "--steps", "6", "--probe_every", "2", "--keep", "best")
+    made = trained(references, tmp_path / "best", *tiny, "--steps", "6", "--probe_every", "2", "--keep", "best")
     assert again(tmp_path / "best", tmp_path / "best 2")["history"]["kept"] == made["history"]["kept"]
     steps = iter(range(100))
     monkeypatch.setattr(Orders, "goes_on", lambda orders, done, planned: next(steps) < 4)
-    trained(references, tmp_path / "stopped", "--steps", "9", "--schedule", "cosine")
+    trained(references, tmp_path / "stopped", *tiny, "--steps", "9", "--schedule", "cosine")
     monkeypatch.undo()
     assert len(again(tmp_path / "stopped", tmp_path / "stopped 2")["history"]["losses"]) == 4
     for name in ("best", "stopped"):
         assert (tmp_path / name / KEPT).read_bytes() == (tmp_path / f"{name} 2" / KEPT).read_bytes()
 
 
-def test_other_pictures_and_models_are_refused_and_other_seeds_told(references, tmp_path, capsys, model_folders):  # noqa: F811
-    trained(references, tmp_path / "first")
+def test_other_pictures_and_models_are_refused_and_other_seeds_told(references, tiny, tmp_path, capsys, model_folders):  # noqa: F811
+    trained(references, tmp_path / "first", *tiny)
     repeat = ["train", "--from_report", str(tmp_path / "first/report.json"), "--out", str(tmp_path / "second")]
     mirrored = tmp_path / "mirrored"
     mirrored.mkdir()
     for file in Path(references).glob("*.png"):
         ImageOps.mirror(Image.open(file)).save(mirrored / file.name)
     assert "picture of reference 0.png is not that of" in refused(capsys, [*repeat, "--references", str(mirrored)])
-    line = refused(capsys, [*repeat, "--model", str(model_folders["epsilon"])])
-    assert "weights" in line or "resolution" in line
+    assert "--model: its weights are" in refused(capsys, [*repeat, "--model", str(model_folders["other"])])
     assert not (tmp_path / "second").exists()
     again(tmp_path / "first", tmp_path / "other", "--seed", "1")
     assert "not the same as those of" in capsys.readouterr().out

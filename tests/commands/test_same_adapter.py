@@ -25,10 +25,10 @@ def file(out: Path) -> bytes:
 
 
 @pytest.mark.parametrize("way", ["anchor", *(pytest.param(way, marks=pytest.mark.long) for way in list(WAYS)[1:])])
-def test_again_cached_and_broken_off(references, tmp_path, way, monkeypatch):  # noqa: F811
+def test_again_cached_and_broken_off(references, model_folders, tmp_path, way, monkeypatch):  # noqa: F811
     from anchor_core.training.orders import Orders
 
-    options = [*SAME, *WAYS[way]]
+    options = ["--model", str(model_folders["epsilon"]), "--resolution", "32", *SAME, *WAYS[way]]
     trained(references, tmp_path / "first", *options)
     trained(references, tmp_path / "again", *options)
     for name in ("cold", "warm"):
