@@ -98,15 +98,34 @@ def class_only(prompt: str, token: str) -> str:
     return " ".join(without.split())
 
 
-def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
-    """A file of prompts as a function from a subject's name to its prompts.
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file: DreamBench's `prompts_and_classes.txt`, or a prompt a line, for every subject.
 
-    The file is DreamBench's `prompts_and_classes.txt`, which names each subject's class and has a list for objects and
-    one for cats and dogs; or a text with a prompt a line, for every subject.
-
-    Raises:
-        ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
+    Attributes:
+        classes: subject -> its class word; none in a file with a prompt a line.
+        live, objects: prompts with {0} for the subject's word and {1} for the class word; of one list, both the same.
     """
+
+    classes: Mapping[str, str]
+    live: Sequence[str]
+    objects: Sequence[str]
+
+    def templates(self, class_word: str) -> Sequence[str]:
+        """Those of a class, which take `format(word, class_word)`."""
+        return self.live if class_word in _LIVE else self.objects
+
+    def class_of(self, subject: str) -> str:
+        """ValueError for a subject that the file lacks."""
+        if subject not in self.classes:
+            raise ValueError(
+                f"prompts has no subject {subject!r}, but {', '.join(self.classes)}; name the folder as there"
+            )
+        return self.classes[subject]
+
+
+def read_prompt_file(file: str | Path) -> PromptFile:
+    """ValueError if it cannot be read or holds no prompt."""
     try:
         text = read_text(Path(file), MAX_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -115,15 +134,25 @@ def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"prompts is {str(file)!r}, which is empty, but it takes a prompt a line")
-        return lambda _: lines
+        return PromptFile({}, lines, lines)
     objects, _, live = text.partition("Live Subject Prompts")
-    lists = {True: _QUOTED.findall(live), False: _QUOTED.findall(objects)}
     classes = {name: class_ for name, class_ in _SUBJECT_ROW.findall(objects) if name != "subject_name"}
+    return PromptFile(classes, _QUOTED.findall(live), _QUOTED.findall(objects))
+
+
+def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
+    """A `PromptFile` as a function from a subject's name to its class-only prompts.
+
+    Raises:
+        ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
+    """
+    told = read_prompt_file(file)
 
     def of(subject: str) -> list[str]:
-        if subject not in classes:
-            raise ValueError(f"prompts has no subject {subject!r}, but {', '.join(classes)}; name the folder as there")
-        return [class_only(p.format("", classes[subject]), "") for p in lists[classes[subject] in _LIVE]]
+        if not told.classes:
+            return list(told.objects)
+        class_ = told.class_of(subject)
+        return [class_only(prompt.format("", class_), "") for prompt in told.templates(class_)]
 
     return of
 
