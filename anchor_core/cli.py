@@ -87,7 +87,19 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset"}
-    known |= {"pictures", "prompts", "clip", "dino", "adapters", "jobs", "subjects", "seeds", "rows", "ray"}
+    known |= {
+        "pictures",
+        "prompts",
+        "clip",
+        "dino",
+        "encoder_batch",
+        "adapters",
+        "jobs",
+        "subjects",
+        "seeds",
+        "rows",
+        "ray",
+    }
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -170,11 +182,24 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
 
     compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)
     compare.add_argument("--references", required=True, metavar="DIR", help="of one subject, or a folder for each")
-    compare.add_argument("--pictures", required=True, nargs="+", metavar="NAME=DIR", help="laid out as the references")
+    compare.add_argument(
+        "--pictures", nargs="+", default=[], metavar="NAME=DIR", help="laid out as the references; without any, the "
+        "references are compared with one another, which tells whether the encoders are the papers'"
+    )  # fmt: skip
     compare.add_argument("--prompts", metavar="FILE", help="a prompt a line, or DreamBench's prompts_and_classes.txt")
     compare.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
     compare.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
     compare.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
+    compare.add_argument(
+        "--encoder_dtype",
+        "--encoder-dtype",
+        default="fp32",
+        choices=PRECISIONS[1:],
+        help="of CLIP and DINO (default fp32)",
+    )
+    compare.add_argument(
+        "--encoder_batch", "--encoder-batch", type=int, default=32, help="pictures in a pass (default 32)"
+    )
     compare.add_argument("--judge", choices=("sandbox",), help="instead: the sandbox's judge, for its own pictures")
     compare.add_argument(
         "--adapters", nargs="+", default=[], metavar="NAME=FILE", help="for the drift; of several subjects a folder of "

@@ -72,7 +72,6 @@ def compare(options: Namespace) -> None:
 
     from ..adapters.attach import attach_file
     from ..adapters.file import load_adapter
-    from ..data.pictures import read_picture
     from ..evaluation import report
     from ..evaluation.compare import Comparison, contact_sheet, markdown
     from ..evaluation.encoders import open_encoders, sandbox_encoders
@@ -87,7 +86,8 @@ def compare(options: Namespace) -> None:
         raise ValueError("--adapters: the drift of an adapter takes its model too; give --model")
     if (options.judge is None) == (options.clip is None and options.dino is None):
         raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
-    subjects = gather(options.references, systems, options.prompts, options.token)
+    left_out: list[str] = []
+    subjects = gather(options.references, systems, options.prompts, options.token, left_out)
     read = [Path(folder) for folder in (options.references, *systems.values())]
     read += [file.parent for found in subjects.values() for files, _ in found.made.values() for file in files]
     if out.resolve() in {folder.resolve() for folder in (*read, *(found.folder for found in subjects.values()))}:
@@ -103,28 +103,56 @@ def compare(options: Namespace) -> None:
     concepts = {
         key: _concept(file, load_adapter(file)[1], options.subject, options.class_prompt) for key, file in files.items()
     }
-    encoders = sandbox_encoders() if options.judge else open_encoders(options.clip, options.dino, device(options))
+    encoders = sandbox_encoders() if options.judge else open_encoders(
+        options.clip, options.dino, device(options), options.encoder_dtype, options.encoder_batch
+    )  # fmt: skip
     comparison, shown = Comparison(encoders), {}
-    for subject, found in tqdm(subjects.items(), desc="subjects"):
-        references = [read_picture(file) for file in found.references]
+    for subject, found in tqdm(list(subjects.items()), desc="subjects"):
+        references, _ = _read(found.references, [], "the references", left_out)
+        made = {name: _read(*pictures, name, left_out) for name, pictures in found.made.items()}
+        empty = next(
+            (name for name, (pictures, _) in made.items() if not pictures), None if references else "references"
+        )
+        if empty is not None:
+            left_out.append(f"{subject}: no picture of {empty} can be read")
+            del subjects[subject]
+            continue
         comparison.add_references(subject, references)
-        for name, (made, prompts) in found.made.items():
-            pictures = [read_picture(file) for file in made]
+        for name, (pictures, prompts) in made.items():
             comparison.add(name, subject, pictures, prompts)
             shown.setdefault(name, pictures[:6])
-        shown.setdefault("", references)
+        shown.setdefault("", references[:6])
+    if not subjects:
+        raise ValueError(f"--references: of no subject there is anything to compare: {'; '.join(left_out)}")
     denoiser = open_model(options) if files else None
-    for (name, subject), file in files.items():
+    for (name, subject), file in ((key, file) for key, file in files.items() if key[1] in subjects):
         probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
         attach_file(denoiser, file)
         comparison.add_drift(name, probe.measure().drift)
         denoiser.detach()
+    comparison.left_out = left_out
     result = comparison.result()
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet(shown.pop(""), shown).savefig(out / "report.png")
     report.write_json(out / "report.json", result)
     (out / "report.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(markdown(result))
+
+
+def _read(files, prompts: list[str], system: str, left_out: list[str]):
+    """The pictures that can be read, with their prompts; the others are told to `left_out`."""
+    from ..checks import reason, shown
+    from ..data.pictures import read_picture
+
+    pictures, told = [], []
+    for number, file in enumerate(files):
+        try:
+            pictures.append(read_picture(file))
+        except ValueError as error:
+            left_out.append(f"{shown(file)} of {system}: {reason(error)}")
+        else:
+            told += prompts[number : number + 1]
+    return pictures, told
 
 
 def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):

@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from . import report
-from .metrics import METRICS, Average, Encoders, mean_pairwise_cosine, rank, real_against_real, text_alignment
+from .metrics import (
+    METRICS,
+    PUBLISHED_REAL,
+    Average,
+    Encoders,
+    mean_pairwise_cosine,
+    rank,
+    real_against_real,
+    text_alignment,
+)
 
 REAL = "real pictures, each with the others"
 
@@ -26,6 +35,8 @@ class Comparison:
         self._references: dict[str, dict[str, Tensor]] = {}
         self._scores: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self._drifts: dict[str, list[float]] = {}
+        self.left_out: list[str] = []
+        """What was found and is in no figure, each with the reason."""
 
     def add_references(self, subject: str, pictures: Sequence[Tensor]) -> None:
         """A subject's real pictures, (3, H, W) each in [0, 1]."""
@@ -62,10 +73,12 @@ class Comparison:
     def result(self) -> dict[str, Any]:
         """Everything in the table, and the scores by subject, for `report.json`; systems in the order of their places.
 
+        Without a system it is of real pictures with one another alone: a calibration of the encoders.
+
         Raises:
             ValueError: if a system lacks a subject that another has.
         """
-        wanted = list(next(iter(self._scores.values()), ()))
+        wanted = list(next(iter(self._scores.values()), self._references))
         for system, scores in self._scores.items():
             if scores.keys() != set(wanted):
                 raise ValueError(f"pictures of {system} are of {', '.join(scores)}, but others' of {', '.join(wanted)}")
@@ -74,7 +87,8 @@ class Comparison:
             system: {metric: Average.of(*zip(*(scores[subject][metric] for subject in wanted))) for metric in metrics}
             for system, scores in self._scores.items()
         }
-        mean_ranks, places = rank([[row[metric].mean for metric in metrics] for row in means.values()])
+        table = [[row[metric].mean for metric in metrics] for row in means.values()]
+        mean_ranks, places = rank(table) if table else ([], [])
         systems = {}
         for system, mean_rank, place in zip(means, mean_ranks, places):
             drifts = self._drifts.get(system)
@@ -92,29 +106,40 @@ class Comparison:
             "encoders": {metric: self.encoders.names.get(metric) for metric in metrics},
             "subjects": wanted,
             "real": self._real(wanted),
+            "left_out": list(self.left_out),
             "systems": dict(sorted(systems.items(), key=lambda item: item[1]["place"])),
         }
 
-    def _real(self, subjects: Sequence[str]) -> dict[str, dict[str, float]]:
+    def _real(self, subjects: Sequence[str]) -> dict[str, dict[str, Any]]:
         """CLIP-I and DINO of the references with one another; subjects with one picture do not count."""
         real = {}
         for metric, encoder in (("clip_i", "clip"), ("dino", "dino")):
-            found = [self._references[subject].get(encoder) for subject in subjects]
-            found = [references for references in found if references is not None and len(references) > 1]
+            held = {subject: self._references[subject].get(encoder) for subject in subjects}
+            found = {subject: each for subject, each in held.items() if each is not None and len(each) > 1}
             if found:
-                pairs = [len(references) * (len(references) - 1) for references in found]
-                real[metric] = asdict(Average.of([real_against_real(references) for references in found], pairs))
+                values = {subject: real_against_real(references) for subject, references in found.items()}
+                average = Average.of([*values.values()], [len(each) * (len(each) - 1) for each in found.values()])
+                real[metric] = asdict(average) | {"by_subject": values}
         return real
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table of a `Comparison.result()`: mean ± standard deviation over subjects, n/a for what was not measured."""
+    """The table of a `Comparison.result()`, and what was left out.
+
+    A cell is mean ± standard deviation over subjects and, in brackets, the 95 % interval of the mean; n/a for what was
+    not measured.
+    """
     lines = ["| system | " + " | ".join(METRICS.values()) + " | mean rank | place | drift |", "|" + "---|" * 7]
     for name, row in {REAL: result["real"], **result["systems"]}.items():
         cells = [_cell(row.get(metric), 3) for metric in METRICS]
         if "place" in row:
             cells += [f"{row['mean_rank']:.2f}", str(row["place"]), _cell(row["drift"], 2)]
         lines.append(f"| {name} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
+    if not result["systems"] and result["real"]:
+        known = ", ".join(f"{METRICS[metric]} {PUBLISHED_REAL[metric]}" for metric in result["real"])
+        lines += ["", f"Over DreamBench's 30 subjects the papers have {known}."]
+    if result.get("left_out"):
+        lines += ["", f"Left out ({len(result['left_out'])}): {'; '.join(result['left_out'])}."]
     return "\n".join(lines)
 
 
@@ -122,7 +147,9 @@ def _cell(average: Mapping[str, float | None] | None, digits: int) -> str:
     if average is None:
         return "n/a"
     spread = "" if average["spread"] is None else f" ± {average['spread']:.{digits}f}"
-    return f"{average['mean']:.{digits}f}{spread}"
+    ends = [average.get(end) for end in ("low", "high")]
+    interval = "" if None in ends else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{average['mean']:.{digits}f}{spread}{interval}"
 
 
 def contact_sheet(references: Sequence[Tensor], pictures: Mapping[str, Sequence[Tensor]], columns: int = 6):
