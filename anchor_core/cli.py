@@ -177,7 +177,10 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     inspect.add_argument("--adapter", required=True, metavar="FILE")
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
-    inspect.add_argument("--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse")
+    inspect.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse; or shipped: 200 "
+        "sentences and 200 simple prompts of the package"
+    )  # fmt: skip
     _add_prompts(inspect)
 
     compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)
@@ -188,6 +191,10 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     )  # fmt: skip
     compare.add_argument("--prompts", metavar="FILE", help="a prompt a line, or DreamBench's prompts_and_classes.txt")
     compare.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
+    compare.add_argument(
+        "--class_word", "--class-word", metavar="WORD", help="split CLIP-T into subject and context by this word "
+        "(default: DreamBench's classes, where --prompts tells them)"
+    )  # fmt: skip
     compare.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
     compare.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
     compare.add_argument(

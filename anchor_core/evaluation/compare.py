@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
+from ..checks import shown
+from ..concept import word_pattern
 from . import report
 from .metrics import (
     METRICS,
@@ -19,7 +21,10 @@ from .metrics import (
     real_against_real,
     text_alignment,
 )
+from .prompt_sets import split_prompts
 
+PARTS = ("full", "subject", "context")
+"""Of a prompt, in the split of CLIP-T."""
 REAL = "real pictures, each with the others"
 
 
@@ -35,6 +40,7 @@ class Comparison:
         self._references: dict[str, dict[str, Tensor]] = {}
         self._scores: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self._drifts: dict[str, list[float]] = {}
+        self._parts: dict[str, dict[str, dict[str, float]]] = {}
         self.left_out: list[str] = []
         """What was found and is in no figure, each with the reason."""
 
@@ -42,11 +48,21 @@ class Comparison:
         """A subject's real pictures, (3, H, W) each in [0, 1]."""
         self._references[subject] = self.encoders.embed(pictures)
 
-    def add(self, system: str, subject: str, pictures: Sequence[Tensor], prompts: Sequence[str] | None = None) -> None:
+    def add(
+        self,
+        system: str,
+        subject: str,
+        pictures: Sequence[Tensor],
+        prompts: Sequence[str] | None = None,
+        class_word: str | None = None,
+    ) -> None:
         """Pictures, (3, H, W) each in [0, 1], that `system` made of `subject`.
 
         Args:
             prompts: one a picture, which name the class and not the subject's token; read for CLIP-T.
+            class_word: where it is given, CLIP-T is split too: into that of the subject alone ("a dog") and that of
+                the context ("in the snow"), which a collapsed subject takes over (arXiv 2506.22685). Pictures whose
+                prompt has no context do not count there.
 
         Raises:
             ValueError: if there is no picture, or CLIP-T is to be measured and there is not one prompt a picture.
@@ -64,7 +80,23 @@ class Comparison:
                 told = "none" if prompts is None else len(prompts)
                 raise ValueError(f"prompts of {system} are {told}, but CLIP-T takes one a picture ({len(pictures)})")
             scores["clip_t"] = text_alignment(embedded["clip"], self.encoders.text(prompts)), len(pictures)
+            if class_word is not None:
+                self._parts.setdefault(system, {})[subject] = self._split(system, embedded["clip"], prompts, class_word)
         self._scores.setdefault(system, {})[subject] = scores
+
+    def _split(self, system: str, pictures: Tensor, prompts: Sequence[str], class_word: str) -> dict[str, float]:
+        """CLIP-T with the full prompts, the subject alone and the context alone, of prompts that name the class."""
+        named = [number for number, prompt in enumerate(prompts) if word_pattern(class_word).search(prompt)]
+        if len(named) < len(prompts):
+            bare = f"{len(prompts) - len(named)} prompts of {system}: they do not name the class {shown(class_word)!r}"
+            self.left_out.append(f"{bare}, by which CLIP-T is split")
+        texts = [prompts[number] for number in named]
+        found = {}
+        for part, told in zip(PARTS, (texts, *split_prompts(texts, class_word))):
+            rows = {number: text for number, text in zip(named, told) if text}
+            if rows:
+                found[part] = text_alignment(pictures[list(rows)], self.encoders.text(list(rows.values())))
+        return found
 
     def add_drift(self, system: str, drift: float) -> None:
         """The drift of a system's adapter for one of the subjects."""
@@ -96,7 +128,8 @@ class Comparison:
                 "place": place,
                 "mean_rank": mean_rank,
                 **{metric: asdict(average) for metric, average in means[system].items()},
-                "drift": asdict(Average.of(drifts, [1] * len(drifts))) if drifts else None,
+                "drift": asdict(Average.of(*_counted(drifts))) if drifts else None,
+                "clip_t_parts": self._mean_parts(system),
                 "by_subject": {
                     subject: {metric: score for metric, (score, _) in self._scores[system][subject].items()}
                     for subject in wanted
@@ -109,6 +142,13 @@ class Comparison:
             "left_out": list(self.left_out),
             "systems": dict(sorted(systems.items(), key=lambda item: item[1]["place"])),
         }
+
+    def _mean_parts(self, system: str) -> dict[str, float] | None:
+        """Each part's mean over the subjects that have it; None where CLIP-T was not split."""
+        by_subject = self._parts.get(system, {}).values()
+        parts = {part for found in by_subject for part in found}
+        means = {part: Average.of(*_counted(found[part] for found in by_subject if part in found)) for part in parts}
+        return {part: asdict(mean) for part, mean in means.items()} or None
 
     def _real(self, subjects: Sequence[str]) -> dict[str, dict[str, Any]]:
         """CLIP-I and DINO of the references with one another; subjects with one picture do not count."""
@@ -123,6 +163,12 @@ class Comparison:
         return real
 
 
+def _counted(values: Iterable[float]) -> tuple[list[float], list[int]]:
+    """Values that count alike."""
+    listed = list(values)
+    return listed, [1] * len(listed)
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     """The table of a `Comparison.result()`, and what was left out.
 
@@ -135,6 +181,11 @@ def markdown(result: Mapping[str, Any]) -> str:
         if "place" in row:
             cells += [f"{row['mean_rank']:.2f}", str(row["place"]), _cell(row["drift"], 2)]
         lines.append(f"| {name} | " + " | ".join(cells + [""] * (6 - len(cells))) + " |")
+    split = {name: row["clip_t_parts"] for name, row in result["systems"].items() if row.get("clip_t_parts")}
+    if split:
+        lines += ["", "| CLIP-T of | full prompt | subject | context |", "|---|---|---|---|"]
+        for name, parts in split.items():
+            lines.append(f"| {name} | " + " | ".join(_cell(parts.get(part), 3) for part in PARTS) + " |")
     if not result["systems"] and result["real"]:
         known = ", ".join(f"{METRICS[metric]} {PUBLISHED_REAL[metric]}" for metric in result["real"])
         lines += ["", f"Over DreamBench's 30 subjects the papers have {known}."]
