@@ -32,6 +32,8 @@ class AdapterConfig:
         token: the word of the subject prompt whose place they take.
         initial: the word whose embedding they start from, a single token; empty for `token` itself.
         detach_start: no gradient goes through the keys and values of a prompt's first token, as in Custom Diffusion.
+        coft: epsilon of COFT, for kind oft: before each pass the parameters of a layer's blocks are projected to the
+            ball of the radius epsilon (in / r)^2 / sqrt(r) about 0; 0 for none.
         ranks: by module name, where it is not `rank`: that of a file whose layers differ.
         kinds: by module name, where it is not `kind`: of `FILE_KINDS`, of a file whose layers differ.
 
@@ -78,6 +80,12 @@ class AdapterConfig:
         False,
         "with layers cross_attention_kv: no gradient by the first token, as in Custom Diffusion; else leave it off",
     )
+    coft: float = option(
+        0.0,
+        "oft: how far a block may turn (COFT), which keeps more of the model; 6e-5 as published, 0 for as far as it "
+        "learns to",
+        minimum=0,
+    )
     ranks: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,6 +98,8 @@ class AdapterConfig:
             raise ValueError(
                 f"dropout is {self.dropout!r}, but with kind {self.kind!r} it takes 0: it has no update to leave out"
             )
+        if self.coft and self.kind != "oft":
+            raise ValueError(f"coft is {self.coft:g}, but it takes 0 with kind {self.kind!r}; it is an option of oft")
         if self.kind == NO_LAYERS and not self.vectors:
             raise ValueError("kind is 'none' and vectors is 0, so that nothing would be trained; take vectors 1")
         if self.kind == NO_LAYERS and self.text_encoder:

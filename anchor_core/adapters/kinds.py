@@ -27,6 +27,7 @@ class Options(Protocol):
     rank: int
     alpha: float
     dropout: float
+    coft: float
 
 
 Start = Callable[[Any, torch.Size, torch.Generator], Tensor]
@@ -59,6 +60,11 @@ class Kind:
 
         shared = {"r": config.rank, "target_modules": exact_layers(names), "rank_pattern": ranks}
         inject_adapter_in_model(self.peft_config(config, shared), network, adapter_name=NAME)
+        if config.coft:
+            for name in names:
+                # peft divides by the root of the blocks, but does not multiply by their area.
+                blocks = network.get_submodule(name).oft_R[NAME]
+                blocks.coft, blocks.eps = True, config.coft * blocks.block_size**2
 
     def factors(self, layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters of a layer of peft's, by name."""

@@ -64,7 +64,7 @@ class Case:
         made = prepare(
             self.denoiser, self.subject.references, self.concept, seed=self.seed, cache=self.cache, probe=None,
             class_pictures=self._class_pictures(class_pictures) if class_pictures else None,
-            shuffle=data.shuffle, caption_dropout=data.caption_dropout, flip=data.flip,
+            **data.build,
         )  # fmt: skip
         return replace(made, probe=self._probe_of(made.latents))
 

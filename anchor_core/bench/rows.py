@@ -23,8 +23,20 @@ PRETRAINED = "pretrained, class prompt"
 VECTORS = "vectors"
 """The adjustment of the token's own vectors, beside those of `ALIGNMENTS`."""
 
-SCALE = {"learning_rate", "steps", "batch_size", "accumulation", "rank", "guidance", CLASS_PICTURES, "flip"}
-"""Options of a published method that belong to the size of its model and data: the embedded model has its own."""
+SCALE = {
+    "learning_rate",
+    "steps",
+    "batch_size",
+    "accumulation",
+    "rank",
+    "guidance",
+    CLASS_PICTURES,
+    "flip",
+    "templates",
+    "resizes",
+}
+"""Options of a published method that belong to the size of its model and data: the embedded model has its own, and
+knows few of the words of other prompts."""
 
 PARTS = {"settings": TrainSettings, "adapter": AdapterConfig, "data": DataSettings}
 _OPTIONS = {part: [each.name for each in fields(kind) if "help" in each.metadata] for part, kind in PARTS.items()}

@@ -6,8 +6,10 @@ Each option is declared once, with its limits and its help; the command line and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..checks import check_options, option
+from ..data.augment import TEMPLATES
 from ..guidance import RECOMMENDED_GUIDANCE
 from ..objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_names
 
@@ -241,6 +243,25 @@ class DataSettings:
         minimum=0,
         below=1,
     )
+    templates: bool = option(
+        False,
+        "say the subject in 27 neutral ways instead of one, as Textual Inversion does: less of one wording is learnt; "
+        "not with captions",
+    )
+    resizes: int = option(
+        0,
+        "copies of each picture at other sizes, smaller on grey or enlarged, as Custom Diffusion makes them: the "
+        "subject is learnt at any size; 40 is near to drawing anew each time, 0 for none",
+        minimum=0,
+    )
 
     def __post_init__(self):
         check_options(self)
+        if self.templates and self.captions:
+            raise ValueError("templates is True, but captions is too, which say what is in each picture; take one")
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The options of `build_dataset`."""
+        told = {name: getattr(self, name) for name in ("shuffle", "caption_dropout", "flip", "resizes")}
+        return told | {"templates": TEMPLATES if self.templates else ()}
