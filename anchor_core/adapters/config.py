@@ -24,8 +24,9 @@ class AdapterConfig:
         dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output
             rows. The others have none.
         layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the networks'
-            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network, and
-            an expression selects its norms too.
+            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network,
+            and an expression selects its norms too; with svdiff it is all linear and convolution layers, the outer
+            ones too, and the lengths of the norms' weights.
         kind: of `KINDS`: lora, dora, lokr, loha, oft, full, svdiff; or none, which trains token vectors alone.
         text_encoder: adapt the text encoders as well.
         vectors: how many vectors of each CLIP text encoder the `token` stands for, which train too; 0 for none.
@@ -110,10 +111,10 @@ class AdapterConfig:
             raise ValueError(f"token is {self.token!r}, but it takes a word of the subject prompt, such as sks")
         if not isinstance(self.layers, str) or not self.layers:
             raise ValueError(f"layers is {self.layers!r}, but it takes {layer_choices()}")
-        if self.layers == EVERYTHING and self.kind not in ("full", NO_LAYERS):
+        if self.layers == EVERYTHING and self.kind not in ("full", "svdiff", NO_LAYERS):
             raise ValueError(
                 f"layers is {EVERYTHING!r}, which has norms too, but kind {self.kind!r} takes linear and convolution "
-                "layers; take all_linear_conv, or kind full"
+                "layers; take all_linear_conv, or kind full or svdiff"
             )
         if self.detach_start and (self.layers != "cross_attention_kv" or self.kind == NO_LAYERS):
             raise ValueError("detach_start is True, but it goes with layers cross_attention_kv only; leave it off")

@@ -25,6 +25,7 @@ VECTORS = "vectors"
 
 SCALE = {
     "learning_rate",
+    "norm_learning_rate",
     "steps",
     "batch_size",
     "accumulation",

@@ -74,10 +74,10 @@ METHODS = {
         {**_DREAMBOOTH, **_CUSTOM, "batch_size": 2, "learning_rate": 4e-5, "steps": 500, "guidance": 6.0},
     ),
     "svdiff": Method(
-        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors', but for norms and outer convolutions",
+        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors', but for the text encoder's norms",
         {
-            **_DREAMBOOTH, "kind": "svdiff", "layers": "all_linear_conv", "text_encoder": True, "learning_rate": 1e-3,
-            "steps": 500, "guidance": 7.5,
+            **_DREAMBOOTH, "kind": "svdiff", "layers": EVERYTHING, "text_encoder": True, "learning_rate": 1e-3,
+            "norm_learning_rate": 1e-6, "steps": 500, "guidance": 7.5,
         },
     ),
     "oft": Method(

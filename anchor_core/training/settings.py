@@ -76,6 +76,9 @@ class TrainSettings:
         above=0,
     )
     token_learning_rate: float = option(0.0, "of token vectors, usually 5e-4 to 5e-3; 0 for learning_rate", minimum=0)
+    norm_learning_rate: float = option(
+        0.0, "of norms, with layers everything: 1e-6 for svdiff as published; 0 for learning_rate", minimum=0
+    )
     batch_size: int = option(
         4, "pictures seen at once: more learns more evenly and takes more memory; 1 on small cards"
     )
@@ -178,10 +181,9 @@ class TrainSettings:
             )
         if self.optimizer == "schedule_free" and self.schedule != "constant":
             raise ValueError(f"schedule is {self.schedule!r}, but the schedule_free optimizer takes constant alone")
-        if self.optimizer == "prodigy" and self.token_learning_rate:
-            raise ValueError(
-                f"token_learning_rate is {self.token_learning_rate:g}, but prodigy finds one rate for all; take 0"
-            )
+        for name in ("token_learning_rate", "norm_learning_rate"):
+            if self.optimizer == "prodigy" and getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name):g}, but prodigy finds one rate for all; take 0")
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but it takes less than the {self.steps} steps of the training")
 
