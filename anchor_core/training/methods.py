@@ -150,10 +150,10 @@ def check_combination(
             "set text_encoder or vectors, or take another objective"
         )
     alone = config.kind == NO_LAYERS
-    if alone and settings.make_objective().reads_class_pictures:
+    if alone and settings.make_objective().trains_class:
         raise ValueError(
             f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the "
-            "class prompt lacks, so that its class pictures train nothing; take another, such as anchor"
+            "class prompt lacks, so that its own term trains nothing; take anchor with class_weight 0"
         )
     if alone and caption_dropout:
         raise ValueError(

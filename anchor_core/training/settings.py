@@ -49,6 +49,12 @@ class TrainSettings:
         "comparison",
         choices=ANCHORS,
     )
+    class_weight: float = option(
+        0.0,
+        "anchor: how firmly the class prompt itself is held to what it was, for a third pass of the model: try 0.5 if "
+        "others of the class take the subject's looks; 0 for not at all",
+        minimum=0,
+    )
     prior_weight: float = option(
         1.0,
         "weight of the class pictures of prior_preservation and sude: more keeps the class as it was, less is nearer "
@@ -184,6 +190,11 @@ class TrainSettings:
         for name in ("token_learning_rate", "norm_learning_rate"):
             if self.optimizer == "prodigy" and getattr(self, name):
                 raise ValueError(f"{name} is {getattr(self, name):g}, but prodigy finds one rate for all; take 0")
+        if self.class_weight and "class_weight" not in option_names(self.objective):
+            raise ValueError(
+                f"class_weight is {self.class_weight:g}, but it goes with the objective anchor and this is "
+                f"{self.objective!r}; take 0, or the objective anchor"
+            )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but it takes less than the {self.steps} steps of the training")
 
