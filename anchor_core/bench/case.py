@@ -93,12 +93,9 @@ class Case:
         probe = self.config.probe
         if not probe.class_pictures:
             return None
-        made = next((each for each in self._materials.values() if each.class_latents is not None), None)
-        if made is not None and len(made.class_latents) >= probe.class_pictures:
-            latents = made.class_latents[: probe.class_pictures]
-        else:
-            pictures = self._class_pictures(probe.class_pictures)
-            latents = pictures.latents(self.denoiser, self.concept, self.shape, self.seed, lambda: None)
+        # Its own, not those of an objective: a cell must not depend on what was trained before it.
+        pictures = self._class_pictures(probe.class_pictures)
+        latents = pictures.latents(self.denoiser, self.concept, self.shape, self.seed, lambda: None)
         options = {"timesteps": probe.timesteps, "noises": probe.noises, "seed": self.seed, "latents_are": "class"}
         return DriftProbe(self.denoiser, latents, self.concept, **options)
 
@@ -142,7 +139,7 @@ class Case:
         drawing, prompts = self.config.sampling, self.subject.prompts(token)
         every = [(prompt, number) for prompt in range(len(prompts)) for number in range(drawing.count)]
         generator = torch.Generator().manual_seed(10_000 + self.seed)
-        noise = torch.randn((len(every), *self.shape), generator=generator)
+        noise = torch.randn((len(every), *self.shape), generator=generator).to(self.denoiser.device)
         sampler = _Sampler(self, row, prompts, self.subject.prompts(""))
         for start in range(0, len(every), drawing.batch):
             part = every[start : start + drawing.batch]
@@ -150,7 +147,7 @@ class Case:
             held = [None if file is None or not file.is_file() else read_picture(file) for file in files]
             if any(each is None for each in held):
                 drawn = sampler([prompt for prompt, _ in part], noise[start : start + len(part)])
-                held = [picture if folder is None else _kept(picture, file) for picture, file in zip(drawn, files)]
+                held = [_kept(new, file) if old is None else old for new, old, file in zip(drawn, held, files)]
             yield [prompt for prompt, _ in part], held
 
     def with_vectors(self, row: Sampling, folder: Path | None) -> tuple[Scores, dict[str, list[float | None]]]:
@@ -169,8 +166,10 @@ class Case:
             tokens.load_state_dict(before)
 
 
-def _kept(picture: Tensor, file: Path) -> Tensor:
-    """The picture as its file has it, so that a second start scores what the first one did."""
+def _kept(picture: Tensor, file: Path | None) -> Tensor:
+    """The picture as its file has it, so that a second start scores what the first one did; without one, itself."""
+    if file is None:
+        return picture
     file.parent.mkdir(parents=True, exist_ok=True)
     pixels = as_picture(picture)
     with whole(file) as part:

@@ -32,14 +32,9 @@ def run_on_ray(
     # Workers get this very code, and the threads that belong to the cores of a job.
     package = str(Path(__file__).resolve().parents[1])
     environment = {"py_modules": [package], "env_vars": {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}}
-    own = {"num_cpus": jobs} if address == "local" else {"address": address}
+    own = {"num_cpus": jobs, "include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(
-            **own,
-            runtime_env=environment,
-            log_to_driver=False,
-            include_dashboard=False if own.get("num_cpus") else None,
-        )
+        ray.init(address, runtime_env=environment, log_to_driver=False, **own)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(f"ray is {address!r}, where no cluster answers ({reason(error)}); give its address") from error
     try:
