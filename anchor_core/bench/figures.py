@@ -79,7 +79,7 @@ def _draw_trade_offs(figure: Lines, cells: Cells):
                 )  # fmt: skip
         axes.set(xlabel=SCORES[across], ylabel=SCORES[up])
         axes.grid(alpha=0.3)
-    if axes.has_data():
+    if drawn.axes[0].has_data():
         drawn.axes[0].legend(fontsize=7)
     return drawn
 
@@ -105,7 +105,7 @@ def _draw_curves(figure: Lines, cells: Cells):
         axes.set(xlabel="step", title=CURVES[quantity])
         axes.title.set_fontsize(9)
         axes.grid(alpha=0.3)
-    if axes.has_data():
+    if drawn.axes[0].has_data():
         drawn.axes[0].legend(fontsize=7)
     return drawn
 
