@@ -117,7 +117,10 @@ class Repeat:
             if event.event == "phase" and event.phase == "training":
                 own, said = base_fingerprint(denoiser), self.made_with.get("base_model")
                 if own != said:
-                    raise ValueError(f"model: its weights are {own}, but those of {shown(self.file)} are {shown(said)}")
+                    raise ValueError(
+                        f"--model: its weights are {own}, but those of {shown(self.file)} are {shown(said, 60)}; give "
+                        "that model"
+                    )
             tell(event)
             if event.event == "step" and event.step == kept != planned:
                 orders.stop()
