@@ -64,6 +64,8 @@ TYPES: dict[str, Callable[[Any], bool]] = {
 }
 """Each type that an input of the pack has: whether a value is of it."""
 RANGED = io.Int.Input | io.Float.Input
+MESSAGE = 1200
+"""The most letters of a message; the middle of a longer one is left out."""
 WIDGETS = {"INT": "a whole number", "FLOAT": "a number", "STRING": "a text", "BOOLEAN": "true or false"}
 WIDGETS |= dict.fromkeys(("COMBO", io.DynamicCombo.io_type), "one of its choices")
 
@@ -71,13 +73,20 @@ WIDGETS |= dict.fromkeys(("COMBO", io.DynamicCombo.io_type), "one of its choices
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """`node`, whose `execute` gets inputs of the declared types, and none that is optional and None.
 
-    Its `execute` then raises ValueError, naming the input, for any other.
+    Its `execute` then raises ValueError, naming the input, for any other. What it says is fit to be shown, whatever
+    text of a workflow is in it.
     """
     execute = node.execute.__func__
 
     @wraps(execute)
     def checking(cls, **inputs: Any) -> io.NodeOutput:
-        return execute(cls, **_checked(node.define_schema().inputs, inputs, node.INPUT_IS_LIST))
+        try:
+            return execute(cls, **_checked(node.define_schema().inputs, inputs, node.INPUT_IS_LIST))
+        except ValueError as error:
+            said = shown(error, MESSAGE)
+            if said == str(error):
+                raise
+            raise ValueError(said) from error
 
     node.execute = classmethod(checking)
     return node

@@ -63,3 +63,12 @@ def test_every_input_of_every_node(server):
             wrong.append(f"{ours}.{name}, {value!r}: {message}")
     assert not wrong, "\n".join(wrong)
     assert len(cases) > 150
+
+
+def test_long_texts_and_control_characters_do_not_reach_messages(server):
+    prompt = all_prompts(server)["embedding"]
+    for text in ("x" * 100_000, "\x1b[2J\u202e\n" * 2000):
+        prompt["4"]["inputs"]["class_word"] = text
+        with pytest.raises(RuntimeError, match="^class_word is ") as caught:
+            server.run(prompt)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1300
