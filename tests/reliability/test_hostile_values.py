@@ -22,7 +22,7 @@ found = comfy_server.find()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(isinstance(found, str), reason=str(found))]
 
 SECONDS = 10
-CASES = 4  # of each input
+CASES = 8  # of each input
 ODD = (
     None, True, False, 0, 1, -1, 2, 3.5, 1e-9, 1e300, -1e300, 10**18, 2**63, 2**64, 10**30, float("nan"), float("inf"),
     "", " ", "0", "1e5", "nan", "None", "sks", "a star", "two words", "../../outside", "/etc/passwd", "/outside", "..",
