@@ -79,8 +79,9 @@ def changed(prompt: dict, number: str, name: str, draw: random.Random) -> dict:
 
 def test_values(server, tmp_path):
     sent, infos = all_prompts(server), server.get("/object_info")
-    for prompt in sent.values():  # they run, and the model is loaded
-        server.run(prompt)
+    for name, prompt in sent.items():  # they run, and the model is loaded
+        if name not in infos:
+            server.run(prompt)
     places = targets(sent, infos)
     tally = Tally("workflow values", CASES * len(places))
 
