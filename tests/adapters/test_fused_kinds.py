@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from anchor_core.adapters.attach import attach_tensors
 from anchor_core.adapters.formats import convert
+from tests.adapters.networks import Bare
 
 WIDTH = 16
 PARTS = [f"transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k", "to_v")]
@@ -67,3 +70,21 @@ def test_what_depends_on_the_base_weights_is_refused_and_what_is_too_large():
     layers[PARTS[0]] = {"lokr_w1": torch.ones(4, 4), "lokr_w2": torch.ones(4, 5)}
     with pytest.raises(ValueError, match="read inputs of different widths"):
         convert(file(layers), FLUX, to="comfyui")
+
+
+def test_magnitudes_of_separate_layers_are_read_on_the_fused_one():
+    """DoRA on output rows: each part of the weight, W + its change, by scale over the norm of W's rows."""
+    layer, changes = nn.Linear(WIDTH, 3 * WIDTH, bias=False), []
+    layers, weights = {}, layer.weight.detach().clone().split(WIDTH)
+    for seed, (name, weight) in enumerate(zip(PARTS, weights)):
+        layers[name], change = lokr(seed)
+        scale = layers[name]["dora_scale"] = draw(WIDTH, 1, seed=seed).abs()
+        changes.append((weight + change) * scale / weight.norm(dim=1, keepdim=True))
+    block = nn.ModuleDict({"img_attn": nn.ModuleDict({"qkv": layer})})
+    network = nn.ModuleDict({"double_blocks": nn.ModuleList([block])})
+    bare = Bare(network, "diffusion_model.", "flux-1-dev/lokr")
+    attach_tensors(bare, file(layers))
+    x = draw(5, WIDTH)
+    with torch.no_grad():
+        made = block["img_attn"]["qkv"](x)
+    torch.testing.assert_close(made, x @ torch.cat(changes).T, atol=1e-4, rtol=1e-4)
