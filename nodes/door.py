@@ -102,7 +102,9 @@ def _checked(declared: list[io.Input], inputs: Mapping[str, Any], lists: bool, i
 
 
 def _is_none(value: Any, lists: bool) -> bool:
-    return value is None or (lists and not isinstance(value, Mapping) and all(each is None for each in value))
+    if lists and not isinstance(value, Mapping):
+        return len(value) > 0 and all(each is None for each in value)
+    return value is None
 
 
 def _input(declared: io.Input, value: Any, lists: bool, name: str) -> Any:
