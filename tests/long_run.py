@@ -22,6 +22,8 @@ SECONDS = 5400
 """The most that one test may take: two hundred trainings, on two cores that others use too."""
 
 COUNT = re.compile(r"^(?:.+: [\d,]+ (?:cases|trainings)\b.*|\d+ inputs of .+|loading a LoRA of .+)$")
+TEST = re.compile(r"^tests/\S+::\w+(?:\[[^]]*\])? ")
+"""What pytest writes before a test's first line."""
 BEGIN, END = "<!-- made by python -m tests.long_run --docs: begin -->", "<!-- end -->"
 
 
@@ -46,10 +48,10 @@ def run(file: str) -> dict:
     """The results of a file: what its tests printed and how many passed, failed and were skipped."""
     log = (OUT / file.replace("/", "+")).with_suffix(".log")
     began = time.monotonic()
-    command = [sys.executable, "-m", "pytest", "-m", "long", "-s", "-rs", f"--timeout={SECONDS}", file]
+    command = [sys.executable, "-m", "pytest", "-m", "long", "-v", "-s", "-rs", f"--timeout={SECONDS}", file]
     with log.open("w") as output:
         status = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
-    lines = [line.strip().lstrip(".Fs") for line in log.read_text(errors="replace").splitlines()]
+    lines = [TEST.sub("", line) for line in log.read_text(errors="replace").splitlines()]
     ended = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", lines[-1] if lines else "")
     return {
         "file": file,
