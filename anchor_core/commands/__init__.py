@@ -1,6 +1,7 @@
 """What the verbs of the command line do, each given its parsed options."""
 
 from .checking import selftest
+from .checkup import checkup
 from .files import convert
 from .measuring import compare, inspect
 from .sampling import adjust, sample
@@ -8,6 +9,6 @@ from .sandbox import bench, demo, pretrain, subject, subjects
 from .training import train
 
 __all__ = [
-    "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "selftest", "subject", "subjects",
-    "train",
+    "adjust", "bench", "checkup", "compare", "convert", "demo", "inspect", "pretrain", "sample", "selftest", "subject",
+    "subjects", "train",
 ]  # fmt: skip
