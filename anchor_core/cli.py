@@ -166,6 +166,10 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     inspect.add_argument("--adapter", required=True, metavar="FILE")
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
+    inspect.add_argument(
+        "--class_pictures", "--class-pictures", type=int, default=0, metavar="COUNT",
+        help="how many the model makes for the readings of Fig. 2 that take class samples (default 0)",
+    )  # fmt: skip
     inspect.add_argument("--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse")
     _add_prompts(inspect)
 

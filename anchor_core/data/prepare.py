@@ -220,5 +220,9 @@ def prepare(
         class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)
     if probe is not None:
         begin("measuring")
-        drift = DriftProbe(denoiser, latents, concept, **probe)
+        # One of each picture is enough for the readings of Fig. 2.
+        samples = None if class_latents is None else class_latents[: len(latents)]
+        if samples is not None and samples.shape[1:] != latents.shape[1:]:
+            samples = None
+        drift = DriftProbe(denoiser, latents, concept, class_latents=samples, **probe)
     return Material(concept, dataset, latents, class_latents, drift, cache)
