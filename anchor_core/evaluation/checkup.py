@@ -41,7 +41,9 @@ Tick = Callable[[int, int], None]
 class CheckupSettings:
     """What a check-up measures on, and the change of the class that it allows."""
 
-    timesteps: int = option(8, "noise levels, evenly over the schedule; more is a finer curve and takes longer")
+    timesteps: int = option(
+        8, "how many noise levels, evenly over the schedule; more is a finer curve and takes longer"
+    )
     noises: int = option(1, "noises for each picture and level; more is less chance and takes longer")
     count: int = option(4, "class pictures to measure on, which the untouched model makes where none are given")
     steps: int = option(20, "sampling steps of those pictures")
