@@ -78,7 +78,7 @@ def test_a_training_makes_no_pass_for_them(eps_denoiser, latents, concept, objec
 def test_the_terms_of_one_picture_are_its_distances(eps_denoiser, latents, concept):
     """Fig. 8c: on one row of an epsilon model the terms are the squares of 8a and 8b over C h w."""
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
-    history = train(eps_denoiser, adapter, latents, concept, TrainSettings(objective="anchor", w=0.5, steps=4))
+    history = train(eps_denoiser, adapter, latents, concept, TrainSettings(steps=4, batch_size=1))
     size = latents[0].numel()
     for name, term, weight in (("reconstruction", "reconstruction", 1.0), ("drift", "anchor", 0.5)):
         squares = [weight * value**2 / size for value in history.distances[name]]

@@ -41,13 +41,13 @@ def quickstart(g: Graph) -> None:
 
 def check_a_lora(g: Graph) -> None:
     g.note(
-        "# Check a LoRA\n\nWhat does a LoRA do to the model, with its word and without, and at which strength is it best?\n\n"
+        "# Check a LoRA\n\nWhat does a LoRA do to the model, with its word and without, and how much of it is good?\n\n"
         "1. Run *Quickstart* once, or choose any LoRA as `file` in both nodes, with its own model in place of *Sandbox "
         "Model* and its subject's pictures and words.\n2. Press **Run**.\n\n**Drift** is the distance from what the "
         "model itself predicts for the class: 0 is untouched. **Reconstruction** is the error on the pictures: lower "
         "is nearer to the subject. A LoRA that moved far without a lower error does harm: try a lower `strength`.\n\n"
-        "*LoRA Check-up* needs no pictures, and for a LoRA that says its prompts no words either: it writes a page with "
-        "a verdict under output/checkups. For your own model set its `resolution`.\n\n"
+        "*LoRA Check-up* needs no pictures, and no words for a LoRA that says its prompts: it writes a page with a "
+        "verdict under output/checkups. For your own model set its `resolution`.\n\n"
         "*Save Adapter* writes the two prompts into a LoRA that has none.",
         330,
     )
