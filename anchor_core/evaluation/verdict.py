@@ -12,7 +12,7 @@ from typing import Any
 
 from ..adapters.stated import ESTIMATED
 
-BUDGET, HARM = 0.5, 1.5
+BUDGET, HARM = 0.7, 1.0
 """Of `of_prompt`: up to the first the class is kept; above the second it is harmed."""
 
 CALLED, ALWAYS = 0.5, 0.8

@@ -15,7 +15,7 @@ from anchor_core.adapters.file import to_file_keys
 from anchor_core.adapters.stated import Prompts, prompts_of
 from anchor_core.evaluation import checkup_page
 from anchor_core.evaluation.checkup import WEAKS, CheckupSettings, about_file, check_up
-from anchor_core.evaluation.verdict import CHANGES, HARM, HARMS, KEEPS
+from anchor_core.evaluation.verdict import BUDGET, CHANGES, HARM, HARMS, KEEPS
 
 PROMPTS = prompts_of({}, "a photo of a sks dog", "a photo of a dog")
 ALONE = prompts_of({}, "", "a photo of a dog")
@@ -243,7 +243,7 @@ def test_the_marks_of_the_verdict(eps_denoiser, latents, stir):
         report = report_of(eps_denoiser, scaled, latents)
         seen[report["verdict"]["level"]] = report["without_trigger"]["class"]["of_prompt"]
         assert re.search(rf"{seen[report['verdict']['level']]:.2f} times", report["verdict"]["sentences"][0])
-    assert seen.keys() >= {KEEPS, HARMS} and seen[HARMS] > HARM and seen[KEEPS] <= 0.5
+    assert seen.keys() >= {KEEPS, HARMS} and seen[HARMS] > HARM and seen[KEEPS] <= BUDGET
     assert set(seen) <= {KEEPS, CHANGES, HARMS}
 
 
