@@ -246,7 +246,8 @@ def tally(step: Any) -> Tensor:
     """
     scale = step.denoiser.epsilon_scale(step.timesteps).abs()
     made = vars(step)  # a cached property is there once it has been read
-    rows = [torch.ones_like(scale), scale * _norm(step.subject - step.target)]
-    rows.append(scale * _norm(step.subject - step.anchor) if "anchor" in made else torch.full_like(scale, torch.nan))
+    subject = step.subject.float()
+    rows = [torch.ones_like(scale), scale * _norm(subject - step.target)]
+    rows.append(scale * _norm(subject - step.anchor) if "anchor" in made else torch.full_like(scale, torch.nan))
     level = (step.timesteps * LEVELS / 1000).long().clamp(0, LEVELS - 1)
     return torch.stack(rows).float() @ torch.nn.functional.one_hot(level, LEVELS).to(scale.device, torch.float32)

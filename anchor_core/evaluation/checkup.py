@@ -254,7 +254,7 @@ def _suggested(work: _Work, strength: dict[str, Any], metadata: Mapping[str, str
     """
     chosen = min(1.0, int(20 * strength["within"]) / 20) or strength["within"]
     guidance = recommended_guidance(metadata)
-    if work.denoiser.family == "flux":  # its scale is told to the network, which makes one prediction
+    if work.denoiser.family in ("flux", "flux2"):  # the scale is told to the network, which makes one prediction
         return {"strength": chosen, "weak": None, "guidance": None, "tried": []}
     full = work.errors("class", chosen) - work.untouched["class"]
     tried = []
