@@ -7,6 +7,7 @@ from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .checkup import AnchorCheckup
 from .compare import AnchorCompare
+from .door import checked
 from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
@@ -33,6 +34,8 @@ NODES = [
     AnchorGuider,
     AnchorSelfTest,
 ]
+for _node in NODES:
+    checked(_node)
 
 
 class AnchorExtension(ComfyExtension):
