@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.evaluation.checkup import CheckupSettings
 from ..anchor_core.writing import claimed
-from .types import CATEGORY, LoraModel, check_connected, checked_lora, inputs_of, one_each
+from .types import CATEGORY, LoraModel, checked_lora, inputs_of, one_each
 from .written import WRITTEN
 
 
@@ -105,7 +105,6 @@ class AnchorCheckup(io.ComfyNode):
         from ..anchor_core.evaluation.checkup import about_file, check_up
         from .plot import figure_image
 
-        check_connected(clip=clip, vae=vae)
         lora, place = checked_lora("lora", lora), _place(name)
         prompts = prompts_of(lora.metadata, subject_prompt, class_prompt)
         settings = CheckupSettings(**settings)
