@@ -160,7 +160,7 @@ def test_adapters_of_the_text_side_and_of_norms(eps_denoiser, latents, stir, opt
     )  # fmt: skip
     assert report["with_trigger"]["change"] > 0
     if options.get("kind") == "none":
-        assert report["without_trigger"]["class"]["change"] == 0 and report["weights"]["layers"] == []
+        assert report["without_trigger"]["class"]["change"] < 1e-4 and report["weights"]["layers"] == []
     elif options.get("text_encoder"):
         assert any(layer["block"].startswith("text_encoder") for layer in report["weights"]["layers"])
     checkup_page.draw(report)

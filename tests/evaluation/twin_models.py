@@ -113,5 +113,5 @@ def build(family: str) -> Twin:
         scheduler = DDIMScheduler(**options, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    text = nn.Linear(1, 1)
+    text = nn.Identity()
     return Twin(network, text, None, vae, scheduler, text_encoder_2=text, tokenizer_2=None, text_encoder_3=None)
