@@ -16,6 +16,15 @@ from .kinds import NAME
 from .parts import scale_of
 from .prefixes import module_of
 
+_STAGES = (
+    ("down_blocks", "input_blocks", "joint_blocks", "double_blocks", "transformer_blocks"),
+    ("mid_block", "middle_block", "single_"),
+    ("up_blocks", "output_blocks"),
+    ("conv_norm_out", "conv_out", "out.", "norm_out", "proj_out", "final_layer"),
+    ("text_encoder",),
+)
+"""What the layers of each part of a network begin with, in the order of its forward pass; embeddings come before."""
+
 DIRECTIONS = 1e-7
 """Singular values below this share of the largest are rounding, and count as 0."""
 
@@ -58,6 +67,12 @@ def changes(adapter: Adapter, file_keys: dict[str, str], weight_of: Callable[[An
         relative = norm / base if base else 0.0
         layer = f"{network}.{module}" if network else module
         yield Change(layer, _block(layer), adapter.config.kind_of(name), norm, relative, effective_rank(values))
+
+
+def place(layer: str) -> tuple[int, list[tuple[int, str]]]:
+    """What sorts layers in the order of the forward pass, whatever order a backend registers its modules in."""
+    stage = next((i for i, beginnings in enumerate(_STAGES) if layer.startswith(beginnings)), -1)
+    return stage, [(int(word), "") if word.isdecimal() else (-1, word) for word in layer.split(".")]
 
 
 def effective_rank(values: Tensor) -> float:

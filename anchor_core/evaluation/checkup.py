@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.adapter import Adapter
-from ..adapters.changes import Change, changes
+from ..adapters.changes import Change, changes, place
 from ..adapters.metadata import recommended_guidance
 from ..adapters.stated import Prompts
 from ..checks import check_options, option, shown
@@ -213,6 +213,7 @@ def _predictions(work: _Work) -> dict[str, Any]:
 
 def _weights(layers: Sequence[Change]) -> dict[str, Any]:
     """Each layer's and each block's share of the squared Frobenius norm of the whole change, and effective ranks."""
+    layers = sorted(layers, key=lambda change: place(change.layer))
     total = sum(change.norm**2 for change in layers)
     blocks: dict[str, float] = {}
     for change in layers:

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.skipif(
 CONCEPT = Concept("a photo of a sks star", "a photo of a star")
 EXAMPLES = {
     "too long, at a high rate": TrainSettings(
-        objective="reconstruction", learning_rate=5e-3, steps=60, batch_size=2, probe_every=1000
+        objective="reconstruction", learning_rate=5e-3, steps=45, batch_size=2, probe_every=1000
     ),
-    "anchored": TrainSettings(objective="anchor", w=2.0, learning_rate=5e-4, steps=40, batch_size=4, probe_every=1000),
+    "anchored": TrainSettings(objective="anchor", w=2.0, learning_rate=5e-4, steps=40, batch_size=2, probe_every=1000),
 }
 
 
@@ -41,7 +41,7 @@ def reports():
     pictures = pixels(np.stack([np.asarray(each) for each in subjects.get("pip").references()]))
     latents = denoiser.encode_images(pictures)
     shape = tuple(latents.shape[1:])
-    classes = sample_latents(denoiser, CONCEPT.class_prompt, 3, shape, **SAMPLING)
+    classes = sample_latents(denoiser, CONCEPT.class_prompt, 2, shape, **SAMPLING)
     for name, settings in EXAMPLES.items():
         adapter = denoiser.attach(AdapterConfig(rank=8))
         train(denoiser, adapter, latents, CONCEPT, settings)
@@ -51,7 +51,7 @@ def reports():
             check_up(
                 denoiser, lambda tensors=tensors: attach_tensors(denoiser, tensors), {},
                 prompts_of({}, subject, CONCEPT.class_prompt), latents=classes, shape=shape,
-                settings=CheckupSettings(timesteps=5),
+                settings=CheckupSettings(timesteps=4),
             )
             for subject in (CONCEPT.subject_prompt, "")
         ]  # fmt: skip

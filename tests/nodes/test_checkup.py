@@ -41,17 +41,17 @@ def files(server, weights):
     return made
 
 
-def checked(name: str, **changes) -> dict:
+def checked(file: str, **changes) -> dict:
     """The sandbox model (1), references (2), a file (3) and its check-up (4)."""
     inputs = {
         "model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "lora": ["3", 0], "subject_prompt": "",
-        "class_prompt": "", "budget": 0.5, "timesteps": 2, "noises": 1, "count": 1, "steps": 2, "resolution": 64,
-        "seed": 0, "name": name,
+        "class_prompt": "", "budget": 0.7, "timesteps": 2, "noises": 1, "count": 1, "steps": 2, "resolution": 64,
+        "seed": 0, "name": file,
     }  # fmt: skip
     return {
         "1": node("AnchorSandboxModel"),
         "2": node("AnchorLoadReferences", references="sandbox/pip", size=64),
-        "3": node("AnchorLoadAdapter", file=f"checked/{name}.safetensors"),
+        "3": node("AnchorLoadAdapter", file=f"checked/{file}.safetensors"),
         "4": node("AnchorCheckup", **inputs | changes),
         "5": node("PreviewAny", source=["4", 1]),
         "6": node("SaveImage", images=["4", 0], filename_prefix="checkup"),
@@ -100,7 +100,7 @@ def test_a_lora_that_tells_no_class_is_asked_for_it(server, files):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"name": "../out"}, "name is '../out'"), ({"resolution": 60}, "resolution is 60x60")],
+    [({"name": "../out"}, "name is '../out'"), ({"resolution": 62}, "resolution is 62x62")],
 )
 def test_wrong_input_is_one_line(server, files, changes, message):
     with pytest.raises(RuntimeError, match=message):
