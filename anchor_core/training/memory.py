@@ -121,7 +121,10 @@ def growth(denoiser: Any, concept: Concept, settings: TrainSettings, shape, cach
 
 
 def optimizer_bytes(adapter: Any, settings: TrainSettings) -> int:
-    """Of the gradient, the optimizer's state and the averaged weights; the parameters themselves are there already."""
+    """Of the gradient, the optimizer's state and the averaged weights; the parameters themselves are there already.
+
+    As many are what `AveragedWeights.whole` copies: the parameters, that state and those weights.
+    """
     each = 4 + _STATE[settings.optimizer] + (4 if settings.ema else 0)
     return each * sum(parameter.numel() for parameter in adapter.parameters())
 
@@ -149,7 +152,8 @@ def check_memory(
         kept = fitting.gradient_checkpointing
         if kept not in found:
             found[kept] = growth(denoiser, concept, fitting, shape, cache)
-        needed = held + found[kept].peak(fitting.micro_batch or fitting.batch_size, area)
+        # While the optimizer steps there are copies of what it changes, in the place of what the passes took.
+        needed = held + max(held, found[kept].peak(fitting.micro_batch or fitting.batch_size, area))
         free = denoiser.make_room(int(needed))
         if needed <= free:
             _tell(settings, fitting, needed, free)
