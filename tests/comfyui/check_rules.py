@@ -2,7 +2,8 @@
 
 Usage: check_rules.py COMFYUI PACK OUTPUT [--paged]. OUTPUT becomes a JSON object: check to family to what is wrong, or
 "", under `alone` the checks on SD1's classes, and under `refused` what is said of input that does not fit. With
-`--paged` the models lie in pages (`paged_vram.py`), and the checks are those that read weights or patch them.
+`--paged` the models lie in pages (`paged_vram.py`), and the checks are those that read or patch weights, without hooks:
+for these ComfyUI loads a plain model.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
 LIMITS = ("sd1", "sdxl", "sd3")
-PAGED = ("sdxl", "sd3", "flux", "wan")
+PAGED = ("sdxl", "flux")
 KINDS = ("lora", "dora", "lokr", "loha", "difference")
 
 if __name__ == "__main__":
@@ -345,7 +346,7 @@ ALONE = (
 ).split()
 
 
-ALONE_PAGED = "check_kinds check_slices check_other_loras check_hook_loras check_untouched".split()
+ALONE_PAGED = "check_kinds check_slices check_other_loras check_untouched".split()
 
 
 def main() -> None:
