@@ -121,11 +121,14 @@ def growth(denoiser: Any, concept: Concept, settings: TrainSettings, shape, cach
 
 
 def optimizer_bytes(adapter: Any, settings: TrainSettings) -> int:
-    """Of the gradient, the optimizer's state and the averaged weights; the parameters themselves are there already.
-
-    As many are what `AveragedWeights.whole` copies: the parameters, that state and those weights.
-    """
+    """Of the gradient, the optimizer's state and the averaged weights; the parameters themselves are there already."""
     each = 4 + _STATE[settings.optimizer] + (4 if settings.ema else 0)
+    return each * sum(parameter.numel() for parameter in adapter.parameters())
+
+
+def step_bytes(adapter: Any, settings: TrainSettings) -> int:
+    """Of what `AveragedWeights.whole` copies while the optimizer steps, when what the passes took is free again."""
+    each = 4 + (4 if settings.ema else 0) + (_STATE["schedule_free"] if settings.optimizer == "schedule_free" else 0)
     return each * sum(parameter.numel() for parameter in adapter.parameters())
 
 
@@ -147,13 +150,12 @@ def check_memory(
         return settings
     shape = max((tuple(each.latents.shape) for each in dataset.examples), key=lambda shape: shape[1] * shape[2])
     area, cache, found = shape[1] * shape[2], cache or Cache(denoiser), {}
-    held = optimizer_bytes(denoiser.adapter, settings)
+    held, copies = optimizer_bytes(denoiser.adapter, settings), step_bytes(denoiser.adapter, settings)
     for fitting in _choices(settings, denoiser):
         kept = fitting.gradient_checkpointing
         if kept not in found:
             found[kept] = growth(denoiser, concept, fitting, shape, cache)
-        # While the optimizer steps there are copies of what it changes, in the place of what the passes took.
-        needed = held + max(held, found[kept].peak(fitting.micro_batch or fitting.batch_size, area))
+        needed = held + max(copies, found[kept].peak(fitting.micro_batch or fitting.batch_size, area))
         free = denoiser.make_room(int(needed))
         if needed <= free:
             _tell(settings, fitting, needed, free)

@@ -117,24 +117,22 @@ class AveragedWeights:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """A step of the optimizer and the update after it are made in the block, or else, by an error, neither is.
+        """A step of the optimizer and the update after it count in the block, or else, by an error, neither does.
 
-        The copies live as long as the step, when what its passes took is free again.
+        The error ends the training, so that only what is kept of it is put back: the weights and their average. The
+        copies live as long as the step, when what its passes took is free again.
         """
-        optimizer, updates = self._optimizer, self._updates
-        groups = [dict(group) for group in optimizer.param_groups]
-        state = {parameter: dict(values) for parameter, values in optimizer.state.items()}
-        tables = [*groups, *state.values()]
-        tensors = [*self._parameters, *self._average, *(v for t in tables for v in t.values() if torch.is_tensor(v))]
-        put_back = _remembered(tensors)
+        updates, state = self._updates, self._optimizer.state
+        own_average = dict(state) if hasattr(self._optimizer, "eval") else {}  # is made of the state
+        own = [each for values in own_average.values() for each in values.values() if torch.is_tensor(each)]
+        put_back = _remembered([*self._parameters, *self._average, *own])
         try:
             yield
         except BaseException:
             put_back()
-            for table, before in [*zip(optimizer.param_groups, groups), (optimizer.state, state)]:
-                table.clear()
-                table.update(before)
             self._updates = updates
+            if not own_average:  # there was none before a first step
+                state.clear()
             raise
 
     def state_dict(self) -> dict[str, Any]:

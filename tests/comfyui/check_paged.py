@@ -162,7 +162,7 @@ def check_lora_on_model(name: str, shape) -> None:
 
 def check_stored(name: str, shape) -> None:
     """Weights in the file's dtype, cast to the computing one in the page or at each use."""
-    for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float8_e4m3fn)):
+    for kind, stored in (("lora", torch.bfloat16), ("dora", torch.float8_e4m3fn), ("lora", torch.float8_e5m2)):
         plain, paged = build_plain(name, stored, torch.float32), models.build(name, stored, torch.float32)
         assert_same(training(paged, shape, kind), training(plain, shape, kind))
 

@@ -42,16 +42,17 @@ if __name__ == "__main__":
     from anchor_core.training.trainer import train
 
 CARD = {"size": 1 << 40}
+MODELS: list = []
 ASKED: list[int] = []
 COPIED: list[str] = []
 """The bytes that were asked for, and the layers whose weights were copied for an adapter that reads them."""
 
 
 def free_memory(device=None, torch_free_too: bool = False):
-    """What the card has beside the weights that are on it."""
-    held = {id(each.model.model): each.model.loaded_size() for each in management.current_loaded_models}
-    free = CARD["size"] - sum(held.values())
-    return (free, free) if torch_free_too else free
+    """What the card has beside the weights that are on it; attention, which asks for both, finds enough."""
+    if torch_free_too:
+        return 1 << 40, 1 << 40
+    return CARD["size"] - sum(model.loaded_size() for model in MODELS)
 
 
 def training(parts, shape, room: int, kind: str = "lora") -> tuple[Tensor, list[Tensor], int]:
@@ -82,7 +83,7 @@ def check(name: str) -> None:
     """Weights are offloaded for a step, which is the same step; what no offloading makes fit is refused."""
     parts, shape = models.build(name), models.latent_shape(name)
     model, clip, _ = parts
-    CARD["size"] = 1 << 40
+    MODELS[:], CARD["size"] = [model], 1 << 40
     first = picture(model, clip, shape)
     for kind in ("lora", "dora"):
         ASKED.clear()

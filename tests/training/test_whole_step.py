@@ -10,10 +10,10 @@ from anchor_core.training.optimizers import AveragedWeights, make_optimizer
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import train
 
-BROKEN = {  # what each optimizer does once for every parameter
-    "adamw": (torch.Tensor, "addcdiv_"),
-    "prodigy": (torch.Tensor, "addcdiv_"),
-    "schedule_free": (torch, "_foreach_lerp_"),
+BROKEN = {  # what each optimizer does in the middle of a step, and at which call of it some weights are changed
+    "adamw": (torch.Tensor, "addcdiv_", 2),
+    "prodigy": (torch.Tensor, "addcdiv_", 2),
+    "schedule_free": (torch, "_foreach_sub_", 1),
 }
 
 
@@ -30,23 +30,22 @@ def break_off(patch, owner, name: str, at: int, error: type[BaseException]) -> N
     patch.setattr(owner, name, call)
 
 
-def values(made: torch.optim.Optimizer, average: AveragedWeights) -> list:
-    """All that a step changes: numbers as they are, tensors as lists."""
-    states = [value for state in made.state.values() for value in state.values()]
-    numbers = [value for group in made.param_groups for name, value in group.items() if name != "params"]
-    parameters = [p for group in made.param_groups for p in group["params"]]
-    found = [*parameters, *states, *numbers, *average.state_dict()["average"], average.state_dict()["updates"]]
-    return [each.tolist() if torch.is_tensor(each) else each for each in found]
+def kept(weights: list[torch.nn.Parameter], average: AveragedWeights) -> list:
+    """The running weights, and those that would be saved."""
+    running = [weight.tolist() for weight in weights]
+    with average:
+        return [running, [weight.tolist() for weight in weights], average.state_dict()["updates"]]
 
 
 @pytest.mark.parametrize("optimizer", BROKEN)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("before", [0, 2])
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
-def test_what_breaks_off_in_a_step_leaves_what_was_before_it(monkeypatch, optimizer, before, error):
+def test_what_breaks_off_in_a_step_leaves_what_was_before_it(monkeypatch, optimizer, before, ema, error):
     draw = torch.Generator().manual_seed(0)
     weights = [torch.nn.Parameter(torch.randn(5, 3, generator=draw)) for _ in range(4)]
     made = make_optimizer(weights, TrainSettings(optimizer=optimizer, learning_rate=1e-2))
-    average = AveragedWeights(weights, 0.9, made)
+    average = AveragedWeights(weights, ema, made)
 
     def step() -> None:
         for weight in weights:
@@ -57,26 +56,27 @@ def test_what_breaks_off_in_a_step_leaves_what_was_before_it(monkeypatch, optimi
 
     for _ in range(before):
         step()
-    wanted = values(made, average)
+    wanted = kept(weights, average)
+    assert not before or wanted[0] != wanted[1] or (optimizer != "schedule_free" and not ema)
     with monkeypatch.context() as patch:
-        break_off(patch, *BROKEN[optimizer], 2, error)
+        break_off(patch, *BROKEN[optimizer], error)
         with pytest.raises(error):
             step()
-    assert values(made, average) == wanted
+    assert kept(weights, average) == wanted
     step()
-    assert values(made, average) != wanted
+    assert kept(weights, average) != wanted
 
 
 def test_the_average_is_of_whole_steps_too(monkeypatch):
     weights = [torch.nn.Parameter(torch.ones(3))]
     made = make_optimizer(weights, TrainSettings(learning_rate=1e-2))
     average = AveragedWeights(weights, 0.9, made)
-    weights[0].grad, wanted = torch.ones(3), values(made, average)
+    weights[0].grad, wanted = torch.ones(3), kept(weights, average)
     break_off(monkeypatch, torch, "_foreach_lerp_", 1, torch.OutOfMemoryError)
     with pytest.raises(torch.OutOfMemoryError), average.whole():
         made.step()
         average.update()
-    assert values(made, average) == wanted
+    assert kept(weights, average) == wanted
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
@@ -90,7 +90,7 @@ def test_a_training_keeps_the_steps_before(monkeypatch, eps_denoiser, latents, c
         def tell(_, steps=steps) -> None:
             made.append(steps)
             if made.count(5) == 2:
-                break_off(monkeypatch, *BROKEN[optimizer], 3, torch.OutOfMemoryError)
+                break_off(monkeypatch, *BROKEN[optimizer], torch.OutOfMemoryError)
 
         try:
             train(eps_denoiser, adapter, latents, concept, settings, tell=tell)
