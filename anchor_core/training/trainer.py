@@ -17,6 +17,7 @@ from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
 from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
+from ..devices import own_random_state
 from ..drift import LEVELS, DriftProbe, tally
 from .checkpoint import Checkpoints
 from .events import Measured, PhaseBegun, StepMade, Tell
@@ -142,7 +143,7 @@ def _set_up(denoiser: Denoiser, settings: TrainSettings) -> Iterator[None]:
         # ComfyUI runs nodes in inference mode, where nothing can be trained.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        stack.enter_context(own_random_state(denoiser.device, settings.seed))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
         yield
@@ -259,16 +260,17 @@ class _Run:
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:
-            self.schedule.step()
-            self.average.update()
-        elif self.scaler.get_scale() < LOWEST_SCALE:
-            raise TrainingDiverged(
-                f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
-                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
-            )
+        with self.average.whole():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() >= scale:
+                self.schedule.step()
+                self.average.update()
+            elif self.scaler.get_scale() < LOWEST_SCALE:
+                raise TrainingDiverged(
+                    f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
+                    f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+                )
         return dict(zip(sums, terms, strict=True)), told[len(sums) + 1 :]
 
     def pass_(self) -> dict[str, Tensor]:
@@ -387,12 +389,3 @@ def _part_of(drawn: Sequence[Tensor | None], part: slice) -> list[Tensor | None]
 def _check_latents(name: str, latents: Tensor) -> None:
     if latents.ndim != 4 or not len(latents):
         raise ValueError(f"{name} is {tuple(latents.shape)}, but it takes (N, C, h, w) with at least one picture")
-
-
-@contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """A random state of the training's own, which only dropout uses."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
