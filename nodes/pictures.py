@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from io import BytesIO
 from itertools import chain
@@ -14,7 +15,7 @@ from typing import Any
 import folder_paths
 
 from ..anchor_core.data.folder import is_inside
-from ..anchor_core.data.picked import Picked, PickedFile, painted
+from ..anchor_core.data.picked import Picked, PickedFile, is_clear, painted
 from ..anchor_core.data.pictures import over_white
 from ..anchor_core.data.reading import is_turned, open_picture, suffixes
 
@@ -113,12 +114,12 @@ def look(file: PickedFile, what: str = "picture") -> dict[str, Any]:
         return {"missing": True, "why": str(error)}
     try:
         sha256 = sha256_of(path)
-        width, height, share, turned, _ = small(sha256, path, what == "mask")
+        seen = small(sha256, path, what == "mask")
     except (ValueError, OSError) as error:
         return {"missing": False, "why": str(error)}
     name = Path(os.path.relpath(path, folder_paths.get_input_directory())).as_posix()
-    about = {"name": name, "sha256": sha256, "bytes": path.stat().st_size, "width": width, "height": height}
-    return about | {"turned": turned, "share": share}
+    about = {field: value for field, value in asdict(seen).items() if field != "jpeg"}
+    return {"name": name, "sha256": sha256, "bytes": path.stat().st_size} | about
 
 
 def shown(sha256: str, mask: bool) -> bytes | None:
@@ -126,22 +127,39 @@ def shown(sha256: str, mask: bool) -> bytes | None:
     that can be read."""
     file = holding(sha256)
     try:
-        return None if file is None else small(sha256, file, mask)[-1]
+        return None if file is None else small(sha256, file, mask).jpeg
     except ValueError:
         return None
 
 
+@dataclass(frozen=True)
+class Small:
+    """What is shown of a file.
+
+    Args:
+        turned: its EXIF turns it.
+        clear: something of it is transparent.
+        share: of a mask, what counts, in [0, 1].
+        jpeg: small, of a picture over white, or white where a mask lets it count.
+    """
+
+    width: int
+    height: int
+    turned: bool
+    clear: bool
+    share: float
+    jpeg: bytes
+
+
 @lru_cache(maxsize=256)
-def small(sha256: str, path: Path, mask: bool) -> tuple[int, int, float, bool, bytes]:
-    """Width, height, mean brightness in [0, 1], whether its EXIF turns it, and a small JPEG: of the picture over white,
-    or of what a mask lets count. ValueError as `open_picture`; `sha256` is what it is remembered by."""
+def small(sha256: str, path: Path, mask: bool) -> Small:
+    """ValueError as `open_picture`; `sha256` is what it is remembered by."""
     from PIL.ImageStat import Stat
 
     opened = open_picture(path)
     picture = painted(opened) if mask else over_white(opened)
-    width, height = picture.size
-    share = Stat(picture).mean[0] / 255
+    (width, height), share = picture.size, Stat(picture).mean[0] / 255
     picture.thumbnail((EDGE, EDGE))
     stream = BytesIO()
     picture.save(stream, "JPEG", quality=85)
-    return width, height, share, is_turned(path), stream.getvalue()
+    return Small(width, height, is_turned(path), is_clear(opened), share, stream.getvalue())

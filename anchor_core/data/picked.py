@@ -52,8 +52,8 @@ class Picked:
 
     Args:
         caption: of this picture; empty for the concept's own prompt.
-        mask: what counts is transparent in it, as ComfyUI's mask editor leaves what was painted, or white in a file
-            without transparency. Without a mask the whole picture counts.
+        mask: what counts is transparent in it, as ComfyUI's mask editor leaves what was painted, or white in one of
+            which nothing is transparent. Without a mask the whole picture counts.
         invert_mask: what does not count by this, does.
     """
 
@@ -112,11 +112,16 @@ def parse_file(said: Any, where: str, more: Mapping[str, type] | None = None) ->
     return file
 
 
+def is_clear(picture: Image) -> bool:
+    """Whether anything of a picture is transparent."""
+    return picture.mode == "RGBA" and picture.getchannel("A").getextrema()[0] < 255
+
+
 def painted(mask: Image) -> Image:
     """How much counts, in mode L, of a mask: its transparency if it has some, else its brightness."""
     from PIL.ImageChops import invert
 
-    return invert(mask.getchannel("A")) if mask.mode == "RGBA" else mask.convert("L")
+    return invert(mask.getchannel("A")) if is_clear(mask) else mask.convert("L")
 
 
 def unpainted(mask: Image) -> Image:

@@ -90,11 +90,12 @@ def test_what_is_painted_counts_and_a_picture_without_a_mask_counts_whole(tmp_pa
     assert torch.equal(first, 1 - expected if inverted else expected) and second.eq(1).all()
 
 
-def test_a_mask_without_transparency_is_white_where_it_counts(tmp_path):
+@pytest.mark.parametrize("mode", ["L", "RGBA"])
+def test_a_mask_without_transparency_is_white_where_it_counts(tmp_path, mode):
     picture(tmp_path / "1.png")
     mask = Image.new("L", (20, 20), 0)
     mask.paste(255, (0, 0, 10, 20))
-    mask.save(tmp_path / "mask.png")
+    mask.convert(mode).save(tmp_path / "mask.png")
     (own,) = load_picked(of("1.png"), [(tmp_path / "1.png", tmp_path / "mask.png")], 20).masks
     assert own[0, :, :10].eq(1).all() and own[0, :, 10:].eq(0).all()
 
@@ -110,7 +111,7 @@ def test_transparency_of_the_picture_counts_where_masks_are_asked_for(tmp_path):
 
 def test_errors_name_the_picture(tmp_path):
     picture(tmp_path / "1.png")
-    painted(tmp_path / "none.png", (0, 0, 0, 0))
+    Image.new("L", (20, 20), 0).save(tmp_path / "none.png")
     painted(tmp_path / "small.png", (0, 0, 5, 5), (10, 10))
     picture(tmp_path / "long.png", size=(90, 20))
     for files, message in (
