@@ -45,7 +45,6 @@ export class Picker {
     this.grid.dataset.captureWheel = "true" // Nodes 2.0: it scrolls, the graph does not zoom
     this.listen()
     new ResizeObserver(() => this.resize()).observe(this.root)
-    this.draw()
   }
 
   listen() {

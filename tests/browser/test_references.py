@@ -10,6 +10,8 @@ import uuid
 import pytest
 from PIL import Image, ImageDraw
 
+from tests.browser.test_training import CONTRAST
+
 pytestmark = pytest.mark.browser
 
 GRAPH = """async (id) => {
@@ -221,3 +223,65 @@ def test_a_folder_that_is_chosen_leaves_the_pictures_aside(node):
     assert "Not used: references is sandbox/pip" in node.root.inner_text()
     node.root.get_by_role("button", name="Use these").click()
     assert node.widget("references") == "[pictures on the node]" and "Pictures: 1" in node.root.inner_text()
+
+
+DRAG = """([kind, text]) => {
+  const transfer = new DataTransfer()
+  transfer.setData(kind, text)
+  return transfer
+}"""
+
+
+def test_pictures_of_comfyui_are_taken_from_where_they_are(node):
+    base = node.window.server.base
+    (base / "input/pets").mkdir(exist_ok=True)
+    (base / "input/pets/fox.png").write_bytes(png("orange"))
+    (base / "output/made.png").write_bytes(png("purple"))
+    here = f"http://127.0.0.1:{node.window.server.port}"
+    for number, (kind, text) in enumerate(
+        (
+            (
+                "application/x-comfy-asset-info",
+                json.dumps({"filename": "fox.png", "subfolder": "pets", "type": "input"}),
+            ),
+            ("text/uri-list", f"{here}/api/view?filename=made.png&type=output&subfolder=&rand=0.5"),
+        ),
+        1,
+    ):
+        transfer = node.page.evaluate_handle(DRAG, [kind, text])
+        node.root.dispatch_event("drop", {"dataTransfer": transfer})
+        node.cards(number)
+    assert [entry["name"] for entry in node.entries()] == ["pets/fox.png", "semantic_anchor/made.png"]
+    elsewhere = node.page.evaluate_handle(DRAG, ["text/uri-list", "http://127.0.0.1:1/view?filename=made.png"])
+    node.root.dispatch_event("drop", {"dataTransfer": elsewhere})
+    node.page.wait_for_timeout(300)
+    assert len(node.entries()) == 2
+
+
+def test_the_form_takes_pictures_too(node):
+    node.page.evaluate("""() => {
+      const data = app.graph.serialize()
+      data.extra = { ...data.extra, linearMode: true, linearData: { inputs: [["1", "pictures"]], outputs: ["2"] } }
+      return app.loadGraphData(data)
+    }""")
+    skip = node.page.get_by_role("button", name="Skip")
+    node.page.wait_for_timeout(1500)
+    if skip.count():  # a welcome on the first time
+        skip.first.click()
+    item = node.page.locator("[data-testid=app-mode-widget-item] .sa-picker, [data-testid=linear-widgets] .sa-picker")
+    item.first.wait_for()
+    node.root = item.first
+    node.drop(dog__png=png("red"))
+    node.cards(1)
+    assert node.names() == ["dog.png"] and item.first.locator(".sa-pic").is_visible()
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_captions_are_readable_in_both_themes(window, palette):
+    node = Node(window(settings={"Comfy.ColorPalette": palette})).open()
+    pictures = {f"{color}__png": png(color, size) for color, size in zip(
+        ("red", "blue", "green", "orange", "purple"), ((160, 90), (90, 160), (100, 100), (40, 30), (300, 90))
+    )}  # fmt: skip
+    node.drop(**pictures)
+    node.cards(5).first.locator("input").fill("a photo of a sks dog on grass")
+    assert node.page.evaluate(CONTRAST, [".sa-caption", ".sa-pic"]) >= 3
