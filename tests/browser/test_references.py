@@ -238,16 +238,10 @@ def test_pictures_of_comfyui_are_taken_from_where_they_are(node):
     (base / "input/pets/fox.png").write_bytes(png("orange"))
     (base / "output/made.png").write_bytes(png("purple"))
     here = f"http://127.0.0.1:{node.window.server.port}"
-    for number, (kind, text) in enumerate(
-        (
-            (
-                "application/x-comfy-asset-info",
-                json.dumps({"filename": "fox.png", "subfolder": "pets", "type": "input"}),
-            ),
-            ("text/uri-list", f"{here}/api/view?filename=made.png&type=output&subfolder=&rand=0.5"),
-        ),
-        1,
-    ):
+    asset = json.dumps({"filename": "fox.png", "subfolder": "pets", "type": "input"})
+    seen = f"{here}/api/view?filename=made.png&type=output&subfolder=&rand=0.5"
+    dragged = [("application/x-comfy-asset-info", asset), ("text/uri-list", seen)]
+    for number, (kind, text) in enumerate(dragged, 1):
         transfer = node.page.evaluate_handle(DRAG, [kind, text])
         node.root.dispatch_event("drop", {"dataTransfer": transfer})
         node.cards(number)
