@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import uuid
 
 import pytest
 from PIL import Image, ImageDraw
 
+from anchor_core.sandbox import subjects
 from tests.browser.test_training import CONTRAST
 
 pytestmark = pytest.mark.browser
@@ -57,6 +59,7 @@ class Node:
 
     def __init__(self, window):
         self.window, self.page = window, window.page
+        self.page.set_default_timeout(30_000)  # no training here
         self.root = self.page.locator(".sa-picker").first
 
     def open(self) -> Node:
@@ -120,8 +123,8 @@ def test_pictures_are_dropped_pasted_ordered_captioned_and_removed(node):
     node.drop(again__png=png("red"))
     assert node.note("already") == "dog.png is on the list already" and len(node.entries()) == 3
 
-    cards.nth(0).locator("input").fill("a sks dog on grass")
-    cards.nth(0).locator("input").press("Enter")
+    cards.nth(0).locator(".sa-caption").fill("a sks dog on grass")
+    cards.nth(0).locator(".sa-caption").press("Enter")
     assert node.entries()[0]["caption"] == "a sks dog on grass"
     cards.nth(2).locator(".sa-thumb").drag_to(cards.nth(0).locator(".sa-thumb"), target_position={"x": 8, "y": 40})
     node.window.until(f"({VALUE})().includes('hen') && JSON.parse(({VALUE})())[0].name.endsWith('hen.png')")
@@ -139,7 +142,7 @@ def test_pictures_are_dropped_pasted_ordered_captioned_and_removed(node):
     node.window.open()
     node.cards(2)
     assert page.evaluate(VALUE) == text and node.widget("references") == "[pictures on the node]"
-    assert node.root.locator("input").first.input_value() == "a sks dog on grass"
+    assert node.root.locator(".sa-caption").first.input_value() == "a sks dog on grass"
     page.locator(".sa-whole img").first.evaluate("(image) => image.decode()")
     node.window.queue()
     page.wait_for_function("() => app.nodeOutputs && Object.values(app.nodeOutputs).some((each) => each.images)")
@@ -163,7 +166,7 @@ def test_a_mask_is_painted_in_comfyuis_editor(node):
     for step in range(8):
         page.mouse.move(x + 6 * step, y + 3 * step)
     page.mouse.up()
-    page.get_by_role("button", name="Save", exact=True).click()
+    page.locator("button:visible", has_text=re.compile(r"^\s*Save\s*$")).click()
     node.window.until(f"() => ({VALUE})().includes('mask')")
     (entry,) = node.entries()
     assert entry["mask"]["name"].startswith("clipspace-painted-masked-") and len(entry["mask"]["sha256"]) == 64
@@ -273,9 +276,13 @@ def test_the_form_takes_pictures_too(node):
 @pytest.mark.parametrize("palette", ["dark", "light"])
 def test_captions_are_readable_in_both_themes(window, palette):
     node = Node(window(settings={"Comfy.ColorPalette": palette})).open()
-    pictures = {f"{color}__png": png(color, size) for color, size in zip(
-        ("red", "blue", "green", "orange", "purple"), ((160, 90), (90, 160), (100, 100), (40, 30), (300, 90))
-    )}  # fmt: skip
-    node.drop(**pictures)
-    node.cards(5).first.locator("input").fill("a photo of a sks dog on grass")
+    shapes = ((0, 0, 64, 64), (0, 8, 64, 56), (10, 0, 54, 64), (0, 0, 64, 36), (8, 8, 56, 64))
+    drawn = subjects.get("pip").references()
+    assert len(drawn) == len(shapes)
+    for number, (picture, box) in enumerate(zip(drawn, shapes), 1):
+        stream = io.BytesIO()
+        cut = picture.convert("RGB").crop(box)
+        cut.resize((4 * cut.width, 4 * cut.height), Image.Resampling.NEAREST).save(stream, "PNG")
+        node.drop(**{f"star{number}__png": stream.getvalue(), f"star{number}__txt": f"a sks star, {number}"})
+        node.cards(number)
     assert node.page.evaluate(CONTRAST, [".sa-caption", ".sa-pic"]) >= 3
