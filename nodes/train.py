@@ -24,12 +24,13 @@ from .types import (
     CATEGORY,
     AdapterTensors,
     ConceptType,
+    HistoryRecord,
     HistoryType,
     LoraModel,
     LossMap,
     OptionsType,
     ReferencesType,
-    check_connected,
+    TrainOptions,
     embedding_word,
     inputs_of,
     new_embedding_file,
@@ -100,7 +101,7 @@ class AnchorTrainOptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, **options) -> io.NodeOutput:
-        return io.NodeOutput(options)
+        return io.NodeOutput(TrainOptions(options))
 
 
 class AnchorTrainLoRA(io.ComfyNode):
@@ -202,6 +203,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
                 ),
                 invert_masks_input(),
+                *inputs_of(TrainSettings, ("class_weight",), optional=True),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
             hidden=[io.Hidden.extra_pnginfo],
@@ -239,7 +241,6 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.orders import Orders
         from ..anchor_core.training.run import run
 
-        check_connected(clip=clip, vae=vae)
         resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
         pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
@@ -266,8 +267,9 @@ class AnchorTrainLoRA(io.ComfyNode):
         word = embedding_word(outcome.files[-1]) if config.vectors else config.token
         WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
+        told = HistoryRecord(history.to_dict())
         ui = {"anchor_run": [going.id]}
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, told, path, clip, word, ui=ui)
 
 
 def _workflow(extra) -> str | None:
@@ -291,7 +293,7 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
 
 def _training(inputs) -> str:
     """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
-    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    told = ("name seed objective w steps learning_rate batch_size rank layers prior_weight class_weight").split()
     values = (inputs.get(each) for each in told)
     return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 
