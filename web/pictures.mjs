@@ -1,6 +1,6 @@
 // The list of picked pictures, as a node's widget holds it in JSON; anchor_core/data/picked.py reads the same.
 
-export const SUFFIXES = "png jpg jpeg jpe jfif webp bmp tif tiff gif avif".split(" ")
+const SUFFIXES = "png jpg jpeg jpe jfif webp bmp tif tiff gif avif".split(" ")
 const MASK_ENDING = "-masklabel" // as in a folder: the mask of dog.jpg is dog-masklabel.png
 
 const isText = (value) => typeof value === "string" && value !== ""
@@ -119,7 +119,7 @@ export function missing(entries, seen) {
 const stemOf = (name) => name.replace(/\.[^.]*$/, "").toLowerCase()
 
 export function isPicture(name) {
-  return SUFFIXES.includes(name.split(".").at(-1).toLowerCase())
+  return SUFFIXES.includes(/\.([^.]+)$/.exec(name)?.[1].toLowerCase())
 }
 
 /**

@@ -11,15 +11,18 @@ import pytest
 from PIL import Image
 
 from anchor_core.data.pictures import bucket_sizes, cut, load_references
+from anchor_core.data.reading import FORMATS
 from tests.comfyui.comfy_server import ROOT
 
 NODE = shutil.which("node") or ""
 pytestmark = pytest.mark.skipif(not NODE, reason="no node: install Node.js 20 or newer")
 SCRIPT = """
 import { bucketSizes, crop, sizesOf } from "{web}/crop.mjs"
+import { isPicture } from "{web}/pictures.mjs"
 import { readFileSync } from "node:fs"
-const { resolutions, cases } = JSON.parse(readFileSync(0))
+const { resolutions, cases, names } = JSON.parse(readFileSync(0))
 console.log(JSON.stringify({
+  pictures: names.filter(isPicture),
   sizes: resolutions.map(bucketSizes),
   crops: cases.map(([width, height, size, buckets]) => crop(width, height, sizesOf(size, buckets))),
 }))
@@ -27,9 +30,9 @@ console.log(JSON.stringify({
 RESOLUTIONS = [64, 128, 256, 512, 640, 768, 1024, 1536]
 
 
-def of_the_page(resolutions: list[int], cases: list[tuple]) -> dict:
+def of_the_page(resolutions: list[int] = (), cases: list[tuple] = (), names: list[str] = ()) -> dict:
     script = SCRIPT.replace("{web}", (ROOT / "web").as_uri())
-    given = json.dumps({"resolutions": resolutions, "cases": cases})
+    given = json.dumps({"resolutions": resolutions, "cases": cases, "names": names})
     done = subprocess.run([NODE, "--input-type=module", "-e", script], input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -67,3 +70,9 @@ def test_what_python_refuses_has_no_frame(tmp_path):
             load_references(tmp_path, 64)
     with pytest.raises(ValueError, match="multiple of 64"):
         bucket_sizes(100)
+
+
+def test_the_formats_are_pythons():
+    suffixes = [suffix for own in FORMATS.values() for suffix in own]
+    read = [f"a{written}" for suffix in suffixes for written in (suffix, suffix.upper())]
+    assert of_the_page(names=[*read, "a.heic", "a.svg", "a.txt", "png"])["pictures"] == read
