@@ -170,16 +170,18 @@ def textual_inversion(g: Graph) -> None:
         "# Textual inversion\n\nTrains no layer of the model: only what one new word means. The file is tiny, and any "
         "prompt can use it as `embedding:name`, which *Train Anchored LoRA* gives as its last output.\n\n**Change "
         "next**: `vectors` in *More settings* (more are nearer to the subject, and heed the prompt less), `w`, "
-        "`initial`, the word that it starts from.\n\nThen open *Embedding adjusted*.",
-        270,
+        "`initial`, the word that it starts from.\n\n*References from Images* takes the pictures of any nodes: put "
+        "some that change them before it.\n\nThen open *Embedding adjusted*.",
+        330,
     )
     model, clip, vae = sandbox(g)
     loaded, concept = pictures(g), star(g)
     g.column(380)
     more = g.add("AnchorTrainOptions", "More settings", kind="none", vectors=1, initial="star")
+    seen = g.add("AnchorImageReferences", images=loaded[0], size=64)
     g.column(380)
-    settings = {"learning_rate": 1e-2, "name": "star", "options": more[0]}
-    trained = train(g, model, clip, vae, loaded[0], concept[0], **settings)
+    settings = {"learning_rate": 1e-2, "name": "star", "options": more[0], "references": seen[0]}
+    trained = train(g, model, clip, vae, None, concept[0], **settings)
     g.column()
     new_word = {"find": "sks", "replace": trained[6]}
     text = g.add("StringReplace", "sks becomes the new word", string=NEW_PLACE, **new_word)
