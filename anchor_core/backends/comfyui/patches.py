@@ -36,8 +36,8 @@ def training_options(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
 
 
 def _with_gradient(_: Callable, *arguments, **options) -> Tensor:
-    """Attention by PyTorch, whatever ComfyUI was started with: Sage's and, as ComfyUI calls it, Flash's have no gradient,
-    and its own for want of others keeps the square of the tokens for it."""
+    """Attention by PyTorch, whatever ComfyUI was started with: Sage's and, as it is called there, Flash's have no
+    gradient, and ComfyUI's own for want of others keeps the square of the tokens for it."""
     return attention_pytorch(*arguments, **options)
 
 
