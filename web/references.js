@@ -7,7 +7,7 @@ import { Picker } from "./picker.mjs"
 
 const WIDGET = "ANCHOR_PICTURES"
 const PICKED = "[pictures on the node]"
-const ROOM = 340 // a row of three
+const ROOM = 380 // a row of three
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
 
