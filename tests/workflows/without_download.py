@@ -41,11 +41,13 @@ def quickstart(g: Graph) -> None:
 
 def check_a_lora(g: Graph) -> None:
     g.note(
-        "# Check a LoRA\n\nHow far has a LoRA moved the model, and at which strength is it best?\n\n"
+        "# Check a LoRA\n\nWhat does a LoRA do to the model, with its word and without, and how much of it is good?\n\n"
         "1. Run *Quickstart* once, or choose any LoRA as `file` in both nodes, with its own model in place of *Sandbox "
         "Model* and its subject's pictures and words.\n2. Press **Run**.\n\n**Drift** is the distance from what the "
         "model itself predicts for the class: 0 is untouched. **Reconstruction** is the error on the pictures: lower "
         "is nearer to the subject. A LoRA that moved far without a lower error does harm: try a lower `strength`.\n\n"
+        "*LoRA Check-up* needs no pictures, and no words for a LoRA that says its prompts: it writes a page with a "
+        "verdict under output/checkups. For your own model set its `resolution`.\n\n"
         "*Save Adapter* writes the two prompts into a LoRA that has none.",
         330,
     )
@@ -57,6 +59,13 @@ def check_a_lora(g: Graph) -> None:
     links = {"model": model, "clip": clip, "vae": vae, "images": loaded[0], "concept": concept[0]}
     report = g.add("AnchorDriftReport", lora=lora[0], **links)
     saved = g.add("AnchorSaveAdapter", "Keep it with its prompts", lora=lora[0], concept=concept[0], name="checked")
+    g.column()
+    links = {"model": model, "clip": clip, "vae": vae, "subject_prompt": concept[1], "class_prompt": concept[2]}
+    checked = g.add("AnchorCheckup", lora=lora[0], resolution=64, **links)
+    g.add("PreviewAny", "The verdict", source=checked[1])
+    g.column(620)
+    g.add("PreviewImage", "The check-up's page", images=checked[0])
+    page = g.last
     g.column()
     g.add("PreviewImage", "Drift and error by noise level", images=report[0])
     drift = g.last
@@ -73,7 +82,7 @@ def check_a_lora(g: Graph) -> None:
         rows.append((f"Strength {strength:g}", applied[-1][0], positive))
     results = drawn(g, rows, negative, latents, vae, "check")
     shown = [(lora, "file"), (applied[0], "strength"), (loaded, "references"), (concept, "class_word")]
-    g.app(*shown, outputs=[drift, *(node for _, node in results)])
+    g.app(*shown, outputs=[page, drift, *(node for _, node in results)])
 
 
 def guidance_compared(g: Graph) -> None:
