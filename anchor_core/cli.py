@@ -119,7 +119,7 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
                 weight.add_argument(
                     "--lambda", dest="lambda_", type=float, metavar="LAMBDA", help="in place of w: 1 / (1 + w)"
                 )
-            elif "help" in field.metadata and field.name != "seed":
+            elif "help" in field.metadata and field.name not in ("seed", "preset"):
                 _add_field(group, field)
     train.add_argument(
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"

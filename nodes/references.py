@@ -22,12 +22,13 @@ MASK_TOOLTIP = (
 )
 
 
-def invert_masks_input() -> io.Boolean.Input:
+def invert_masks_input(advanced: bool = False) -> io.Boolean.Input:
     """The switch beside an input of masks; `from_images` takes it under the same name."""
     return io.Boolean.Input(
         "invert_masks",
         default=False,
         optional=True,
+        advanced=advanced or None,
         tooltip="The masks are those of Load Image, 1 where a picture is transparent: what is not transparent is "
         "learnt.",
     )

@@ -121,5 +121,10 @@ def preset_options(
     if preset is None:
         return {}
     options = dict(preset.options)
-    options["learning_rate"] = 1.0 if optimizer == "prodigy" else _RATES.get(kind, options["learning_rate"])
+    options["learning_rate"] = learning_rate(options["learning_rate"], kind, optimizer)
     return {option: value for option, value in options.items() if option not in given}
+
+
+def learning_rate(usual: float, kind: str, optimizer: str) -> float:
+    """What a kind of adapter and an optimizer take where a LoRA takes the `usual` rate."""
+    return 1.0 if optimizer == "prodigy" else _RATES.get(kind, usual)

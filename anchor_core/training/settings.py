@@ -167,6 +167,8 @@ class TrainSettings:
         choices=MEMORIES,
     )
 
+    preset: str = option("", "what chose the other options, for the file to say: it changes nothing by itself")
+
     def __post_init__(self):
         check_options(self)
         if self.timestep_max > 1 or self.timestep_min >= self.timestep_max:
