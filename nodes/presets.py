@@ -9,8 +9,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..anchor_core.adapters.config import AdapterConfig
+from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.purposes import DECIDED, MANUAL, PURPOSES, purpose_options
-from ..anchor_core.training.settings import TrainSettings
+from ..anchor_core.training.settings import DataSettings, TrainSettings
 from .types import inputs_of
 
 _DEFAULTS = {field.name: field.default for kind in (TrainSettings, AdapterConfig) for field in fields(kind)}
@@ -57,10 +58,15 @@ def chosen_options(preset: str, model, pictures: int, options: Mapping[str, Any]
 
     if preset == MANUAL:
         return {}
+    flow = families.prediction_type(model.get_model_object("model_sampling")) == "flow"
+    return chosen_for(preset, families.family(model.model), flow, pictures, options)
+
+
+def chosen_for(preset: str, family: str, flow: bool, pictures: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """As `chosen_options`, for a model of which this much is known."""
     given = [name for name in DECIDED if name in options and options[name] != _DEFAULTS[name]]
     how = {name: options[name] for name in ("kind", "optimizer") if name in options}
-    flow = families.prediction_type(model.get_model_object("model_sampling")) == "flow"
-    return purpose_options(preset, families.family(model.model), pictures, flow=flow, given=given, **how)
+    return purpose_options(preset, family, pictures, flow=flow, given=given, **how)
 
 
 def said(preset: str, model, chosen: Mapping[str, Any]) -> str:
@@ -68,3 +74,18 @@ def said(preset: str, model, chosen: Mapping[str, Any]) -> str:
     from ..anchor_core.backends.comfyui import families
 
     return f"{preset} ({families.family(model.model) or 'other models'})" if chosen else preset
+
+
+def settings_of(told: Mapping[str, Any], options: Mapping[str, Any], chosen: Mapping[str, Any]) -> tuple:
+    """`resume`, and the three settings that a node's inputs, the options connected to it and its preset say.
+
+    Raises:
+        ValueError: what the settings refuse.
+    """
+    every = {**told, **options, **chosen}
+    resume, pattern, lam = (every.pop(key, None) for key in ("resume", "layer_pattern", "lambda"))
+    if lam:
+        every["w"] = w_from_lambda(lam)
+    every |= {"alpha": every.get("alpha") or None} | ({"layers": pattern} if pattern else {})
+    kinds = (TrainSettings, AdapterConfig, DataSettings)
+    return resume, *(kind(**{f.name: every[f.name] for f in fields(kind) if f.name in every}) for kind in kinds)

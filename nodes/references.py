@@ -209,6 +209,15 @@ class AnchorConcept(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, token=None, class_word=None, template=None):
+        if None in (token, class_word, template):  # one is connected, and known at the run alone
+            return True
+        try:
+            return Concept.from_words(token, class_word, template) is not None
+        except ValueError as error:
+            return str(error)
+
+    @classmethod
     def execute(cls, token: str, class_word: str, template: str) -> io.NodeOutput:
         concept = Concept.from_words(token, class_word, template)
         return io.NodeOutput(concept, concept.subject_prompt, concept.class_prompt)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -18,11 +15,10 @@ from ..anchor_core.adapters.kinds import NO_LAYERS
 from ..anchor_core.adapters.layers import LAYERS
 from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
-from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
-from .presets import MANUAL, check_w, chosen_options, preset_input, said, w_input
+from .presets import MANUAL, check_w, chosen_options, preset_input, said, settings_of, w_input
 from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
@@ -259,7 +255,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         pictures = _pictures(images, masks, references, invert_masks)
         chosen = chosen_options(preset, model, len(pictures.pixels), options or {})
         told = {**basic, "rank": rank, "layers": layers, "seed": seed, "preset": said(preset, model, chosen)}
-        resume, settings, config, data = _settings(told, options or {}, chosen, probe_every)
+        resume, settings, config, data = settings_of(told | {"probe_every": probe_every or 1}, options or {}, chosen)
         classes = _class_pictures(settings, class_images, class_count)
         files = _files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
@@ -295,21 +291,6 @@ def _workflow(extra) -> str | None:
     """The id of the graph in a page that was queued; a prompt through the API has none."""
     graph = extra.get("workflow") if isinstance(extra, dict) else None
     return graph.get("id") if isinstance(graph, dict) and isinstance(graph.get("id"), str) else None
-
-
-def _settings(told: dict[str, Any], options: Mapping[str, Any], chosen: Mapping[str, Any], probe_every: int):
-    """`resume`, and the three settings that the node's inputs, the options connected to it and the preset say."""
-    every = {**told, **options, **chosen, "probe_every": probe_every or 1}
-    resume, pattern, lam = (every.pop(key, None) for key in ("resume", "layer_pattern", "lambda"))
-    if lam:
-        every["w"] = w_from_lambda(lam)
-    every |= {"layers": pattern or every["layers"], "alpha": every.get("alpha") or None}
-    kinds = (TrainSettings, AdapterConfig, DataSettings)
-    return resume, *(kind(**{key: every[key] for key in _names(kind) if key in every}) for kind in kinds)
-
-
-def _names(kind: type) -> list[str]:
-    return [field.name for field in fields(kind)]
 
 
 def _training(inputs) -> str:
