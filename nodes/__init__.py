@@ -11,6 +11,7 @@ from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorImageReferences, AnchorLoadReferences
 from .selftest import AnchorSelfTest
+from .sweep import AnchorSweep
 from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
@@ -30,6 +31,7 @@ NODES = [
     AnchorGuidance,
     AnchorGuider,
     AnchorSelfTest,
+    AnchorSweep,
 ]
 
 

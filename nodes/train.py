@@ -252,12 +252,12 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.run import run
 
         check_connected(clip=clip, vae=vae)
-        pictures = _pictures(images, masks, references, invert_masks)
+        pictures = pictures_of(images, masks, references, invert_masks)
         chosen = chosen_options(preset, model, len(pictures.pixels), options or {})
         told = {**basic, "rank": rank, "layers": layers, "seed": seed, "preset": said(preset, model, chosen)}
         resume, settings, config, data = settings_of(told | {"probe_every": probe_every or 1}, options or {}, chosen)
         classes = _class_pictures(settings, class_images, class_count)
-        files = _files(name, config)
+        files = new_files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
         orders = Orders(comfy.model_management.processing_interrupted)
         resumable = checkpoints and checkpoints.folder.name
@@ -300,7 +300,7 @@ def _training(inputs) -> str:
     return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 
 
-def _pictures(images, masks, references, invert_masks: bool):
+def pictures_of(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
@@ -319,7 +319,7 @@ def _class_pictures(settings: TrainSettings, class_images, class_count: int):
     return ClassPictures(check_count("class_count", class_count), folder=folder)
 
 
-def _files(name: str, config: AdapterConfig):
+def new_files(name: str, config: AdapterConfig):
     """New files for what `config` trains: a LoRA's, an embedding's, or one of each."""
     from ..anchor_core.training.saving import Files
 
