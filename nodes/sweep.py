@@ -163,7 +163,8 @@ class AnchorSweep(io.ComfyNode):
 
         check_connected(clip=how["clip"], vae=how["vae"])
         wanted = parse_values(values)
-        prompt = concept.class_of(prompt, "prompt") and prompt.strip() if prompt.strip() else concept.subject_prompt
+        prompt = prompt.strip() or concept.subject_prompt
+        class_prompt = concept.class_of(prompt, "prompt")  # and a prompt that does not name the subject is refused
         connected = images is not None or references is not None
         if not connected and (sweep != STRENGTH or judge != NO_JUDGE):
             raise ValueError(f"references are not connected, which {sweep} or the judge reads; connect pictures")
@@ -172,7 +173,7 @@ class AnchorSweep(io.ComfyNode):
         make = _by_strength if sweep == STRENGTH else _by_training
         columns, loras = make(sweep, wanted, concept, prompt, pictures, **how)
         if encoders is not None:
-            score(columns, encoders, pictures.pixels, concept.class_of(prompt, "prompt"))
+            score(columns, encoders, pictures.pixels, class_prompt)
         first = best(columns)
         chosen = len(columns) - 1 if first is None else first
         batch = torch.stack([each for column in columns for each in column.pictures]).movedim(1, -1)

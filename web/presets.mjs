@@ -42,7 +42,8 @@ export function showDecided(node, chosen, words, { classic }) {
     }
     const known = chosen?.[name]
     if (known !== undefined && widget.value !== known) widget.value = widget.anchorShown = known
-    const told = known === undefined || classic ? `${name} · ${known ?? words.by_preset}` : name
+    const own = widget.anchorOwn.label || name
+    const told = known === undefined || classic ? `${own} · ${known ?? words.by_preset}` : own
     if (widget.label !== told) widget.label = told
     if (!widget.disabled) widget.disabled = true
   }

@@ -72,7 +72,8 @@ export class Settings {
   draw(node, held) {
     const w = widgetOf(node, "w")
     if (w) {
-      const label = `w · ${wordOf(w.value, WORDS)}`
+      held.label ??= w.label || "w"
+      const label = `${held.label} · ${wordOf(w.value, WORDS)}`
       if (w.label !== label) w.label = label
     }
     const fold = widgetOf(node, "more")
