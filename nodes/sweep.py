@@ -23,7 +23,6 @@ from .types import (
     LoraModel,
     OptionsType,
     ReferencesType,
-    check_connected,
     checked_lora,
     one_each,
 )
@@ -161,7 +160,6 @@ class AnchorSweep(io.ComfyNode):
         from .compare import _encoders
         from .plot import figure_image
 
-        check_connected(clip=how["clip"], vae=how["vae"])
         wanted = parse_values(values)
         prompt = prompt.strip() or concept.subject_prompt
         class_prompt = concept.class_of(prompt, "prompt")  # and a prompt that does not name the subject is refused

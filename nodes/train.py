@@ -24,12 +24,13 @@ from .types import (
     CATEGORY,
     AdapterTensors,
     ConceptType,
+    HistoryRecord,
     HistoryType,
     LoraModel,
     LossMap,
     OptionsType,
     ReferencesType,
-    check_connected,
+    TrainOptions,
     embedding_word,
     inputs_of,
     new_embedding_file,
@@ -101,7 +102,7 @@ class AnchorTrainOptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, **options) -> io.NodeOutput:
-        return io.NodeOutput(options)
+        return io.NodeOutput(TrainOptions(options))
 
 
 class AnchorTrainLoRA(io.ComfyNode):
@@ -251,8 +252,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.orders import Orders
         from ..anchor_core.training.run import run
 
-        check_connected(clip=clip, vae=vae)
-        pictures = pictures_of(images, masks, references, invert_masks)
+pictures = pictures_of(images, masks, references, invert_masks)
         chosen = chosen_options(preset, model, len(pictures.pixels), options or {})
         told = {**basic, "rank": rank, "layers": layers, "seed": seed, "preset": said(preset, model, chosen)}
         resume, settings, config, data = settings_of(told | {"probe_every": probe_every or 1}, options or {}, chosen)
@@ -283,8 +283,9 @@ class AnchorTrainLoRA(io.ComfyNode):
         told |= {"name": name, "preset": preset}
         WRITTEN.add(_training(told), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
+        record = HistoryRecord(history.to_dict())
         ui = {"anchor_run": [going.id]}
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, record, path, clip, word, ui=ui)
 
 
 def _workflow(extra) -> str | None:
