@@ -252,7 +252,7 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.orders import Orders
         from ..anchor_core.training.run import run
 
-pictures = pictures_of(images, masks, references, invert_masks)
+        pictures = pictures_of(images, masks, references, invert_masks)
         chosen = chosen_options(preset, model, len(pictures.pixels), options or {})
         told = {**basic, "rank": rank, "layers": layers, "seed": seed, "preset": said(preset, model, chosen)}
         resume, settings, config, data = settings_of(told | {"probe_every": probe_every or 1}, options or {}, chosen)
