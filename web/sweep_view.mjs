@@ -25,7 +25,10 @@ const STYLE = `
 .sa-sweep dialog { background: var(--comfy-menu-bg); color: var(--input-text); border: 1px solid var(--border-color);
   border-radius: 6px; padding: 10px; text-align: center; font: 13px sans-serif; }
 .sa-sweep dialog::backdrop { background: rgb(0 0 0 / 60%); }
-.sa-sweep dialog img { display: block; max-width: 85vw; max-height: 80vh; min-width: 320px; margin-bottom: 6px; }
+.sa-frame { position: relative; margin-bottom: 6px; }
+.sa-frame img { display: block; max-width: 85vw; max-height: 80vh; min-width: 320px; }
+.sa-frame img:first-child { position: absolute; inset: 0; width: 100%; height: 100%; }
+.sa-frame img:last-child { position: relative; }
 `
 const SHORT = { clip_i: "CLIP-I", clip_t: "CLIP-T", dino: "DINO" }
 export const EMPTY = 24
@@ -49,7 +52,11 @@ export class SweepView {
     this.line = element("div", this.root, { className: "sa-said", textContent: WORDS.sweep.none })
     this.columns = element("div", this.root, { className: "sa-columns" })
     this.dialog = element("dialog", this.root)
-    this.large = element("img", this.dialog)
+    this.frame = element("div", this.dialog, { className: "sa-frame" })
+    this.first = element("img", this.frame)
+    this.large = element("img", this.frame)
+    this.frame.addEventListener("pointermove", (event) => this.compare(event))
+    this.frame.addEventListener("pointerleave", () => this.compare(null))
     this.caption = element("div", this.dialog)
     this.dialog.addEventListener("click", () => this.dialog.close())
     this.dialog.addEventListener("keydown", (event) => this.key(event))
@@ -102,8 +109,17 @@ export class SweepView {
     this.at = Math.min(Math.max(index, 0), this.shots.length - 1)
     const { value, file, scores } = this.shots[this.at]
     this.large.src = this.addressOf(file)
+    this.first.src = this.addressOf(this.shots[this.at % (this.shots.length / this.sweep.values.length)].file)
+    this.compare(null)
     this.caption.textContent = [`${this.sweep.what} ${value}`, ...told(scores)].join(" · ")
     if (!this.dialog.open) this.dialog.showModal()
+  }
+
+  /** Left of the pointer the picture of the first value from the same noise, right of it the one that is shown. */
+  compare(event) {
+    const box = this.frame.getBoundingClientRect()
+    const at = event ? ((event.clientX - box.left) / box.width) * 100 : 0
+    this.large.style.clipPath = `inset(0 0 0 ${Math.min(Math.max(at, 0), 100)}%)`
   }
 
   /** Left and right to the next value of the same noise, up and down through its noises. */

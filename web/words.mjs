@@ -64,7 +64,7 @@ export const WORDS = {
   },
   sweep: {
     none: "The pictures show themselves here once it has run.",
-    look: "Click a picture for large; arrow keys for the next value.",
+    look: "Click a picture for large: the pointer uncovers the first value, arrow keys go to the next.",
     best: "First place",
     use: "Use this",
     use_title: "Write this value into the node that trains or applies the same.",

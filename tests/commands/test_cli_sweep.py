@@ -81,9 +81,7 @@ def test_values_are_numbers_in_order_each_once():
 
 def test_the_best_column_has_the_first_place_over_all_metrics():
     columns = [Column(str(i), []) for i in range(3)]
-    for column, scores in zip(
-        columns, ({"clip_i": 0.9, "dino": 0.2}, {"clip_i": 0.8, "dino": 0.8}, {"clip_i": 0.1, "dino": 0.7})
-    ):
-        column.scores.append(scores)
+    for column, (clip, dino) in zip(columns, ((0.9, 0.2), (0.8, 0.8), (0.1, 0.7))):
+        column.scores.append({"clip_i": clip, "dino": dino})
     assert best(columns) == 1 and best([Column("0", [])]) is None
     assert told({"clip_i": 0.91234, "dino": 0.5}) == "CLIP-I 0.912\nDINO 0.500"

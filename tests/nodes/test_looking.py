@@ -94,11 +94,7 @@ def test_a_model_is_known_by_the_header_of_its_file(server):
 def test_it_takes_no_other_body_method_or_origin(server):
     for body in ([], {"training": "text"}, {"options": 3}):
         assert server.post("/semantic_anchor/look", body)[0] == 400
-    for said in (
-        {"pictures": {"type": "AnchorLoadReferences", "references": 3}},
-        {"concept": {"token": 3}},
-        {"loras": [3]},
-    ):
+    for said in ({"pictures": PICTURES | {"references": 3}}, {"concept": {"token": 3}}, {"loras": [3]}):
         assert look(server, **said)["mistakes"] == []
 
 
