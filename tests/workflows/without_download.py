@@ -75,7 +75,7 @@ def check_a_lora(g: Graph) -> None:
     how = SWEPT | {"values": "0, 0.5, 0.75, 1", "prompt": NEW_PLACE}
     swept = g.add("AnchorSweep", "Strengths side by side", lora=lora[0], **links, **how)
     g.add("PreviewImage", "All strengths", images=swept[0])
-    outputs = [node for _, node in results] + [g.last]
+    outputs = [*(node for _, node in results), drift, g.last]
     shown = [(lora, "file"), (swept, "values"), (swept, "prompt"), (loaded, "references"), (concept, "class_word")]
     g.app(*shown, (applied, "strength"), (swept, "grid"), outputs=outputs)
 
