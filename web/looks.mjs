@@ -52,11 +52,13 @@ export function surroundings(node) {
 /** Sentences (keys of WORDS.looks) for what the connections alone say. */
 export function unconnected(node) {
   const [images, references, masks] = ["images", "references", "masks"].map((name) => isConnected(node, name))
+  const needed = ["model", "clip", "vae", "concept"]
+  if (!images && !references && !needed.some((name) => isConnected(node, name))) return [] // of a node just made
   const found = []
   if (!images && !references) found.push("no_pictures")
   if (images && references) found.push("both")
   if (references && masks) found.push("masks")
-  for (const name of ["model", "clip", "vae", "concept"]) if (!isConnected(node, name)) found.push(`no_${name}`)
+  for (const name of needed) if (!isConnected(node, name)) found.push(`no_${name}`)
   return found
 }
 

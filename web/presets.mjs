@@ -9,6 +9,7 @@ const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name ===
 
 /** Whether a saved node has a value for its widget `preset`: it is the last of those that are saved by position. */
 export function isSaved(node, info) {
+  if (info?.widgets_values_named) return "preset" in info.widgets_values_named
   const saved = info?.widgets_values
   if (!saved) return false
   if (!Array.isArray(saved)) return "preset" in saved

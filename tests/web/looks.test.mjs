@@ -59,6 +59,7 @@ test("what the connections alone say", () => {
   assert.deepEqual(unconnected(training({ references: "outside" })), [])
   assert.deepEqual(unconnected(training({ images: pictures, masks: pictures })), ["both", "masks"])
   assert.deepEqual(unconnected(training({ concept: null, vae: null })), ["no_vae", "no_concept"])
+  assert.deepEqual(unconnected(node("AnchorTrainLoRA", {}, { model: null, images: null })), []) // just made
 })
 
 test("a sentence names the node that it is about, and is said once", () => {

@@ -17,6 +17,7 @@ test("a node that was saved without a preset is told from one with it", () => {
   const node = trainingNode("auto")
   assert.equal(isSaved(node, { widgets_values: [300, 1e-3, 4, 16, "all_linear"] }), false)
   assert.equal(isSaved(node, { widgets_values: [300, 1e-3, 4, 16, "all_linear", "subject"] }), true)
+  assert.equal(isSaved(node, { widgets_values: [1, 2, 3, 4, 5, 6], widgets_values_named: { steps: 300 } }), false)
   assert.equal(isSaved(node, {}), false)
   assert.equal(isSaved(node, { widgets_values: { steps: 300, preset: "auto" } }), true)
   assert.equal(isSaved(node, { widgets_values: { steps: 300 } }), false)
