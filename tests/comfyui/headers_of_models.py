@@ -36,7 +36,7 @@ SDXL = UNET | {
 FLUX = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072,
     "mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56],
-    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
+    "txt_ids_dims": [], "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True,
 }  # fmt: skip
 NETWORKS = {
     "sd1": (UNetModel, SD1, "model.diffusion_model."),
