@@ -20,34 +20,41 @@ export function isSaved(node, info) {
 /**
  * Show in the decided widgets what the preset takes, as far as it is known (`chosen`), and give them back to `manual`
  * with the values they had. `classic`: a widget that is off shows no value there, so that its label has it.
- * The prompt has their defaults meanwhile, so that nothing is trained again because a value came to be known.
+ * Gives whether something changed. The prompt has their defaults meanwhile, so that nothing is trained again because a value came to be known.
  */
 export function showDecided(node, chosen, words, { classic }) {
-  const preset = widgetOf(node, "preset")?.value ?? MANUAL
+  const off = (widgetOf(node, "preset")?.value ?? MANUAL) !== MANUAL
+  let changed = false
+  const put = (widget, name, value) => {
+    if (widget[name] === value) return
+    widget[name] = value
+    changed = true
+  }
   for (const name of DECIDED) {
     const widget = widgetOf(node, name)
     if (!widget) continue
-    const off = preset !== MANUAL
     if (off && !widget.anchorOwn) {
       widget.anchorOwn = { value: widget.value, label: widget.label, serializeValue: widget.serializeValue }
       widget.serializeValue = () => widget.options?.anchorDefault ?? widget.anchorOwn?.value
-    } else if (!off && widget.anchorOwn) {
+    }
+    if (off) {
+      const known = chosen?.[name]
+      if (known !== undefined) {
+        put(widget, "value", known)
+        widget.anchorShown = known
+      }
+      const own = widget.anchorOwn.label || name
+      put(widget, "label", known === undefined || classic ? `${own} · ${known ?? words.by_preset}` : own)
+      put(widget, "disabled", true)
+    } else if (widget.anchorOwn) {
       const { value, label, serializeValue } = widget.anchorOwn
-      Object.assign(widget, { label, serializeValue })
-      if (widget.value === widget.anchorShown) widget.value = value
       delete widget.anchorOwn
+      Object.assign(widget, { label, serializeValue })
+      if (widget.value === widget.anchorShown) put(widget, "value", value)
+      put(widget, "disabled", false)
     }
-    if (!off) {
-      if (widget.disabled) widget.disabled = false
-      continue
-    }
-    const known = chosen?.[name]
-    if (known !== undefined && widget.value !== known) widget.value = widget.anchorShown = known
-    const own = widget.anchorOwn.label || name
-    const told = known === undefined || classic ? `${own} · ${known ?? words.by_preset}` : own
-    if (widget.label !== told) widget.label = told
-    if (!widget.disabled) widget.disabled = true
   }
+  return changed
 }
 
 /** The word for a value of `w`: that of the nearest of 0, 0.5 and 1. */

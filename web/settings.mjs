@@ -1,5 +1,6 @@
 // The training node's settings: folded, greyed and worded, and looked at while they are edited.
 
+import { addFold, fold } from "./fold.mjs"
 import { sentences, surroundings } from "./looks.mjs"
 import { AUTO, DECIDED, isSaved, MANUAL, showDecided, wordOf } from "./presets.mjs"
 import { WORDS } from "./words.mjs"
@@ -26,9 +27,7 @@ export function prepare(node, defaults) {
     const w = widgetOf(this, "w")
     if (w?.options && w.value > w.options.max) w.options.max = w.value
   }
-  const fold = node.addWidget("button", "more", null, () => node.toggleAdvanced?.(), { serialize: false })
-  fold.serialize = false
-  for (const widget of node.widgets) if (widget.options?.advanced) widget.advanced = true
+  addFold(node, WORDS)
 }
 
 export class Settings {
@@ -74,19 +73,13 @@ export class Settings {
     if (w) {
       held.label ??= w.label || "w"
       const label = `${held.label} · ${wordOf(w.value, WORDS)}`
-      if (w.label !== label) w.label = label
-    }
-    const fold = widgetOf(node, "more")
-    if (fold) {
-      const hidden = !classic()
-      if (fold.hidden !== hidden) {
-        fold.hidden = hidden
-        if (fold.options) fold.options.hidden = hidden
+      if (w.label !== label) {
+        w.label = label
+        node.setDirtyCanvas?.(true, true)
       }
-      const label = node.showAdvanced ? WORDS.less : WORDS.more
-      if (fold.label !== label) fold.label = label
     }
-    showDecided(node, held.look?.chosen, WORDS, { classic: classic() })
+    fold(node, WORDS)
+    if (showDecided(node, held.look?.chosen, WORDS, { classic: classic() })) node.setDirtyCanvas?.(true, true)
   }
 
   async ask(node, held, body) {
@@ -95,7 +88,7 @@ export class Settings {
       const answer = await this.api.fetchApi(LOOK, { method: "POST", headers, body })
       if (answer.ok && held.asked === body) {
         held.look = await answer.json()
-        node.setDirtyCanvas?.(true, true)
+        if (node.graph) this.one(node, held)
       }
     } catch {
       held.asked = null // the server is away; the next glance asks again

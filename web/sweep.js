@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
+import { addFold, fold } from "./fold.mjs"
 import { SweepView } from "./sweep_view.mjs"
 import { take, targets } from "./targets.mjs"
 import { WORDS } from "./words.mjs"
@@ -13,6 +14,7 @@ function addressOf({ filename, subfolder = "", type = "temp" }) {
 }
 
 function follow(node) {
+  addFold(node, WORDS)
   const view = new SweepView({
     addressOf,
     use: (value) => {
@@ -31,13 +33,17 @@ function follow(node) {
   const widget = node.addDOMWidget("grid", "anchor_sweep", view.root, {
     serialize: false,
     hideOnZoom: false,
-    getMinHeight: () => Math.min(view.height, 420),
+    getMinHeight: () => view.height,
   })
   widget.serialize = false
   const show = (kept) => {
     if (kept?.sweep?.values?.length && Array.isArray(kept.files)) view.show(kept.sweep, kept.files)
   }
-  const { onExecuted, onConfigure } = node
+  const { onExecuted, onConfigure, onDrawForeground } = node
+  node.onDrawForeground = function () {
+    onDrawForeground?.apply(this, arguments)
+    fold(this, WORDS) // for a change of the way that nodes are drawn
+  }
   node.onExecuted = function (output) {
     onExecuted?.apply(this, arguments)
     const [sweep] = output?.anchor_sweep ?? []

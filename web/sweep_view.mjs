@@ -8,9 +8,9 @@ const STYLE = `
   color: var(--input-text); font: 11px sans-serif; overflow: hidden; }
 .sa-sweep .sa-said { color: var(--descrip-text); min-height: 14px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
-.sa-columns { display: flex; gap: 6px; overflow: auto; flex: 1 1 auto; min-height: 0; }
+.sa-columns { display: flex; gap: 6px; overflow: auto; justify-content: safe center; flex: 1 1 auto; min-height: 0; }
 .sa-columns:empty { display: none; }
-.sa-column { flex: 1 0 96px; max-width: 190px; display: flex; flex-direction: column; gap: 3px; border-radius: 5px;
+.sa-column { flex: 0 0 132px; display: flex; flex-direction: column; gap: 3px; border-radius: 5px;
   padding: 4px; background: var(--comfy-input-bg); border: 1px solid transparent; }
 .sa-column[data-best] { border-color: #5fb36a; }
 .sa-column[data-taken] { outline: 2px solid var(--input-text); outline-offset: -2px; }
@@ -66,7 +66,8 @@ export class SweepView {
   get height() {
     if (!this.sweep) return EMPTY
     const { scores } = this.sweep.values[0]
-    return 70 + scores.length * (110 + 13 * Object.keys(scores[0] ?? {}).length) + (scores.length ? 0 : 110)
+    const rows = this.shots.length / this.sweep.values.length
+    return Math.min(700, 84 + rows * (132 + 13 * Object.keys(scores[0] ?? {}).length))
   }
 
   /** A sweep as the node told it: {what, best, values: [{value, scores, means}]}, and its pictures' files by value. */
@@ -79,7 +80,7 @@ export class SweepView {
     this.columns.replaceChildren(...sweep.values.map((entry, j) => this.column(entry, j, each)))
     const first = sweep.best === null ? null : sweep.values[sweep.best].value
     this.line.textContent = first === null ? WORDS.sweep.look : `${WORDS.sweep.best}: ${sweep.what} ${first}`
-    this.root.style.minHeight = `${Math.min(this.height, 420)}px`
+    this.root.style.minHeight = `${this.height}px`
     this.grown()
   }
 

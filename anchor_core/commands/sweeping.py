@@ -88,4 +88,4 @@ def _class_prompt(options: Namespace, prompts: set[str]) -> str:
 
     if len(prompts) > 1:
         raise ValueError("--prompt: the adapters name several in their metadata; give the one to compare them by")
-    return class_only(prompts.pop(), options.token)
+    return class_only(next(iter(prompts)), options.token)

@@ -48,6 +48,7 @@ def test_a_sweep_is_looked_through_taken_from_and_found_again(window):
     assert grid.locator(".sa-column[data-best]").count() == 1
     loaded = "() => [...document.querySelectorAll('.sa-column img')].every((each) => each.naturalWidth === 64)"
     here.until(loaded)
+    here.page.keyboard.press(".")
 
     grid.locator(".sa-column img").first.click()
     caption = grid.locator("dialog > div").last
