@@ -159,7 +159,7 @@ class Step:
         prior: class pictures, for objectives that read `prior` or `prior_target`.
         weights: factor of each row's errors, (B,), the same for every term (min-SNR).
         masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
-        texts: for objectives that read `current_anchor`, `unconditional` or `text_distance`.
+        texts: for objectives that read `class_prediction`, `current_anchor`, `unconditional` or `text_distance`.
     """
 
     def __init__(
@@ -206,6 +206,11 @@ class Step:
         """Adapter off, class prompt, same z_t and t, no graph: eps_theta'(z_t, c_cls, t)."""
         with torch.no_grad(), self.denoiser.adapter_disabled():
             return self.denoiser.predict(self.noisy, self.timesteps, self.class_conditions)
+
+    @cached_property
+    def class_prediction(self) -> Tensor:
+        """Adapter on, class prompt by the text encoder as it is trained, with gradient: eps_theta(z_t, c_cls, t)."""
+        return self.denoiser.predict(self.noisy, self.timesteps, self.texts.encode(self.texts.class_prompts))
 
     @cached_property
     def current_anchor(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,21 @@ def _count(pictures: Mapping[str, Any]) -> int | None:
     if name.startswith(SANDBOX):
         own = name.removeprefix(SANDBOX)
         return subjects.get(own).count if own in subjects.names() else None
+    if name.startswith("["):  # no folder: pictures that the node itself holds, as a list in JSON
+        return _listed(pictures.get("pictures"))
     if name not in folder_paths.get_input_subfolders():
         raise ValueError(f"references is {shown(name)!r}, which is no folder in input; choose another, or press R")
     return len(picture_files(Path(folder_paths.get_input_directory()) / name))
+
+
+def _listed(text: Any) -> int | None:
+    try:
+        held = json.loads(text) if isinstance(text, str) and text.strip() else []
+    except ValueError:
+        return None
+    if held == []:
+        raise ValueError("pictures is empty; drop some on the node, or choose a folder as references")
+    return len(held) if isinstance(held, list) else None
 
 
 def _header(model: Mapping[str, Any]):

@@ -210,6 +210,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
                 ),
                 invert_masks_input(advanced=True),
+                *inputs_of(TrainSettings, ("class_weight",), optional=True, advanced=True),
                 preset_input(),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
@@ -296,7 +297,7 @@ def _workflow(extra) -> str | None:
 
 def _training(inputs) -> str:
     """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
-    told = "name seed objective w steps learning_rate batch_size rank layers prior_weight preset".split()
+    told = "name seed objective w steps learning_rate batch_size rank layers prior_weight class_weight preset".split()
     values = ({"preset": MANUAL, **inputs}.get(each) for each in told)
     return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 

@@ -169,7 +169,8 @@ class _Run:
         self.datasets, self.concept = datasets, concept
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.parameters = adapter.parameters()
-        self.optimizer = make_optimizer(adapter.parameter_groups(settings.token_learning_rate), settings)
+        groups = adapter.parameter_groups(settings.token_learning_rate, settings.norm_learning_rate)
+        self.optimizer = make_optimizer(groups, settings)
         self.schedule = make_schedule(self.optimizer, settings)
         self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
         self.scaler = make_scaler(settings, denoiser)

@@ -43,7 +43,8 @@ def test_a_preset_shows_what_it_takes_and_manual_gives_back_what_was(window):
     until_taken(here, TAKEN)
     assert all(each["disabled"] for each in widgets(here, DECIDED))
     prompt = here.page.evaluate("app.graphToPrompt().then(({ output }) => output['4'].inputs)")
-    assert (prompt["preset"], prompt["steps"], prompt["learning_rate"]) == ("auto", 300, 0.001)  # so that knowing it trains nothing again
+    # So that coming to know it trains nothing again.
+    assert (prompt["preset"], prompt["steps"], prompt["learning_rate"]) == ("auto", 300, 0.001)
     here.page.wait_for_timeout(700)  # for the picture that the test leaves
 
     put(here, "preset", "manual")

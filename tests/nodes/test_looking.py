@@ -105,6 +105,15 @@ def test_a_concept_that_says_nothing_is_refused_before_the_run(server):
         server.queue(prompt)
 
 
+def test_pictures_that_the_node_holds_are_counted(server):
+    held = PICTURES | {"references": "[pictures on the node]"}
+    for pictures, said in (('[{"name": "a.png"}, {"name": "b.png"}]', 60), ("{", None), ("3", None)):
+        told = look(server, training={"preset": "subject"}, model=SANDBOX, pictures=held | {"pictures": pictures})
+        assert told["chosen"].get("steps") == said and told["mistakes"] == []
+    ((about, text),) = mistakes(server, pictures=held | {"pictures": "[]"})
+    assert about == "pictures" and text.startswith("pictures is empty; drop some")
+
+
 def test_a_folder_of_pictures_is_counted(server):
     folder = server.base / "input/three"
     folder.mkdir(exist_ok=True)
