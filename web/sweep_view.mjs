@@ -16,8 +16,7 @@ const STYLE = `
 .sa-column[data-taken] { outline: 2px solid var(--input-text); outline-offset: -2px; }
 .sa-column b { text-align: center; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .sa-column figure { margin: 0; }
-.sa-column img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 3px; cursor: zoom-in; display: block;
-  image-rendering: auto; }
+.sa-column img { width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 3px; cursor: zoom-in; display: block; }
 .sa-column img:focus-visible { outline: 2px solid var(--input-text); }
 .sa-column figcaption { color: var(--descrip-text); font-size: 10px; line-height: 13px; text-align: center; }
 .sa-column button { background: var(--secondary-background, var(--comfy-menu-bg)); color: var(--input-text);
@@ -42,6 +41,9 @@ function element(tag, parent, properties = {}) {
 /** "CLIP-I 0.812" of each score. */
 export const told = (scores) => Object.entries(scores).map(([name, value]) => `${SHORT[name] ?? name} ${number(value)}`)
 
+/** Small pictures, as those of the sandbox, keep their pixels. */
+const crisp = (image) => (image.style.imageRendering = image.naturalWidth < 160 ? "pixelated" : "auto")
+
 export class SweepView {
   /** use(value): puts it where it belongs; gives a sentence. addressOf(file): of a picture. grown(): see View. */
   constructor({ use, addressOf, grown }) {
@@ -55,6 +57,7 @@ export class SweepView {
     this.frame = element("div", this.dialog, { className: "sa-frame" })
     this.first = element("img", this.frame)
     this.large = element("img", this.frame)
+    for (const image of [this.first, this.large]) image.addEventListener("load", () => crisp(image))
     this.frame.addEventListener("pointermove", (event) => this.compare(event))
     this.frame.addEventListener("pointerleave", () => this.compare(null))
     this.caption = element("div", this.dialog)
@@ -94,6 +97,7 @@ export class SweepView {
       const image = element("img", figure, { src: this.addressOf(this.shots[i].file), draggable: false, tabIndex: 0 })
       image.alt = `${this.sweep.what} ${value}`
       image.addEventListener("click", () => this.open(i))
+      image.addEventListener("load", () => crisp(image))
       image.addEventListener("error", () => (image.style.visibility = "hidden")) // ComfyUI has emptied its temp folder
       image.addEventListener("keydown", (event) => event.key === "Enter" && this.open(i))
       element("figcaption", figure, { innerText: told(this.shots[i].scores).join("\n") })
