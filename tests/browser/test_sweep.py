@@ -6,7 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.browser
 
-GRAPH = """([lora]) => {
+GRAPH = """() => {
   const node = (id) => app.graph.getNodeById(id)
   const make = (type, x, y, values) => {
     const made = LiteGraph.createNode(type)
@@ -37,7 +37,7 @@ STRENGTH = "(id) => app.graph.getNodeById(id).widgets.find(({ name }) => name ==
 def test_a_sweep_is_looked_through_taken_from_and_found_again(window):
     here = window()
     here.build({"steps": 6, "learning_rate": 2e-2})
-    _, applied = here.page.evaluate(GRAPH, ["x"])
+    _, applied = here.page.evaluate(GRAPH)
     here.page.keyboard.press(".")
     here.keep()
     here.queue()
@@ -48,9 +48,8 @@ def test_a_sweep_is_looked_through_taken_from_and_found_again(window):
     assert grid.locator(".sa-column[data-best]").count() == 1
     loaded = "() => [...document.querySelectorAll('.sa-column img')].every((each) => each.naturalWidth === 64)"
     here.until(loaded)
-    here.page.keyboard.press(".")
 
-    grid.locator(".sa-column img").first.click()
+    grid.locator(".sa-column img").first.evaluate("(image) => image.click()")
     caption = grid.locator("dialog > div").last
     assert caption.inner_text().startswith("strength 0 ")
     for key, begins in (("ArrowRight", "strength 1 "), ("ArrowRight", "strength 1 "), ("ArrowDown", "strength 1 ")):
@@ -62,7 +61,7 @@ def test_a_sweep_is_looked_through_taken_from_and_found_again(window):
     here.page.keyboard.press("Escape")
 
     assert here.page.evaluate(STRENGTH, applied) == 0.5
-    grid.locator(".sa-column button").nth(1).click()
+    grid.locator(".sa-column button").nth(1).evaluate("(button) => button.click()")
     assert here.page.evaluate(STRENGTH, applied) == 1
     assert grid.locator(".sa-said").inner_text() == "strength 1 → Apply Adapter"
 
