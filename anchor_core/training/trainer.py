@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
 from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
-from ..drift import DriftProbe
+from ..devices import own_random_state
+from ..drift import LEVELS, DriftProbe, tally
 from .checkpoint import Checkpoints
 from .events import Measured, PhaseBegun, StepMade, Tell
 from .gradient_checkpointing import checkpointed
@@ -104,7 +104,7 @@ def train(
         datasets = [references] if classes is None else [references, classes]
         cache = cache or Cache(denoiser)
         run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
-        run.tell, run.orders, run.answer = tell or _ignore, orders or Orders(), answer or _ignore
+        run.tell, run.orders, run.answer = tell or (lambda *_: None), orders or Orders(), answer or (lambda *_: None)
         if checkpoints is not None:
             resume(run)
         try:
@@ -143,7 +143,7 @@ def _set_up(denoiser: Denoiser, settings: TrainSettings) -> Iterator[None]:
         # ComfyUI runs nodes in inference mode, where nothing can be trained.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        stack.enter_context(own_random_state(denoiser.device, settings.seed))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
         yield
@@ -177,6 +177,7 @@ class _Run:
         self.autocast_dtype = autocast_dtype(settings, denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(settings.keep)  # of the probes within the budget
+        self.tally = torch.zeros(3, LEVELS, device=denoiser.device)
         prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
         prompts += [""] if self.objective.reads_unconditional else []
         self.conditions = dict(zip(prompts, cache.conditions(prompts)))
@@ -204,13 +205,11 @@ class _Run:
             history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
             if ending:
                 break
-            terms = self._optimize()
-            history.losses.append(sum(terms.values()))
-            for name, value in terms.items():
-                history.terms.setdefault(name, []).append(value)
+            terms, tallied = self._optimize()
+            distances = history.add(terms, tallied)
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
-            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds))
+            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds, distances))
             if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == self.steps):
                 self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
@@ -240,36 +239,39 @@ class _Run:
             self.tell(PhaseBegun("training"))
         self.started += time.perf_counter() - began
 
-    def _optimize(self) -> dict[str, float]:
-        """One step of the optimizer; gives the weighted terms of the loss."""
+    def _optimize(self) -> tuple[dict[str, float], list[float]]:
+        """One step of the optimizer; gives the weighted terms of the loss, and the tally of its predictions."""
         settings = self.settings
         self.optimizer.zero_grad(set_to_none=True)
         for vectors in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
             # Rows without a caption do not reach them, and all processes average the same gradients.
             vectors.grad = torch.zeros_like(vectors)
         sums: dict[str, Tensor] = {}
+        self.tally.zero_()
         for _ in range(settings.accumulation):
             for name, term in self.pass_().items():
                 sums[name] = sums.get(name, 0) + term
-        self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
+        self.workers.average([*sums.values(), self.tally, *(p.grad for p in self.parameters if p.grad is not None)])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
-        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        told = torch.cat([torch.stack([*sums.values(), norm]), self.tally.flatten()])
+        *terms, norm = (told := told.tolist())[: len(sums) + 1]  # the step's one wait for the device
         self._check_finite("loss", sum(terms))
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
         scale = self.scaler.get_scale()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.scaler.get_scale() >= scale:
-            self.schedule.step()
-            self.average.update()
-        elif self.scaler.get_scale() < LOWEST_SCALE:
-            raise TrainingDiverged(
-                f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
-                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
-            )
-        return dict(zip(sums, terms, strict=True))
+        with self.average.whole():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if self.scaler.get_scale() >= scale:
+                self.schedule.step()
+                self.average.update()
+            elif self.scaler.get_scale() < LOWEST_SCALE:
+                raise TrainingDiverged(
+                    f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
+                    f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+                )
+        return dict(zip(sums, terms, strict=True)), told[len(sums) + 1 :]
 
     def pass_(self) -> dict[str, Tensor]:
         """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
@@ -279,6 +281,7 @@ class _Run:
             with self.adapter.dropout(), self._autocast():
                 terms = self.objective(part)
             self.scaler.scale(sum(terms.values()) / share).backward()
+            self.tally += tally(part)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / share
         return sums
@@ -383,19 +386,6 @@ def _part_of(drawn: Sequence[Tensor | None], part: slice) -> list[Tensor | None]
     return [None if tensor is None else tensor[part] for tensor in drawn]
 
 
-def _ignore(*_: Any) -> None:
-    pass
-
-
 def _check_latents(name: str, latents: Tensor) -> None:
     if latents.ndim != 4 or not len(latents):
         raise ValueError(f"{name} is {tuple(latents.shape)}, but it takes (N, C, h, w) with at least one picture")
-
-
-@contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """A random state of the training's own, which only dropout uses."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
