@@ -1,6 +1,5 @@
 // A sweep in its node: a column for each value, the scores under each picture, and a button that takes the value.
 
-import { number } from "./curves.mjs"
 import { WORDS } from "./words.mjs"
 
 const STYLE = `
@@ -10,7 +9,7 @@ const STYLE = `
   text-overflow: ellipsis; }
 .sa-columns { display: flex; gap: 6px; overflow: auto; justify-content: safe center; flex: 1 1 auto; min-height: 0; }
 .sa-columns:empty { display: none; }
-.sa-column { flex: 0 0 132px; display: flex; flex-direction: column; gap: 3px; border-radius: 5px;
+.sa-column { flex: 0 1 132px; min-width: 96px; box-sizing: border-box; display: flex; flex-direction: column; gap: 3px; border-radius: 5px;
   padding: 4px; background: var(--comfy-input-bg); border: 1px solid transparent; }
 .sa-column[data-best] { border-color: #5fb36a; }
 .sa-column[data-taken] { outline: 2px solid var(--input-text); outline-offset: -2px; }
@@ -39,7 +38,7 @@ function element(tag, parent, properties = {}) {
 }
 
 /** "CLIP-I 0.812" of each score. */
-export const told = (scores) => Object.entries(scores).map(([name, value]) => `${SHORT[name] ?? name} ${number(value)}`)
+export const told = (scores) => Object.entries(scores).map(([name, value]) => `${SHORT[name] ?? name} ${value.toFixed(3)}`)
 
 /** Small pictures, as those of the sandbox, keep their pixels. */
 const crisp = (image) => (image.style.imageRendering = image.naturalWidth < 160 ? "pixelated" : "auto")
