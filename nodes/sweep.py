@@ -125,7 +125,6 @@ class AnchorSweep(io.ComfyNode):
                 io.ClipVision.Input("clip_vision", optional=True, tooltip="A CLIP of Load CLIP Vision (CLIP-I)."),
                 io.ClipVision.Input("dino_vision", optional=True, tooltip="A DINOv2 or DINOv3 of Load CLIP Vision."),
             ],
-            hidden=[io.Hidden.unique_id],
             has_intermediate_output=True,
             outputs=[
                 io.Image.Output(display_name="grid", tooltip="All pictures with their scores."),
