@@ -65,7 +65,9 @@ def purpose_options(
     elif purpose == SUBJECT:
         options["steps"] = pictures * (_SANDBOX_STEPS if family == "sandbox" else STEPS_A_PICTURE)
     elif purpose == STYLE:
-        options |= {"rank": max(options["rank"], STYLE_RANK), "layers": "attention_feed_forward"}
+        options["rank"] = max(options["rank"], STYLE_RANK)
+        if options["layers"] == "attention":
+            options["layers"] = "attention_feed_forward"
     elif purpose == LOW_MEMORY:
         # The same rows a step, one after another.
         rows = options["batch_size"] * options["accumulation"]

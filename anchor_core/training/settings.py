@@ -77,7 +77,7 @@ class TrainSettings:
     )
     learning_rate: float = option(
         1e-3,
-        "how far a step goes: about 1e-4 for SD1.5 and larger models, 2e-3 for the sandbox, 1 for prodigy; halve it "
+        "how far a step goes: about 1e-4 for SD1.5 and larger models, 1e-3 for the sandbox, 1 for prodigy; halve it "
         "if pictures turn garish or noisy",
         above=0,
     )

@@ -7,7 +7,7 @@ import pytest
 pytestmark = pytest.mark.browser
 
 DECIDED = ["steps", "learning_rate", "batch_size", "rank", "layers"]
-TAKEN = [150, 0.002, 4, 8, "attention"]
+TAKEN = [150, 0.001, 4, 8, "all_linear_conv"]
 WIDGETS = """([id, names]) => names.map((name) => {
   const { value, disabled, label } = app.graph.getNodeById(id).widgets.find((each) => each.name === name)
   return { value, disabled: Boolean(disabled), label: label ?? name }
@@ -44,7 +44,7 @@ def test_a_preset_shows_what_it_takes_and_manual_gives_back_what_was(window):
     assert all(each["disabled"] for each in widgets(here, DECIDED))
     prompt = here.page.evaluate("app.graphToPrompt().then(({ output }) => output['4'].inputs)")
     # So that coming to know it trains nothing again.
-    assert (prompt["preset"], prompt["steps"], prompt["learning_rate"]) == ("auto", 300, 0.001)
+    assert (prompt["preset"], prompt["steps"], prompt["layers"]) == ("auto", 300, "attention")
     here.page.wait_for_timeout(700)  # for the picture that the test leaves
 
     put(here, "preset", "manual")

@@ -43,7 +43,7 @@ def test_what_train_options_say_stays(server):
     metadata, record = trained(server, prompt)
     assert (metadata["anchor.timestep_sampling"], metadata["anchor.micro_batch"]) == ("shifted", "2")
     assert record["chosen"].keys().isdisjoint({"timestep_sampling", "micro_batch"})
-    assert metadata["anchor.learning_rate"] == "0.002"
+    assert metadata["anchor.layers"] == "all_linear_conv"
 
 
 @pytest.mark.parametrize("w, refused", [(3.0, False), (-0.5, True)])

@@ -68,7 +68,7 @@ def taken(monkeypatch):
 
 def test_the_command_line_takes_the_preset_of_the_model(taken):
     settings, config = taken()
-    assert (settings.learning_rate, settings.steps, config.rank) == (2e-3, 150, 8)
+    assert (settings.learning_rate, settings.steps, config.rank, config.layers) == (1e-3, 150, 8, "all_linear_conv")
 
 
 def test_what_is_given_wins_on_the_command_line_also_where_it_is_the_default(taken):
