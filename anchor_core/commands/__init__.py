@@ -7,9 +7,10 @@ from .files import convert
 from .measuring import compare, inspect
 from .sampling import adjust, sample
 from .sandbox import demo, pretrain, subject, subjects
+from .sweeping import sweep
 from .training import train
 
 __all__ = [
     "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
-    "sample", "selftest", "subject", "subjects", "train",
+    "sample", "selftest", "subject", "subjects", "sweep", "train",
 ]  # fmt: skip
