@@ -32,7 +32,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; gives the exit status."""
-    parser = _build_parser()
+    parser, arguments = _build_parser(), sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        try:
+            arguments = commands.with_report(arguments)
+        except ValueError as error:
+            print(f"semantic-anchor train: error: {error}", file=sys.stderr)
+            return 2
     options = parser.parse_args(arguments)
     if options.verb == "train":
         chosen = method_options(options.method) if options.method else {}
@@ -126,6 +132,10 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     train.add_argument(
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
     )
+    train.add_argument(
+        "--from_report", "--from-report", metavar="FILE",
+        help="train once more what a report.json tells of, but for the options given besides: to the same bits",
+    )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     train.add_argument("--cache", metavar="DIR", help="keep latents and encoded prompts here for further trainings")
     train.set_defaults(**(defaults or {}))

@@ -19,7 +19,7 @@ EVENT = "semantic_anchor.run"
 LISTED = 50
 """The most runs of a list."""
 
-_CURVES = ("losses", "probes", "distances", "pictures", "saved")
+_CURVES = ("losses", "probes", "distances", "pictures", "saved", "made_with")  # what only a whole record has
 _ENDED_BEFORE = "ComfyUI ended before the training did"
 
 

@@ -5,6 +5,7 @@ from .checking import selftest
 from .checkup import checkup
 from .files import convert
 from .measuring import compare, inspect
+from .repeating import with_report
 from .sampling import adjust, sample
 from .sandbox import demo, pretrain, subject, subjects
 from .sweeping import sweep
@@ -12,5 +13,5 @@ from .training import train
 
 __all__ = [
     "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
-    "sample", "selftest", "subject", "subjects", "sweep", "train",
+    "sample", "selftest", "subject", "subjects", "sweep", "train", "with_report",
 ]  # fmt: skip

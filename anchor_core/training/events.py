@@ -100,6 +100,14 @@ class Saved(Event):
 
 
 @dataclass(frozen=True)
+class Described(Event):
+    """What made the adapter that was kept, and its files' hashes: `provenance`."""
+
+    event = "described"
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Ended(Event):
     """The last event: how it ended (of `ENDINGS`), the step whose weights were kept, the steps made, and why."""
 

@@ -162,6 +162,9 @@ class Record:
             saved = {"step": event.step, "file": event.files[0].name}
             self._now["saved"] = [*self._now["saved"], saved]
 
+    def _described(self, event) -> None:
+        self._now["made_with"] = event.provenance
+
     def _ended(self, event) -> None:
         self._now |= {"phase": "ended", "how": event.how, "reason": event.reason, "kept": event.kept}
 
