@@ -127,7 +127,7 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
                 weight.add_argument(
                     "--lambda", dest="lambda_", type=float, metavar="LAMBDA", help="in place of w: 1 / (1 + w)"
                 )
-            elif "help" in field.metadata and field.name != "seed":
+            elif "help" in field.metadata and field.name not in ("seed", "preset"):
                 _add_field(group, field)
     train.add_argument(
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
@@ -230,6 +230,21 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     )  # fmt: skip
     _add_prompts(compare)
     _add_model(compare, required=False)
+
+    sweep = _verb(verbs, "sweep", "one prompt at several strengths, or by several adapters, as a grid", commands.sweep)
+    _add_model(sweep)
+    sweep.add_argument("--adapter", required=True, nargs="+", metavar="FILE", help="one, or several at one strength")
+    sweep.add_argument("--strength", default="1", metavar="LIST", help='such as "0, 0.5, 1" (default 1)')
+    sweep.add_argument("--by", choices=("strength", "w", "steps", "file"), help="what the columns are called by")
+    sweep.add_argument("--prompt", help="default: the one that the adapters were trained on")
+    sweep.add_argument("--count", type=int, default=2, help="pictures of each value (default 2)")
+    sweep.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
+    sweep.add_argument("--guidance", type=float, help="guidance scale (default: the adapter's, else 5)")
+    sweep.add_argument("--references", metavar="DIR", help="real pictures, for scores; takes --judge, --clip or --dino")
+    sweep.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
+    sweep.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
+    sweep.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
+    sweep.add_argument("--judge", choices=("sandbox",), help="instead: the sandbox's judge, for its own pictures")
 
     adjust = _verb(verbs, "adjust", "turn a textual-inversion file towards its class word (TEA)", commands.adjust)
     adjust.add_argument("file", metavar="FILE")

@@ -8,9 +8,10 @@ from .measuring import compare, inspect
 from .repeating import with_report
 from .sampling import adjust, sample
 from .sandbox import demo, pretrain, subject, subjects
+from .sweeping import sweep
 from .training import train
 
 __all__ = [
     "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
-    "sample", "selftest", "subject", "subjects", "train", "with_report",
+    "sample", "selftest", "subject", "subjects", "sweep", "train", "with_report",
 ]  # fmt: skip

@@ -115,6 +115,9 @@ class Record:
     def _phase(self, event) -> None:
         self._now["phase"] = event.phase
 
+    def _fitted(self, event) -> None:
+        self._now["chosen"] = {**self._now.get("chosen", {}), **event.settings}
+
     def _resumed(self, event) -> None:
         history = event.history
         for i in range(event.step):

@@ -20,7 +20,8 @@ from .optimizers import make_optimizer
 logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    "steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory gradient_checkpointing".split()
+    "steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory gradient_checkpointing "
+    "preset".split()
 )
 """Settings that a resumed training may have otherwise: they do not enter the steps already made, or nothing but the
 memory that a step takes."""

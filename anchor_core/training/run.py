@@ -20,7 +20,7 @@ from ..data.pictures import References
 from ..data.prepare import ClassPictures, Material, prepare
 from ..denoiser import Denoiser
 from .checkpoint import Checkpoints
-from .events import Described, Ended, Event, PhaseBegun, PictureMade, Saved, StepMade, Tell
+from .events import Described, Ended, Event, Fitted, PhaseBegun, PictureMade, Saved, StepMade, Tell
 from .history import History
 from .memory import check_memory
 from .methods import check_combination
@@ -156,8 +156,11 @@ def fit(
     """
     orders = orders or Orders()
     with _told(tell):
-        settings = resolve(settings, denoiser)
+        wanted = settings = resolve(settings, denoiser)
         settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
+        if settings != wanted:
+            names = ("micro_batch", "gradient_checkpointing")
+            tell(Fitted({name: getattr(settings, name) for name in names}))
         orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
     try:

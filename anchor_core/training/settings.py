@@ -77,7 +77,7 @@ class TrainSettings:
     )
     learning_rate: float = option(
         1e-3,
-        "how far a step goes: about 1e-4 for SD1.5 and larger models, 2e-3 for the sandbox, 1 for prodigy; halve it "
+        "how far a step goes: about 1e-4 for SD1.5 and larger models, 1e-3 for the sandbox, 1 for prodigy; halve it "
         "if pictures turn garish or noisy",
         above=0,
     )
@@ -177,6 +177,8 @@ class TrainSettings:
         "fit: micro_batch and gradient_checkpointing as the memory takes; refuse what exceeds it; or off",
         choices=MEMORIES,
     )
+
+    preset: str = option("", "what chose the other options, for the file to say: it changes nothing by itself")
 
     def __post_init__(self):
         check_options(self)

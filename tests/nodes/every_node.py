@@ -67,6 +67,13 @@ def all_prompts(server) -> dict[str, dict]:
     guider["32"] = node("BasicScheduler", model=["1", 0], scheduler="normal", steps=1, denoise=1.0)
     guider["5"] = node("SaveLatent", samples=["23", 0], filename_prefix="latents/guided")
     found["guider"] = guider
+    drawn = {"prompt": "", "count": 1, "size": 64, "seed": 0, "sampling_steps": 1, "guidance": 2.0, "judge": "sandbox"}
+    varied = {"sweep": "strength", "values": "0, 1", "preset": "auto", "name": "sweep", "lora": ["9", 0]}
+    given = {name: training()["4"]["inputs"][name] for name in ("model", "clip", "vae", "images", "concept")}
+    found["sweep"] = {key: value for key, value in training().items() if key != "4"} | {
+        "4": node("AnchorSweep", **given, **varied, **drawn), "5": node("PreviewAny", source=["4", 2]),
+        "9": node("AnchorLoadAdapter", file="plain.safetensors"),
+    }  # fmt: skip
     checked = {name: prompts()["drift"]["4"]["inputs"][name] for name in ("model", "clip", "vae", "lora", "images")}
     checked |= {"subject_prompt": "a photo of a sks star", "class_prompt": "a photo of a star", "name": "checked"}
     checked |= {"budget": 0.7, "timesteps": 1, "noises": 1, "count": 1, "steps": 1, "resolution": 64, "seed": 0}
