@@ -86,7 +86,7 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset"}
+    known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset", "sweep"}
     known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
@@ -125,7 +125,12 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
     )
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
-    train.add_argument("--cache", metavar="DIR", help="keep latents and encoded prompts here for further trainings")
+    train.add_argument(
+        "--cache", metavar="DIR", help="keep latents, encoded prompts and anchors here for further trainings"
+    )
+    train.add_argument(
+        "--sweep", metavar="NAME=V,V", help="one training for each value, such as w=0,.25,.5 or rank=4,8"
+    )
     train.set_defaults(**(defaults or {}))
 
     sample = _verb(verbs, "sample", "make pictures, with or without an adapter", commands.sample)

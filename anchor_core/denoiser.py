@@ -160,6 +160,7 @@ class Step:
         weights: factor of each row's errors, (B,), the same for every term (min-SNR).
         masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
         texts: for objectives that read `current_anchor`, `unconditional` or `text_distance`.
+        known: gives the anchor from elsewhere, equal in every bit to what `pretrained` computes.
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class Step:
         weights: Tensor | None = None,
         masks: Tensor | None = None,
         texts: Texts | None = None,
+        known: Callable[[Step], Tensor] | None = None,
     ):
         self.denoiser = denoiser
         self.latents = latents
@@ -185,6 +187,7 @@ class Step:
         self.weights = weights
         self.masks = masks
         self._texts = texts
+        self._known = known
 
     @cached_property
     def noisy(self) -> Tensor:
@@ -204,7 +207,12 @@ class Step:
     @cached_property
     def anchor(self) -> Tensor:
         """Adapter off, class prompt, same z_t and t, no graph: eps_theta'(z_t, c_cls, t)."""
-        with torch.no_grad(), self.denoiser.adapter_disabled():
+        return self.pretrained() if self._known is None else self._known(self)
+
+    @torch.no_grad()
+    def pretrained(self) -> Tensor:
+        """The anchor by a pass of the network."""
+        with self.denoiser.adapter_disabled():
             return self.denoiser.predict(self.noisy, self.timesteps, self.class_conditions)
 
     @cached_property

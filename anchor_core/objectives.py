@@ -176,6 +176,11 @@ class Objective:
         return self.option("prior_weight") > 0
 
     @property
+    def reads_anchor(self) -> bool:
+        """Whether what the pretrained network predicts of the class is read."""
+        return self.option("w") > 0 and self.option("anchor") != "current"
+
+    @property
     def reads_unconditional(self) -> bool:
         """Whether the empty prompt is predicted too."""
         return self.option("sude_weight") > 0

@@ -94,6 +94,7 @@ class AnchorTrainOptions(io.ComfyNode):
                     tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
                     "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
+                *inputs_of(TrainSettings, ("draws", "bank"), optional=True),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
         )

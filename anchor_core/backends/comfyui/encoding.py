@@ -24,7 +24,7 @@ class ComfyCondition:
 
     cross_attention: Tensor
     extras: dict[str, Any]
-    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
+    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict, init=False)
 
 
 class Encoding:
