@@ -51,6 +51,10 @@ class Denoiser(Protocol):
     def make_room(self, needed: int) -> int:
         """Bytes free on the device, after models of others have made way if less than `needed` were."""
 
+    def encoding(self) -> AbstractContextManager[None]:
+        """While it is open, pictures and prompts are encoded, for one change of the model that is loaded; nothing is
+        predicted."""
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w)."""
 

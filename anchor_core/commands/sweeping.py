@@ -39,14 +39,14 @@ def sweep(
     with ExitStack() as stack:
 
         def tell(variant):
+            stack.close()  # the bar and the signals of the training before
             print(f"{variant.label} ({[each.label for each in several].index(variant.label) + 1} of {len(several)})")
             return stack.enter_context(showing(variant.settings.steps, True))
 
         def orders():
-            stack.close()  # the bar and the signals of the training before
             return stack.enter_context(ordered())
 
-        for swept in sweep(denoiser, material, several, bank=bank, folder=out, orders=orders, tell=tell):
+        for swept in sweep(denoiser, material, several, bank=bank, folder=out, tell=tell, orders=orders):
             history = swept.outcome.history
             rows.append(
                 {

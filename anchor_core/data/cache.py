@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,17 +59,22 @@ class Cache:
             ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
         """
         names = [digest("picture", picture) for picture in pictures]
-        for name, picture in zip(names, pictures):
-            if name in self._latents:
-                continue
-            known = self.load(self._latent_file(name)) if self.folder is not None else None
-            if known is not None:
-                self._latents[name] = known[0]["latents"]
-                continue
-            gap()
-            # Alone: its last bits depend on what is encoded beside it, which would depend on what is known already.
-            (latents,) = self.denoiser.encode_images(picture.unsqueeze(0)).detach().to("cpu", torch.float32)
-            self._keep_latents(name, latents.clone(memory_format=torch.contiguous_format))
+        with ExitStack() as stack:
+            encoding = False
+            for name, picture in zip(names, pictures):
+                if name in self._latents:
+                    continue
+                known = self.load(self._latent_file(name)) if self.folder is not None else None
+                if known is not None:
+                    self._latents[name] = known[0]["latents"]
+                    continue
+                if not encoding:
+                    encoding = True
+                    stack.enter_context(self.denoiser.encoding())
+                gap()
+                # Alone: its last bits depend on what is encoded beside it, which would depend on what is known already.
+                (latents,) = self.denoiser.encode_images(picture.unsqueeze(0)).detach().to("cpu", torch.float32)
+                self._keep_latents(name, latents.clone(memory_format=torch.contiguous_format))
         return [self._latents[name] for name in names]
 
     def _keep_latents(self, name: str, latents: Tensor) -> None:

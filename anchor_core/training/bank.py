@@ -8,6 +8,7 @@ what the bank gives is equal in every bit to what the pass would have computed.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ class Bank:
         computed, found: passes that were computed, and that were known.
 
     Raises:
-        ValueError: if the folder cannot be written, at once or later.
+        ValueError: if the folder cannot be written; later that is a warning.
     """
 
     def __init__(self, denoiser: Denoiser, folder: str | Path | None = None, limit: float = GB):
@@ -139,9 +140,14 @@ class Bank:
         return anchors
 
     def _write(self, file: str, anchors: Tensor) -> None:
-        if self._has_room(self._on_disk, anchors, "its folder"):
-            self._on_disk += anchors.nbytes
+        if not self._has_room(self._on_disk, anchors, "its folder"):
+            return
+        try:
             self._files.save(file, {"anchors": anchors.contiguous()})
+            self._on_disk += anchors.nbytes
+        except ValueError as error:  # a full disk ends no training that does without
+            logger.warning("%s; the training goes on without writing anchors", error)
+            self._on_disk, self._told = math.inf, True
 
 
 def _exactly(anchors: Tensor) -> Tensor:

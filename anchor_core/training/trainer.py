@@ -242,18 +242,19 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
         *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
         self._check_finite("loss", sum(terms))
+        fits = math.isfinite(norm)
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
-        scale = self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        if self.scaler.get_scale() >= scale:
+        if fits:
             self.schedule.step()
             self.average.update()
         elif self.scaler.get_scale() < LOWEST_SCALE:
             raise TrainingDiverged(
                 f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
-                f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+                f"{self.scaler.get_scale() / self.scaler.get_backoff_factor():g}; take a learning_rate below "
+                f"{settings.learning_rate:g}, or the model in bf16 or fp32"
             )
         return dict(zip(sums, terms, strict=True))
 

@@ -156,6 +156,21 @@ def test_at_its_limit_it_keeps_no_more_and_says_so_once(eps_denoiser, tmp_path, 
     assert (bank.computed, bank.found) == (5, 3)
 
 
+def test_a_full_disk_ends_no_training(eps_denoiser, tmp_path, caplog, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    alone = trained(eps_denoiser, None)
+    bank = Bank(eps_denoiser, tmp_path)
+    monkeypatch.setattr("anchor_core.data.cache.whole", full)
+    with caplog.at_level(logging.WARNING):
+        assert_equal(trained(eps_denoiser, bank), alone)
+    assert [r.getMessage() for r in caplog.records] == [
+        f"the cache folder {tmp_path} cannot be written (No space left on device); free space, give another folder, or "
+        "train without one; the training goes on without writing anchors"
+    ]
+
+
 def test_draws_that_the_bank_cannot_hold_are_refused(eps_denoiser):
     with pytest.raises(ValueError, match="draws is 5000, whose 15000 anchors take 0.02 GB, but bank is 0.001 GB; take"):
         trained(eps_denoiser, None, draws=5000, bank=1e-3)
