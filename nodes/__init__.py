@@ -6,6 +6,7 @@ from . import routes
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
 from .compare import AnchorCompare
+from .door import checked
 from .guide import AnchorGuidance, AnchorGuider
 from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
@@ -31,6 +32,8 @@ NODES = [
     AnchorGuider,
     AnchorSelfTest,
 ]
+for _node in NODES:
+    checked(_node)
 
 
 class AnchorExtension(ComfyExtension):

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.embeddings import ALIGNMENTS, NORM_MIX, Adjustment
 from ..anchor_core.writing import claimed
-from .types import CATEGORY, check_connected, embedding_file, embedding_word, new_embedding_file
+from .types import CATEGORY, embedding_file, embedding_word, new_embedding_file
 from .written import WRITTEN
 
 LENGTHS = ("norm_mix", "beta")
@@ -161,7 +161,6 @@ class AnchorAdjustEmbedding(io.ComfyNode):
         from ..anchor_core.adapters.file import save_adapter
         from ..anchor_core.backends.comfyui.adjust import word_rows
 
-        check_connected(clip=clip)
         adjustment = _adjustment(**how)
         vectors, metadata = read_embedding(embedding_file(file))
         adjusted = adjust_embedding(vectors, class_word, word_rows(clip, class_word), adjustment)

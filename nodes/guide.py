@@ -113,8 +113,7 @@ def _guided(
 
     if rule is None:  # ComfyUI does not ask for it
         raise ValueError(f"rule is missing; choose one of {', '.join(RULES)}")
-    # ComfyUI gives None for those that a prompt leaves out.
-    options = {name: value for name, value in rule.items() if name != "rule" and value is not None}
+    options = {name: value for name, value in rule.items() if name != "rule"}
     return guide_model(
         model,
         chosen_lora(file, lora),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .types import CATEGORY, ConceptType, HistoryType, LoraModel, check_connected, checked_lora, one_each
+from .types import CATEGORY, ConceptType, HistoryType, LoraModel, checked_lora, one_each
 
 
 class AnchorDriftReport(io.ComfyNode):
@@ -78,7 +78,6 @@ class AnchorDriftReport(io.ComfyNode):
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot
 
-        check_connected(clip=clip, vae=vae)
         checked_lora("lora", lora)
         pictures = from_images(images).stack()
         with ComfyDenoiser(model, clip, vae) as denoiser:

@@ -24,12 +24,13 @@ from .types import (
     CATEGORY,
     AdapterTensors,
     ConceptType,
+    HistoryRecord,
     HistoryType,
     LoraModel,
     LossMap,
     OptionsType,
     ReferencesType,
-    check_connected,
+    TrainOptions,
     embedding_word,
     inputs_of,
     new_embedding_file,
@@ -101,7 +102,7 @@ class AnchorTrainOptions(io.ComfyNode):
 
     @classmethod
     def execute(cls, **options) -> io.NodeOutput:
-        return io.NodeOutput(options)
+        return io.NodeOutput(TrainOptions(options))
 
 
 class AnchorTrainLoRA(io.ComfyNode):
@@ -240,7 +241,6 @@ class AnchorTrainLoRA(io.ComfyNode):
         from ..anchor_core.training.orders import Orders
         from ..anchor_core.training.run import run
 
-        check_connected(clip=clip, vae=vae)
         resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
         pictures = _pictures(images, masks, references, invert_masks)
         classes = _class_pictures(settings, class_images, class_count)
@@ -267,8 +267,9 @@ class AnchorTrainLoRA(io.ComfyNode):
         word = embedding_word(outcome.files[-1]) if config.vectors else config.token
         WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
+        told = HistoryRecord(history.to_dict())
         ui = {"anchor_run": [going.id]}
-        return io.NodeOutput(model, lora, {"loss": history.losses}, history.to_dict(), path, clip, word, ui=ui)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, told, path, clip, word, ui=ui)
 
 
 def _workflow(extra) -> str | None:

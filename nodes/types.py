@@ -17,9 +17,17 @@ CONNECTED = "[connected lora]"
 LoraModel = io.Custom("LORA_MODEL")  # ComfyUI's: file keys to tensors
 LossMap = io.Custom("LOSS_MAP")  # ComfyUI's: {"loss": [a number a step]}
 ConceptType = io.Custom("ANCHOR_CONCEPT")  # anchor_core.concept.Concept
-HistoryType = io.Custom("ANCHOR_HISTORY")  # anchor_core.training.history.History.to_dict()
+HistoryType = io.Custom("ANCHOR_HISTORY")  # HistoryRecord
 ReferencesType = io.Custom("ANCHOR_REFERENCES")  # anchor_core.data.pictures.References
-OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # names of TrainSettings, AdapterConfig and DataSettings to values
+OptionsType = io.Custom("ANCHOR_TRAIN_OPTIONS")  # TrainOptions
+
+
+class HistoryRecord(dict[str, Any]):
+    """`anchor_core.training.history.History.to_dict()`, told from a constant of a prompt by its class."""
+
+
+class TrainOptions(dict[str, Any]):
+    """Names of TrainSettings, AdapterConfig and DataSettings to values, told from a constant by its class."""
 
 
 class AdapterTensors(dict[str, Tensor]):
@@ -32,13 +40,6 @@ class AdapterTensors(dict[str, Tensor]):
         self.metadata = metadata
         self.embedding = embedding
         self.file = ""  # what messages call it; empty for "lora"
-
-
-def check_connected(**inputs: Any) -> None:
-    """ValueError for one that is None: ComfyUI's loaders give that for what a file does not hold."""
-    for name, value in inputs.items():
-        if value is None:
-            raise ValueError(f"{name} is empty, as of a checkpoint that holds none; load it from a file of its own")
 
 
 def one_each(inputs: Mapping[str, Any], lists: Collection[str] = ()) -> dict[str, Any]:

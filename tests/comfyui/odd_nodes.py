@@ -63,3 +63,19 @@ def node_of(kind: str) -> type:
 
 
 NODE_CLASS_MAPPINGS = {f"Odd{kind}": node_of(kind) for kind in VALUES}
+
+
+class OddAny:
+    """Hands any constant of a prompt on, under the type that fits everything: ComfyUI compares it with nothing."""
+
+    RETURN_TYPES, FUNCTION, CATEGORY = ("*",), "make", "test"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": ("*",)}}
+
+    def make(self, value):
+        return (value,)
+
+
+NODE_CLASS_MAPPINGS["OddAny"] = OddAny

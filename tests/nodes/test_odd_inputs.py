@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from tests.comfyui import comfy_server, odd_nodes
-from tests.nodes.graphs import node, sampling, training
+from tests.nodes.every_node import prompts
+from tests.nodes.graphs import node
 
 found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
@@ -32,41 +33,6 @@ def server(tmp_path_factory):
     server = comfy_server.ComfyServer(*found, base)
     yield server
     server.stop()
-
-
-def prompts() -> dict[str, dict]:
-    """Prompts that run, by the node (4) whose inputs a test changes; a LoRA is 9, an odd value 50."""
-    lora = {"9": node("OddLORA_MODEL", value="tokens")}
-    encoded = {
-        number: node("CLIPTextEncode", clip=["1", 1], text=text)
-        for number, text in (("20", "a photo of a sks star"), ("27", "a photo of a star"))
-    }
-    length = {"alpha": 0.2, "length": "beta", "norm_mix": 0.5, "beta": 1.5}
-    adjusting = {"pooled": False, "align": "index", "subject_conditioning": ["20", 0], "class_conditioning": ["27", 0]}
-    measured = {name: training()["4"]["inputs"][name] for name in ("model", "clip", "vae", "images", "concept")}
-    measured |= {"lora": ["9", 0], "timesteps": 1, "noises": 1, "seed": 0}
-    pictures = {
-        "references": ["2", 1], "pictures.system0": ["2", 0], "names": "one", "prompts": "a star", "token": "sks",
-        "clip": "sandbox", "dino": "sandbox",
-    }  # fmt: skip
-    shown = {"5": node("PreviewAny", source=["4", 0])}
-    base = {key: value for key, value in training().items() if key != "4"} | lora
-    sampled = base | sampling(["4", 0]) | encoded
-    sampled["23"]["inputs"]["steps"] = 1
-    applied = {"model": ["1", 0], "strength": 1.0, "file": "[connected lora]", "lora": ["9", 0]}
-    guided = applied | {"rule": "switching", "class_conditioning": ["27", 0], "early_lora": ["9", 0]}
-    file = {"file": "pip.safetensors", "clip": ["1", 1], "class_word": "star", "name": "out"}
-    return {
-        "train": base | shown | {"4": training(steps=1, preview_every=0)["4"]},
-        "drift": base | shown | {"4": node("AnchorDriftReport", **measured)},
-        "compare": base | shown | {"4": node("AnchorCompare", **pictures)},
-        "apply": sampled | {"4": node("AnchorApplyAdapter", **applied)},
-        "save": base | {"4": node("AnchorSaveAdapter", lora=["9", 0], name="saved")},
-        "load": shown | {"4": node("AnchorLoadAdapter", file="told.safetensors")},
-        "guide": sampled | {"4": node("AnchorGuidance", **guided)},
-        "conditioning": base | encoded | shown | {"4": node("AnchorAdjustConditioning", **length, **adjusting)},
-        "embedding": base | {"4": node("AnchorAdjustEmbedding", **length, **file)},
-    }  # fmt: skip
 
 
 NAN, ODD = float("nan"), ["50", 0]

@@ -13,8 +13,8 @@ import time
 import pytest
 
 from tests.comfyui import comfy_server
-from tests.nodes.graphs import node, training, with_options
-from tests.nodes.test_odd_inputs import prompts
+from tests.nodes.every_node import all_prompts, declared
+from tests.nodes.graphs import node
 from tests.reliability.comfy import install, outside
 from tests.reliability.trainings import Tally, check_sentence
 
@@ -22,6 +22,7 @@ found = comfy_server.find()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(isinstance(found, str), reason=str(found))]
 
 SECONDS = 10
+CASES = 4  # of each input
 ODD = (
     None, True, False, 0, 1, -1, 2, 3.5, 1e-9, 1e300, -1e300, 10**18, 2**63, 2**64, 10**30, float("nan"), float("inf"),
     "", " ", "0", "1e5", "nan", "None", "sks", "a star", "two words", "../../outside", "/etc/passwd", "/outside", "..",
@@ -30,9 +31,6 @@ ODD = (
     "../input", ".", "con", [], {}, [None], [[]], ["1"], ["1", 0], ["2", 0], ["3", 0], ["9", 0], ["4", 0], ["999", 0],
     ["1", 99], ["1", -1], ["1", "0"], {"a": 1}, {"__value__": [1, 2]}, [1, 2, 3],
 )  # fmt: skip
-WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3")
-LINKS = tuple(value for value in ODD if value is None or (isinstance(value, list) and len(value) == 2))
-"""What is sent to sockets: ComfyUI hands constants for them on unseen, to its own nodes too; no canvas makes any."""
 
 
 @pytest.fixture(scope="module")
@@ -42,45 +40,46 @@ def server(tmp_path_factory):
     server.stop()
 
 
-def all_prompts(server) -> dict[str, dict]:
-    """Prompts in which every node of the pack stands once or more."""
-    found = prompts() | {"options": with_options(server, {"steps": 1, "preview_every": 0})}
-    images = {**training(steps=1, preview_every=0), "5": node("PreviewAny", source=["4", 4])}
-    images["6"] = node("AnchorImageReferences", images=["2", 0], size=64)
-    images["4"]["inputs"]["references"] = ["6", 0]
-    del images["4"]["inputs"]["images"]
-    found["images"] = images
-    for prompt in found.values():  # a LoRA that all take
-        prompt |= {"9": node("AnchorLoadAdapter", file="plain.safetensors")} if "9" in prompt else {}
-    found["load"]["4"]["inputs"]["file"] = "plain.safetensors"
-    return found
+def targets(prompts: dict[str, dict], infos: dict) -> list[tuple[str, str, str]]:
+    """Each input of each node of ours once: the prompt, the node in it and the input."""
+    found = {}
+    for name, prompt in prompts.items():
+        for number, each in prompt.items():
+            # A LoRA that is loaded beside is not asked for by every prompt.
+            if each["class_type"].startswith("Anchor") and number != "9":
+                for input_ in declared(infos, each["class_type"], each["inputs"]):
+                    found.setdefault((each["class_type"], input_), (name, number, input_))
+    without = {each for each in infos if each.startswith("Anchor")} - {ours for ours, _ in found}
+    assert without == {"AnchorSandboxModel"}, without  # which has no input
+    return sorted(found.values())
 
 
-def changed(prompt: dict, infos: dict, draw: random.Random) -> tuple[dict, str]:
-    """One input of one of our nodes has another value, or none; gives the input's name too."""
-    prompt = {number: {**each, "inputs": dict(each["inputs"])} for number, each in prompt.items()}
-    ours = [each for each in prompt.values() if each["class_type"].startswith("Anchor")]
-    ours = [each for each in ours if each["class_type"] != "AnchorSandboxModel"]  # which has no input
-    chosen = draw.choice(ours)
-    known = infos[chosen["class_type"]]["input"]
-    name = draw.choice(sorted({*chosen["inputs"], *known.get("required", {}), *known.get("optional", {})}))
-    (kind, *_) = {**known.get("required", {}), **known.get("optional", {})}.get(name, ("",))
-    values = ODD if isinstance(kind, list) or kind in WIDGETS else LINKS
-    if draw.random() < 0.05:
-        chosen["inputs"].pop(name, None)
+def changed(prompt: dict, number: str, name: str, draw: random.Random) -> dict:
+    """The input has another value, none, or one that a node of any type hands on."""
+    prompt = {key: {**each, "inputs": dict(each["inputs"])} for key, each in prompt.items()}
+    inputs, value = prompt[number]["inputs"], draw.choice(ODD)
+    how = draw.choices(("constant", "handed on", "left out"), (12, 7, 1))[0]
+    if how == "left out":
+        inputs.pop(name, None)
+    elif how == "constant":
+        inputs[name] = value
     else:
-        chosen["inputs"][name] = draw.choice(values)
-    return prompt, f"{chosen['class_type']}.{name}"
+        prompt["50"] = node("OddAny", value=value)
+        inputs[name] = ["50", 0]
+    return prompt
 
 
 def test_values(server, tmp_path):
     sent, infos = all_prompts(server), server.get("/object_info")
-    server.run(sent["train"])  # so that the model is loaded
-    nodes: set[str] = set()
+    for prompt in sent.values():  # they run, and the model is loaded
+        server.run(prompt)
+    places = targets(sent, infos)
+    tally = Tally("workflow values", CASES * len(places))
 
     def one(draw: random.Random, folder) -> str:
-        prompt, where = changed(sent[draw.choice(sorted(sent))], infos, draw)
-        nodes.add(where.split(".")[0])
+        target, number, name = places[tally.seed % len(places)]
+        where = f"{sent[target][number]['class_type']}.{name}"
+        prompt = changed(sent[target], number, name, draw)
         status, answer = server.post("/prompt", {"prompt": prompt})
         if status != 200:
             assert status == 400 and answer["error"]["message"], f"{where}: {status} {answer}"
@@ -97,7 +96,6 @@ def test_values(server, tmp_path):
         (said,) = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
         if not any("semantic-anchor" in line for line in said["traceback"]):
             return "refused by another node"
-        name = where.split(".")[1]
         words = "|".join(re.split(r"[_. ]", name))
         try:
             check_sentence(ValueError(message))
@@ -106,9 +104,9 @@ def test_values(server, tmp_path):
             raise AssertionError(f"{where}: {said['exception_type']}: {error}") from error
         return "refused in one sentence"
 
-    tally = Tally("workflow values", 300)
     try:
         tally.run(one, tmp_path)
     finally:
-        print(f"nodes: {len(nodes)}, {', '.join(sorted(nodes))}; outside of the folder: {len(outside(server.base))}")
+        nodes = {sent[target][number]["class_type"] for target, number, _ in places}
+        print(f"{len(places)} inputs of {len(nodes)} nodes; outside of the folder: {len(outside(server.base))}")
     assert not outside(server.base), outside(server.base)[:20]

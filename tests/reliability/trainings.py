@@ -204,7 +204,12 @@ class Tally:
 
     Args:
         cases: how many; $ANCHOR_CASES bounds it, for a quick look.
+
+    Attributes:
+        seed: of the case that runs.
     """
+
+    seed = 0
 
     def __init__(self, kind: str, cases: int):
         self.kind, self.cases = kind, min(cases, int(os.environ.get("ANCHOR_CASES", cases)))
@@ -219,6 +224,7 @@ class Tally:
         for seed in count(int(os.environ.get("ANCHOR_SEED", 0))):
             if self.told.total() == self.cases:
                 break
+            self.seed = seed
             folder = base / f"{self.kind} {seed}"
             try:
                 became = one(random.Random(f"{self.kind} {seed}"), folder)
