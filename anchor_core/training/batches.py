@@ -58,13 +58,14 @@ class Batches:
         reads_pooled = objective.reads_pooled
         self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
         rows = settings.micro_batch or settings.batch_size
-        if settings.draws and objective.reads_anchor:
-            self._check_bank(datasets[0])
         self._filled = min(settings.draws, max(rows, min(FILL * rows, FILL_ROWS)))
 
-    def _check_bank(self, references: Dataset) -> None:
+    def check_bank(self) -> None:
         """ValueError unless the bank takes the anchors of all fixed draws; a warning if they are more than is seen."""
-        settings, dropped = self.settings, {""} if references.caption_dropout else set()
+        settings, references = self.settings, self.datasets[0]
+        if not (settings.draws and settings.make_objective().reads_anchor):
+            return
+        dropped = {""} if references.caption_dropout else set()
         autocast, seen = autocast_dtype(settings, self.denoiser), settings.steps * settings.accumulation
         width = (autocast or self.denoiser.compute_dtype).itemsize
         seen *= settings.batch_size * self.workers.count
@@ -101,7 +102,7 @@ class Batches:
             elif chosen:
                 known = partial(self._of_draws, drawn[0][part], chosen[mine][part])
             else:
-                known = partial(self._of_pass, [tensor[part] for tensor in drawn[:3]])
+                known = partial(self._of_pass, [tensor[part] for tensor in drawn])
             yield Step(
                 self.denoiser,
                 latents,
@@ -116,9 +117,9 @@ class Batches:
                 known,
             )
 
-    def _rows(self, dataset: Dataset, draws: int = 0) -> tuple[list[Tensor | None], Rows, slice, list[int]]:
-        """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None, of this worker's share of the rows, on
-        the CPU; and the rows, share and fixed draws of all."""
+    def _rows(self, dataset: Dataset, draws: int = 0) -> tuple[list[Tensor], Rows, slice, list[int]]:
+        """Latents, noise (B, C, h, w) and timesteps (B,) of this worker's share, on the CPU; then the rows of all
+        workers, the share, and the fixed draws of all."""
         count = self.settings.batch_size * self.workers.count
         rows, mine, chosen = dataset.draw(count, self.generator), self.workers.share(count), []
         if draws:

@@ -107,6 +107,7 @@ def train(
         datasets = [references] if classes is None else [references, classes]
         cache = cache or Cache(denoiser)
         batches = Batches(denoiser, adapter, datasets, concept, settings, cache, workers, bank)
+        batches.check_bank()
         run = _Run(batches, probe, checkpoints, tell, orders, answer)
         if checkpoints is not None:
             resume(run)
