@@ -87,7 +87,21 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset", "sweep"}
-    known |= {"pictures", "prompts", "clip", "dino", "adapters", "methods", "jobs", "comfyui"}
+    known |= {
+        "pictures",
+        "prompts",
+        "clip",
+        "dino",
+        "encoder_batch",
+        "adapters",
+        "jobs",
+        "subjects",
+        "seeds",
+        "rows",
+        "ray",
+        "comfyui",
+        "methods",
+    }
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -170,16 +184,36 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     inspect.add_argument("--adapter", required=True, metavar="FILE")
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
-    inspect.add_argument("--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse")
+    inspect.add_argument(
+        "--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse; or shipped: 200 "
+        "sentences and 200 simple prompts of the package"
+    )  # fmt: skip
     _add_prompts(inspect)
 
     compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)
     compare.add_argument("--references", required=True, metavar="DIR", help="of one subject, or a folder for each")
-    compare.add_argument("--pictures", required=True, nargs="+", metavar="NAME=DIR", help="laid out as the references")
+    compare.add_argument(
+        "--pictures", nargs="+", default=[], metavar="NAME=DIR", help="laid out as the references; without any, the "
+        "references are compared with one another, which tells whether the encoders are the papers'"
+    )  # fmt: skip
     compare.add_argument("--prompts", metavar="FILE", help="a prompt a line, or DreamBench's prompts_and_classes.txt")
     compare.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
+    compare.add_argument(
+        "--class_word", "--class-word", metavar="WORD", help="split CLIP-T into subject and context by this word "
+        "(default: DreamBench's classes, where --prompts tells them)"
+    )  # fmt: skip
     compare.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
     compare.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
+    compare.add_argument(
+        "--encoder_dtype",
+        "--encoder-dtype",
+        default="fp32",
+        choices=PRECISIONS[1:],
+        help="of CLIP and DINO (default fp32)",
+    )
+    compare.add_argument(
+        "--encoder_batch", "--encoder-batch", type=int, default=32, help="pictures in a pass (default 32)"
+    )
     compare.add_argument("--judge", choices=("sandbox",), help="instead: the sandbox's judge, for its own pictures")
     compare.add_argument(
         "--adapters", nargs="+", default=[], metavar="NAME=FILE", help="for the drift; of several subjects a folder of "
@@ -210,20 +244,32 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     demo.add_argument("--subject", default="pip", help="one of `semantic-anchor sandbox subjects` (default pip)")
     demo.add_argument("--steps", type=int, help="training steps of each method")
 
-    bench = _verb(verbs, "bench", "the tables of docs/RESULTS.md, on the embedded model", commands.bench, "out/bench")
-    bench.add_argument("--subjects", nargs="+", metavar="NAME", help="default: the four of the tables")
-    bench.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    bench.add_argument("--at", nargs="+", type=int, default=[75, 150], help="step counts to score at")
-    bench.add_argument("--learning_rate", "--learning-rate", type=float, help="instead of the demo's")
-    bench.add_argument("--keep", action="store_true", help="instead: keep best against keep last, in long trainings")
-    bench.add_argument("--methods", nargs="*", metavar="ROW", help="instead: every method, or these, at the last --at")
-    bench.add_argument("--jobs", type=int, help="for --methods: processes (default: one a core)")
+    bench = _verb(verbs, "bench", "run a benchmark, or report what one has found", commands.bench, "out/bench")
     bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
     bench.add_argument("--guidance", metavar="DIR", help="instead: time of a guided step in this ComfyUI against CFG's")
     bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock, --guidance")
-
     actions = bench.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
+    run = _verb(actions, "run", "make the cells of a benchmark that are missing, then report", commands.bench_run)
+    run.add_argument(
+        "config", metavar="CONFIG", help="a TOML or JSON file, or the name of a shipped one (docs/BENCH.md)"
+    )
+    run.add_argument("--model", help="in place of the config's")
+    run.add_argument("--references", metavar="DIR", help="of DreamBench's layout, in place of the config's")
+    run.add_argument("--prompts", metavar="FILE", help="such as prompts_and_classes.txt, in place of the config's")
+    run.add_argument("--clip", metavar="DIR", help="a CLIPModel, in place of the config's")
+    run.add_argument("--dino", metavar="DIR", help="a DINO, in place of the config's")
+    for name, kind in (("subjects", str), ("seeds", int), ("rows", str)):
+        run.add_argument(f"--{name}", nargs="+", type=kind, default=[], help="of the config's, these alone")
+    run.add_argument("--jobs", type=int, help="processes at a time (default: one a GPU, or without one a core)")
+    run.add_argument("--devices", nargs="+", default=[], help="such as cuda:0 cuda:1 (default: every GPU, or the cpu)")
+    run.add_argument(
+        "--ray", metavar="ADDRESS", help="on this Ray cluster, which sees OUT; auto, or local to start one"
+    )
+    told = _verb(
+        actions, "report", "tables, claims and plots from a benchmark's stored cells", commands.bench_report, None
+    )
+    told.add_argument("folder", metavar="DIR", help="the --out of `bench run`")
     _add_speed(actions)
 
     test = _verb(verbs, "selftest", "whether training is right on this machine's card", commands.selftest, out=None)

@@ -163,7 +163,7 @@ class Step:
         prior: class pictures, for objectives that read `prior` or `prior_target`.
         weights: factor of each row's errors, (B,), the same for every term (min-SNR).
         masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
-        texts: for objectives that read `current_anchor`, `unconditional` or `text_distance`.
+        texts: for objectives that read `class_prediction`, `current_anchor`, `unconditional` or `text_distance`.
         known: gives the anchor from elsewhere, equal in every bit to what `pretrained` computes.
     """
 
@@ -218,6 +218,11 @@ class Step:
         """The anchor by a pass of the network."""
         with self.denoiser.adapter_disabled():
             return self.denoiser.predict(self.noisy, self.timesteps, self.class_conditions)
+
+    @cached_property
+    def class_prediction(self) -> Tensor:
+        """Adapter on, class prompt by the text encoder as it is trained, with gradient: eps_theta(z_t, c_cls, t)."""
+        return self.denoiser.predict(self.noisy, self.timesteps, self.texts.encode(self.texts.class_prompts))
 
     @cached_property
     def current_anchor(self) -> Tensor:

@@ -66,18 +66,24 @@ def prior_preservation(step: Step, prior_weight: float = 1.0) -> Terms:
     return terms
 
 
-def semantic_anchoring(step: Step, w: float = 0.5, anchor: str = "pretrained") -> Terms:
+def semantic_anchoring(step: Step, w: float = 0.5, anchor: str = "pretrained", class_weight: float = 0.0) -> Terms:
     """|eps - eps_theta(z_t, c_sbj, t)|^2 + w * |eps_theta(z_t, c_sbj, t) - eps_theta'(z_t, c_cls, t)|^2 (Eq. 5).
 
     theta' is the pretrained network, which is this network with the adapter off. `anchor="current"` takes theta
     itself instead, with the text encoder as it is trained, without gradient: the ablation of Fig. 6 and 7. Two
     passes, the second without a graph; one at w = 0, where Eq. 5 is Eq. 1.
+
+    Beyond the paper, class_weight > 0 adds class_weight * |eps_theta(z_t, c_cls, t) - eps_theta'(z_t, c_cls, t)|^2,
+    which holds the class prompt itself where Eq. 5 holds the subject's; at w = 0 it is what trainers call
+    differential output preservation. One more pass, with a graph.
     """
     check_choice("anchor", anchor, ANCHORS)
     terms = reconstruction(step)
     if check_number("w", w, minimum=0) > 0:
         target = step.anchor if anchor == "pretrained" else step.current_anchor
         terms["anchor"] = w * _error(step, step.subject, target)
+    if check_number("class_weight", class_weight, minimum=0) > 0:
+        terms["class"] = class_weight * _error(step, step.class_prediction, step.anchor)
     return terms
 
 
@@ -178,7 +184,13 @@ class Objective:
     @property
     def reads_anchor(self) -> bool:
         """Whether what the pretrained network predicts of the class is read."""
-        return self.option("w") > 0 and self.option("anchor") != "current"
+        pretrained = self.option("w") > 0 and self.option("anchor") != "current"
+        return pretrained or self.option("class_weight") > 0
+
+    @property
+    def trains_class(self) -> bool:
+        """Whether a prediction of the class prompt is trained too."""
+        return self.reads_class_pictures or self.option("class_weight") > 0
 
     @property
     def reads_unconditional(self) -> bool:

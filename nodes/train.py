@@ -204,6 +204,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
                 ),
                 invert_masks_input(),
+                *inputs_of(TrainSettings, ("class_weight",), optional=True),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
             hidden=[io.Hidden.extra_pnginfo],
@@ -293,7 +294,7 @@ def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: in
 
 def _training(inputs) -> str:
     """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
-    told = ("name", "seed", "objective", "w", "steps", "learning_rate", "batch_size", "rank", "layers", "prior_weight")
+    told = ("name seed objective w steps learning_rate batch_size rank layers prior_weight class_weight").split()
     values = (inputs.get(each) for each in told)
     return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 

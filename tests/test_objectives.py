@@ -143,6 +143,8 @@ def test_anchor_pass_builds_no_graph_and_ignores_the_adapter(denoiser, make_step
         ("anchor", {"w": 0.5}, 2),
         ("anchor", {"w": 0.5, "anchor": "current"}, 2),
         ("anchor", {"w": 0}, 1),
+        ("anchor", {"w": 0.5, "class_weight": 0.5}, 3),
+        ("anchor", {"w": 0, "class_weight": 0.5}, 3),
         ("prior_preservation", {}, 2),
         ("prior_preservation", {"prior_weight": 0}, 1),
         ("blended_target", {"w": 0.5}, 2),

@@ -7,6 +7,7 @@ const COLOURS = {
   blended: "#4a9eda",
   anchor: "#e8a33d",
   prior: "#a07be0",
+  class: "#a07be0",
   sude: "#a07be0",
   semantic: "#a07be0",
   drift: "#5fb36a",

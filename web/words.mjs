@@ -26,6 +26,7 @@ export const WORDS = {
     reconstruction: "pictures",
     anchor: "anchor",
     prior: "class pictures",
+    class: "class prompt",
     blended: "pictures and anchor",
     sude: "class likelihood",
     semantic: "text distance",

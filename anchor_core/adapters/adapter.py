@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_number
 from .config import AdapterConfig
-from .kinds import FILE_KINDS, KINDS, NAME, Kind, WeightKind
-from .layers import LAYERS, exact_layers, matching_in_all, matching_modules
+from .kinds import FILE_KINDS, KINDS, NAME, Kind, WeightKind, has_spectrum
+from .layers import EVERYTHING, LAYERS, exact_layers, matching_in_all, matching_modules
 from .strength import Blend, EarlyWeights
 from .tokens import TokenVectors
 
@@ -81,6 +81,9 @@ class Adapter:
         chosen = {}
         if config.used_kinds:
             chosen = matching_in_all(networks, config.layers, norms="full" in config.used_kinds)
+            if (config.kind, config.layers) == ("svdiff", EVERYTHING):
+                for prefix, names in chosen.items():
+                    chosen[prefix] = [each for each in names if has_spectrum(networks[prefix].get_submodule(each))]
         if config.text_encoder and not any(names for prefix, names in chosen.items() if prefix):
             raise ValueError(
                 f"text_encoder is True, but layers {config.layers!r} selects none of its layers; leave it off, or "
@@ -147,14 +150,25 @@ class Adapter:
         """The trainable parameters in float32: module by module (LoRA: `down`, `up`), then the token's vectors."""
         return [factor for group in self.parameter_groups() for factor in group["params"]]
 
-    def parameter_groups(self, token_learning_rate: float = 0.0) -> list[dict[str, Any]]:
-        """`parameters()` as an optimizer takes them: in one group, or the token's vectors with a rate of their own."""
-        factors = [factor for name, layer in self._layers.items() for _, factor in self.kind(name).factors(layer)]
+    def parameter_groups(
+        self, token_learning_rate: float = 0.0, norm_learning_rate: float = 0.0
+    ) -> list[dict[str, Any]]:
+        """`parameters()` as an optimizer takes them: in one group, or the token's vectors, and what trains of norms,
+        with rates of their own."""
+        factors, norms = [], []
+        for name, layer in self._layers.items():
+            weight = getattr(self.base_module(name), "weight", None)
+            is_norm = bool(norm_learning_rate) and weight is not None and weight.ndim == 1
+            (norms if is_norm else factors).extend(factor for _, factor in self.kind(name).factors(layer))
         vectors = [] if self.tokens is None else list(self.tokens.vectors.values())
-        if not token_learning_rate or not vectors:
-            return [{"params": [*factors, *vectors]}]
-        own = {"params": vectors, "lr": token_learning_rate}
-        return [{"params": factors}, own] if factors else [own]
+        if not token_learning_rate:
+            factors, vectors = [*factors, *vectors], []
+        groups = [
+            {"params": factors},
+            {"params": norms, "lr": norm_learning_rate},
+            {"params": vectors, "lr": token_learning_rate},
+        ]
+        return [group for group in groups if group["params"]]
 
     @property
     def enabled(self) -> bool:

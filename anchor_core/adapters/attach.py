@@ -16,7 +16,7 @@ from .config import AdapterConfig
 from .file import EMBEDDING_FILE, dora_norms, load_adapter, read_adapter
 from .formats import format_of, renamed
 from .formulas import adapted, check_size, is_dense, lokr_factors, plain_lora
-from .kinds import NO_LAYERS
+from .kinds import NO_LAYERS, has_spectrum
 from .layers import exact_layers
 from .parts import PIECE, Layers, kind_of, scale_of
 from .prefixes import identity
@@ -142,7 +142,7 @@ def _attached_kind(name: str, parts: Mapping[str, Tensor], module: nn.Module) ->
     check_size(kind, parts, module.weight, name)
     if kind == "full" or is_dense(kind, parts, module.weight):
         return "full"
-    if not isinstance(module, (nn.Linear, nn.Conv2d)):
+    if not (has_spectrum(module) if kind == "svdiff" else isinstance(module, (nn.Linear, nn.Conv2d))):
         raise ValueError(
             f"this LoRA was made for another model: {name} is a {type(module).__name__} here, which takes no {kind}"
         )

@@ -24,14 +24,17 @@ class AdapterConfig:
         dropout: while training, in [0, 1). LoRA and DoRA: of the input of the update. LoKr and LoHa: of its output
             rows. The others have none.
         layers: a preset of `LAYERS`, or a regular expression that is searched for in the names of the networks'
-            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network, and
-            an expression selects its norms too.
+            linear and convolution modules. With kind full, `everything` is all parameters of the denoising network,
+            and an expression selects its norms too; with svdiff it is all linear and convolution layers, the outer
+            ones too, and the lengths of the norms' weights.
         kind: of `KINDS`: lora, dora, lokr, loha, oft, full, svdiff; or none, which trains token vectors alone.
         text_encoder: adapt the text encoders as well.
         vectors: how many vectors of each CLIP text encoder the `token` stands for, which train too; 0 for none.
         token: the word of the subject prompt whose place they take.
         initial: the word whose embedding they start from, a single token; empty for `token` itself.
         detach_start: no gradient goes through the keys and values of a prompt's first token, as in Custom Diffusion.
+        coft: epsilon of COFT, for kind oft: before each pass the parameters of a layer's blocks are projected to the
+            ball of the radius epsilon (in / r)^2 / sqrt(r) about 0; 0 for none.
         ranks: by module name, where it is not `rank`: that of a file whose layers differ.
         kinds: by module name, where it is not `kind`: of `FILE_KINDS`, of a file whose layers differ.
 
@@ -78,6 +81,12 @@ class AdapterConfig:
         False,
         "with layers cross_attention_kv: no gradient by the first token, as in Custom Diffusion; else leave it off",
     )
+    coft: float = option(
+        0.0,
+        "oft: how far a block may turn (COFT), which keeps more of the model; 6e-5 as published, 0 for as far as it "
+        "learns to",
+        minimum=0,
+    )
     ranks: Mapping[str, int] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
 
@@ -90,6 +99,8 @@ class AdapterConfig:
             raise ValueError(
                 f"dropout is {self.dropout!r}, but with kind {self.kind!r} it takes 0: it has no update to leave out"
             )
+        if self.coft and self.kind != "oft":
+            raise ValueError(f"coft is {self.coft:g}, but it takes 0 with kind {self.kind!r}; it is an option of oft")
         if self.kind == NO_LAYERS and not self.vectors:
             raise ValueError("kind is 'none' and vectors is 0, so that nothing would be trained; take vectors 1")
         if self.kind == NO_LAYERS and self.text_encoder:
@@ -100,10 +111,10 @@ class AdapterConfig:
             raise ValueError(f"token is {self.token!r}, but it takes a word of the subject prompt, such as sks")
         if not isinstance(self.layers, str) or not self.layers:
             raise ValueError(f"layers is {self.layers!r}, but it takes {layer_choices()}")
-        if self.layers == EVERYTHING and self.kind not in ("full", NO_LAYERS):
+        if self.layers == EVERYTHING and self.kind not in ("full", "svdiff", NO_LAYERS):
             raise ValueError(
                 f"layers is {EVERYTHING!r}, which has norms too, but kind {self.kind!r} takes linear and convolution "
-                "layers; take all_linear_conv, or kind full"
+                "layers; take all_linear_conv, or kind full or svdiff"
             )
         if self.detach_start and (self.layers != "cross_attention_kv" or self.kind == NO_LAYERS):
             raise ValueError("detach_start is True, but it goes with layers cross_attention_kv only; leave it off")

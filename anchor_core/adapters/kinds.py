@@ -27,6 +27,7 @@ class Options(Protocol):
     rank: int
     alpha: float
     dropout: float
+    coft: float
 
 
 Start = Callable[[Any, torch.Size, torch.Generator], Tensor]
@@ -59,6 +60,11 @@ class Kind:
 
         shared = {"r": config.rank, "target_modules": exact_layers(names), "rank_pattern": ranks}
         inject_adapter_in_model(self.peft_config(config, shared), network, adapter_name=NAME)
+        if config.coft:
+            for name in names:
+                # peft divides by the root of the blocks, but does not multiply by their area.
+                blocks = network.get_submodule(name).oft_R[NAME]
+                blocks.coft, blocks.eps = True, config.coft * blocks.block_size**2
 
     def factors(self, layer: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The trainable parameters of a layer of peft's, by name."""
@@ -175,12 +181,19 @@ def _check_blocks(config: Options, name: str, module: nn.Module) -> None:
         )
 
 
-def _check_plain(config: Options, name: str, module: nn.Module) -> None:
-    # Only these are linear in a weight of two sides.
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or getattr(module, "groups", 1) != 1:
+def has_spectrum(module: nn.Module) -> bool:
+    """Whether SVDiff takes a module: linear, an ungrouped convolution, or a norm with a weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return False
+    return weight.ndim == 1 or isinstance(module, (nn.Linear, nn.Conv2d)) and getattr(module, "groups", 1) == 1
+
+
+def _check_spectrum(config: Options, name: str, module: nn.Module) -> None:
+    if not has_spectrum(module):
         raise ValueError(
-            f"kind is {config.kind!r}, which takes linear and ungrouped convolution layers, but layers selects {name}; "
-            "take all_linear_conv"
+            f"kind is 'svdiff', which takes linear and ungrouped convolution layers and norms, but layers selects "
+            f"{name}; take all_linear_conv"
         )
 
 
@@ -251,7 +264,7 @@ KINDS = {
     ),
     "oft": Kind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks, reads_weights=True),
     "full": WeightKind(FullLayer, _check_nothing),
-    "svdiff": WeightKind(SpectralLayer, _check_plain),
+    "svdiff": WeightKind(SpectralLayer, _check_spectrum),
 }
 """Kinds by name. LoRA: arXiv 2106.09685; DoRA: 2402.09353; LoKr: 2309.14859; LoHa: 2108.06098; OFT: 2306.07280;
 full: DreamBooth's own fine-tuning, 2208.12242; SVDiff: 2303.11305."""

@@ -72,8 +72,10 @@ class SpectralLayer(WeightLayer):
     def __init__(self, base: nn.Module):
         super().__init__(base)
         weight = base.weight.detach().float()
-        self.left, self.singular, right = _svd(weight.flatten(1))
-        self.right = right.reshape(-1, *weight.shape[1:])
+        matrix = weight[None] if weight.ndim == 1 else weight
+        self.left, self.singular, right = _svd(matrix.flatten(1))
+        self.right = right.reshape(-1, *matrix.shape[1:])
+        self._norm = weight.clone() if weight.ndim == 1 else None
         self.shift = nn.Parameter(torch.zeros_like(self.singular))
 
     @property
@@ -83,9 +85,13 @@ class SpectralLayer(WeightLayer):
 
     def change(self) -> Tensor:
         """W_adapted - W in float32, in the shape of the weight."""
-        return torch.einsum("or,r,r...->o...", self.left, self.gain, self.right)
+        made = torch.einsum("or,r,r...->o...", self.left, self.gain, self.right)
+        return made if self._norm is None else made[0]
 
     def _adapted(self, x, *inputs, **options):
+        if self._norm is not None:
+            own = {"weight": (self._norm + self.change()).to(self.base_layer.weight.dtype)}
+            return torch.func.functional_call(self.base_layer, own, (x, *inputs), options)
         left, right, gain = (part.to(x.dtype) for part in (self.left, self.right, self.gain))
         if isinstance(self.base_layer, nn.Linear):
             change = functional.linear(functional.linear(x, right) * gain, left)

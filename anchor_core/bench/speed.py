@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import guidance, stock
 
 MODELS = ("sandbox", "sd15")
-OURS = ("plain", "prior preservation", "anchored", "anchored, bank", "class diffusion")
+OURS = ("plain", "prior preservation", "anchored", "anchored, bank", "anchored, class kept")
 PAIRS = {"sweep": "sweep_over_plain", "references": "references_over_autoencoder"}
 """Method -> its figure, of those that measure what it is over too."""
 BARE = ("parts", "diffusers", *PAIRS, "first step")
@@ -71,7 +71,7 @@ RATIOS = {
     "bank_over_plain": Ratio("anchored, bank", "plain"),
     "bank_over_plain_memory": Ratio("anchored, bank", "plain", "peak"),
     "prior_over_plain": Ratio("prior preservation", "plain"),
-    "class_diffusion_over_plain": Ratio("class diffusion", "plain"),
+    "class_kept_over_plain": Ratio("anchored, class kept", "plain"),
     "ours_over_diffusers": Ratio("plain", "diffusers"),
     "ours_over_diffusers_memory": Ratio("plain", "diffusers", "peak"),
     "ours_over_stock": Ratio("comfyui, plain", "comfyui, stock"),

@@ -38,7 +38,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "prior preservation": {"objective": "prior_preservation"},
     "anchored": {"objective": "anchor"},
     BANKED: {"objective": "anchor"},
-    "class diffusion": {"objective": "class_diffusion"},
+    "anchored, class kept": {"objective": "anchor", "class_weight": 1.0},
 }
 DEVICE = torch.device(SPEC["device"])
 # On the CPU the process's own seconds, of all its threads, whatever else the machine does meanwhile.
@@ -80,8 +80,7 @@ def trained(model: DiffusersDenoiser, rank: int, bank: Bank | None = None, **opt
     """The moments at which its steps were made, the first one that of its start."""
     latents = pictures()
     material = Material(CONCEPT, Dataset.of_latents(latents, CONCEPT), latents, latents.flip(0), None, Cache(model))
-    text = options.get("objective") == "class_diffusion"
-    model.attach(AdapterConfig(rank=rank, text_encoder=text), seed=0)
+    model.attach(AdapterConfig(rank=rank), seed=0)
     moments = [now()]
     try:
         fit(

@@ -1,14 +1,15 @@
 """What the verbs of the command line do, each given its parsed options."""
 
+from .benching import bench, bench_report, bench_run
 from .checking import selftest
 from .files import convert
 from .measuring import compare, inspect
 from .sampling import adjust, sample
-from .sandbox import bench, demo, pretrain, subject, subjects
+from .sandbox import demo, pretrain, subject, subjects
 from .speed import speed
 from .training import train
 
 __all__ = [
-    "adjust", "bench", "compare", "convert", "demo", "inspect", "pretrain", "sample", "selftest", "speed", "subject",
-    "subjects", "train",
+    "adjust", "bench", "bench_report", "bench_run", "compare", "convert", "demo", "inspect", "pretrain", "sample",
+    "selftest", "speed", "subject", "subjects", "train",
 ]  # fmt: skip

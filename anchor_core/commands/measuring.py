@@ -12,6 +12,7 @@ def inspect(options: Namespace) -> None:
     from ..adapters.attach import attach_file
     from ..adapters.file import load_adapter
     from ..evaluation import report
+    from ..evaluation.collapse import draw_norms
 
     check_embedding(options)
     out = check_writable(options.out)
@@ -24,8 +25,11 @@ def inspect(options: Namespace) -> None:
     attach_file(denoiser, options.adapter, options.embedding)
     after = probe.measure()
     out.mkdir(parents=True, exist_ok=True)
-    figure = report.new_figure(9, 3.6)
-    panels = figure.subplots(1, 2)
+    norms = _norms(denoiser, concept)
+    figure = report.new_figure(9 + 4.5 * len(norms), 3.6)
+    panels = figure.subplots(1, 2 + len(norms))
+    for panel, name in zip(panels[2:], norms):
+        draw_norms(panel, norms[name], {"the subject's token": norms[name]["token"], "class": norms[name]["class"]})
     for panel, quantity in zip(panels, ("drift", "reconstruction")):
         report.draw_by_timestep(panel, {"model alone": before, "with the adapter": after}, quantity)
     figure.savefig(out / "report.png")
@@ -35,36 +39,52 @@ def inspect(options: Namespace) -> None:
         "before": before.to_dict(),
         "after": after.to_dict(),
         "collapse": None if prompts is None else _collapse(denoiser, *prompts),
+        "embeddings": {name: {key: row[key] for key in row if key != "lengths"} for name, row in norms.items()},
     }
     report.write_json(out / "report.json", written)
     print(f"drift {before.drift:.3f} without, {after.drift:.3f} with the adapter; {out / 'report.png'}")
 
 
-def _prompt_pairs(file: str, concept) -> tuple[list[str], list[str]]:
-    """The prompts of a file, a line each, and those of the class."""
+def _prompt_pairs(file: str, concept) -> tuple[list[str], list[str], list[str] | None]:
+    """The prompts of a file, a line each, and those of the class; `shipped`: the package's, and its simple ones."""
     from ..evaluation.picture_folders import read_prompts
+    from ..evaluation.prompt_sets import prompt_set
 
+    if file == "shipped":
+        subject, class_ = concept.subject_phrase, concept.class_phrase
+        return prompt_set("contextual", subject), prompt_set("contextual", class_), prompt_set("simple", subject)
     prompts = read_prompts(file)("")
     if len(prompts) < 2:
         raise ValueError(f"--prompts: {file} has {len(prompts)} prompt, but the distances of a set take two or more")
-    return prompts, [concept.class_of(prompt, "prompt") for prompt in prompts]
+    return prompts, [concept.class_of(prompt, "prompt") for prompt in prompts], None
 
 
-def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str]) -> dict:
-    """The distances of the subject's prompts, by the adapted text encoder, from the class's by the pretrained one.
-
-    A prompt's representation is the last position of what the text encoder gives, as in the authors' notebook.
-    """
+def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str], simple: list[str] | None) -> dict:
+    """The distances of the subject's prompts, by the adapted text encoder, from the class's by the pretrained one."""
     import torch
 
-    from ..evaluation.collapse import collapse
-
-    def states(prompts: list[str], adapted: bool):
-        encoded = denoiser.encode_prompts(prompts, adapted)
-        return torch.stack([(each if torch.is_tensor(each) else each[0])[-1] for each in encoded])
+    from ..evaluation.collapse import collapse, last_positions
 
     with torch.no_grad():
-        return collapse(states(subject_prompts, True), states(class_prompts, False))
+        subject, class_ = (
+            last_positions(denoiser.encode_prompts(prompts, adapted))
+            for prompts, adapted in ((subject_prompts, True), (class_prompts, False))
+        )
+        of_simple = None if simple is None else last_positions(denoiser.encode_prompts(simple, True))
+        return collapse(subject, class_, of_simple)
+
+
+def _norms(denoiser, concept) -> dict[str, dict]:
+    """By text encoder, where an adapter's token vectors stand among all input embeddings; none without vectors."""
+    from ..adapters.tokens import to_embedding
+    from ..backends.diffusers.adjust import embedding_tables, word_rows
+    from ..evaluation.collapse import token_norms
+
+    if not denoiser.adapter.config.vectors:
+        return {}
+    tables, rows = embedding_tables(denoiser), word_rows(denoiser, concept.class_phrase)
+    vectors = to_embedding(denoiser.adapter.tokens)
+    return {name: token_norms(tables[name], own, rows[name]) for name, own in vectors.items()}
 
 
 def compare(options: Namespace) -> None:
@@ -72,11 +92,10 @@ def compare(options: Namespace) -> None:
 
     from ..adapters.attach import attach_file
     from ..adapters.file import load_adapter
-    from ..data.pictures import read_picture
     from ..evaluation import report
     from ..evaluation.compare import Comparison, contact_sheet, markdown
     from ..evaluation.encoders import open_encoders, sandbox_encoders
-    from ..evaluation.picture_folders import adapter_file, gather
+    from ..evaluation.picture_folders import adapter_file, gather, read_prompt_file
 
     out = check_writable(options.out)
     systems, adapters = _named("pictures", options.pictures), _named("adapters", options.adapters)
@@ -87,7 +106,8 @@ def compare(options: Namespace) -> None:
         raise ValueError("--adapters: the drift of an adapter takes its model too; give --model")
     if (options.judge is None) == (options.clip is None and options.dino is None):
         raise ValueError("--clip: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
-    subjects = gather(options.references, systems, options.prompts, options.token)
+    left_out: list[str] = []
+    subjects = gather(options.references, systems, options.prompts, options.token, left_out)
     read = [Path(folder) for folder in (options.references, *systems.values())]
     read += [file.parent for found in subjects.values() for files, _ in found.made.values() for file in files]
     if out.resolve() in {folder.resolve() for folder in (*read, *(found.folder for found in subjects.values()))}:
@@ -103,28 +123,57 @@ def compare(options: Namespace) -> None:
     concepts = {
         key: _concept(file, load_adapter(file)[1], options.subject, options.class_prompt) for key, file in files.items()
     }
-    encoders = sandbox_encoders() if options.judge else open_encoders(options.clip, options.dino, device(options))
+    encoders = sandbox_encoders() if options.judge else open_encoders(
+        options.clip, options.dino, device(options), options.encoder_dtype, options.encoder_batch
+    )  # fmt: skip
+    classes = read_prompt_file(options.prompts).classes if options.prompts else {}
     comparison, shown = Comparison(encoders), {}
-    for subject, found in tqdm(subjects.items(), desc="subjects"):
-        references = [read_picture(file) for file in found.references]
+    for subject, found in tqdm(list(subjects.items()), desc="subjects"):
+        references, _ = _read(found.references, [], "the references", left_out)
+        made = {name: _read(*pictures, name, left_out) for name, pictures in found.made.items()}
+        empty = next(
+            (name for name, (pictures, _) in made.items() if not pictures), None if references else "references"
+        )
+        if empty is not None:
+            left_out.append(f"{subject}: no picture of {empty} can be read")
+            del subjects[subject]
+            continue
         comparison.add_references(subject, references)
-        for name, (made, prompts) in found.made.items():
-            pictures = [read_picture(file) for file in made]
-            comparison.add(name, subject, pictures, prompts)
+        for name, (pictures, prompts) in made.items():
+            comparison.add(name, subject, pictures, prompts, options.class_word or classes.get(subject))
             shown.setdefault(name, pictures[:6])
-        shown.setdefault("", references)
+        shown.setdefault("", references[:6])
+    if not subjects:
+        raise ValueError(f"--references: of no subject there is anything to compare: {'; '.join(left_out)}")
     denoiser = open_model(options) if files else None
-    for (name, subject), file in files.items():
+    for (name, subject), file in ((key, file) for key, file in files.items() if key[1] in subjects):
         probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
         attach_file(denoiser, file)
         comparison.add_drift(name, probe.measure().drift)
         denoiser.detach()
+    comparison.left_out[:0] = left_out
     result = comparison.result()
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet(shown.pop(""), shown).savefig(out / "report.png")
     report.write_json(out / "report.json", result)
     (out / "report.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(markdown(result))
+
+
+def _read(files, prompts: list[str], system: str, left_out: list[str]):
+    """The pictures that can be read, with their prompts; the others are told to `left_out`."""
+    from ..checks import reason, shown
+    from ..data.pictures import read_picture
+
+    pictures, told = [], []
+    for number, file in enumerate(files):
+        try:
+            pictures.append(read_picture(file))
+        except ValueError as error:
+            left_out.append(f"{shown(file)} of {system}: {reason(error)}")
+        else:
+            told += prompts[number : number + 1]
+    return pictures, told
 
 
 def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):

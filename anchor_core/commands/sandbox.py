@@ -1,4 +1,4 @@
-"""The verbs on the embedded model: `demo`, `bench`, `sandbox`."""
+"""The verbs on the embedded model: `demo`, `sandbox`."""
 
 from __future__ import annotations
 
@@ -19,38 +19,6 @@ def demo(options: Namespace) -> None:
     out = check_writable(options.out)
     result = demo.run(out, options.subject, options.seed, steps)
     print(f"\n{demo.table(result)}\n\n{out / 'report.png'}")
-
-
-def bench(options: Namespace) -> None:
-    from ..bench import ablation, guidance, keep, methods, stock
-    from ..sandbox import subjects
-
-    names = options.subjects or list(ablation.TABLE_SUBJECTS)
-    for name in names:
-        subjects.get(name)
-    for step in options.at:
-        check_count("at", step)
-    for seed in options.seeds:
-        check_count("seeds", seed, minimum=0)
-    out = check_writable(options.out)
-    rate = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    if options.stock or options.guidance:
-        name, measure = ("stock", stock.run) if options.stock else ("guidance", guidance.run)
-        comfyui = Path(options.stock or options.guidance)
-        python = Path(options.stock_python or comfyui / ".venv/bin/python")
-        for option, file in ((name, comfyui / "main.py"), ("stock_python", python)):
-            if not file.is_file():
-                raise ValueError(f"--{option}: there is no file {file}; give ComfyUI's folder and its interpreter")
-        print(stock.table(measure(out, comfyui, python, device=options.device)))
-    elif options.methods is not None:
-        if options.jobs is not None:
-            check_count("jobs", options.jobs)
-        steps = max(options.at)
-        print(methods.run(out, names, options.seeds, options.methods, options.jobs, steps=steps, **rate))
-    elif options.keep:
-        keep.run(out, names, options.seeds, **rate)
-    else:
-        ablation.run(out, names, options.seeds, options.at, replace(ablation.SETTINGS, **rate))
 
 
 def pretrain(options: Namespace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from ..checks import check_count, check_number
 from ..concept import Concept
 from ..denoiser import Denoiser
 from ..drift import DriftProbe
+from .augment import resized
 from .cache import Cache
 from .captions import check_captions, prompt_pairs
 from .dataset import Dataset, Example, check_dropout
@@ -30,6 +32,7 @@ def build_dataset(
     shuffle: bool = False,
     caption_dropout: float = 0.0,
     flip: bool = False,
+    resizes: int = 0,
     cache: Cache | None = None,
     seed: int = 0,
     gap: Callable[[], None] = lambda: None,
@@ -42,6 +45,7 @@ def build_dataset(
         shuffle: take the comma-separated tags of each prompt in up to 8 orders, drawn from `seed`.
         caption_dropout: share of draws, in [0, 1), with the empty prompt for subject and class.
         flip: encode the mirrored pictures too, which are drawn half of the time.
+        resizes: how many `resized` copies of each picture stand in its place; 0 for the picture itself.
         cache: latents that are known already; without it, none are.
         gap: called before each pass of the autoencoder; what it raises ends the preparation.
 
@@ -54,15 +58,23 @@ def build_dataset(
     if denoiser.token_limit is not None:
         longest = {name: max((subject for subject, _ in told), key=len) for name, told in zip(references.names, pairs)}
         check_captions(longest, denoiser.count_tokens, denoiser.token_limit)
-    cache = cache or Cache(denoiser)
-    latents = cache.latents(references.pixels, gap)
-    flipped = cache.latents([picture.flip(-1) for picture in references.pixels], gap) if flip else [None] * len(latents)
-    masks = references.masks or [None] * len(latents)
+    cache, chance = cache or Cache(denoiser), random.Random(f"resizes {seed}")
+    masks = references.masks or [None] * len(references)
     examples = []
-    for name, own, mirrored, mask, told in zip(references.names, latents, flipped, masks, pairs):
+    for name, picture, mask, told in zip(references.names, references.pixels, masks, pairs):
         subject, class_ = zip(*told)
-        small = None if mask is None else _latent_mask(name, mask, own)
-        examples.append(Example(own, subject, class_, small, mirrored, name))
+        forms = [(picture, mask, (*subject, *class_))]
+        if resizes:
+            forms = resized(picture, mask, forms[0][2], resizes, chance)
+        pixels = [each for each, _, _ in forms]
+        latents = cache.latents(pixels, gap)
+        mirrored = cache.latents([each.flip(-1) for each in pixels], gap) if flip else [None] * len(latents)
+        for (_, counts, prompts), own, other in zip(forms, latents, mirrored):
+            small = None if counts is None else _latent_mask(name, counts, own)
+            if small is not None and not small.any():
+                continue  # a copy so small that its edge is all of it
+            texts = tuple(prompts[: len(subject)]), tuple(prompts[len(subject) :])
+            examples.append(Example(own, *texts, small, other, name))
     return Dataset(examples, caption_dropout)
 
 
@@ -205,6 +217,9 @@ def prepare(
     else:
         dataset = build_dataset(denoiser, references, concept, cache=cache, seed=seed, gap=gap, **options)
     latents, class_latents, drift = of_one_size(dataset), None, None
+    if options.get("resizes"):  # the probe's are the pictures themselves
+        shape = references.pixels[0].shape
+        latents = torch.stack(cache.latents([each for each in references.pixels if each.shape == shape], gap))
     if class_pictures is not None:
         begin("class_pictures")
         class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)

@@ -37,29 +37,38 @@ class SubjectFiles:
 
 
 def gather(
-    references: str | Path, systems: Mapping[str, str], prompts: str | Path | None, token: str
+    references: str | Path,
+    systems: Mapping[str, str],
+    prompts: str | Path | None,
+    token: str,
+    left_out: list[str] | None = None,
 ) -> dict[str, SubjectFiles]:
-    """Subject -> its files, for the subjects that the systems made pictures of.
+    """Subject -> its files, for the subjects that the systems made pictures of; without systems, for all.
 
     Args:
         references: a folder of one subject's pictures, or of a folder for each subject.
         systems: name -> folder, laid out in the same way.
         prompts: a file as `read_prompts` takes; None for the prompts that the folders hold.
         token: the subject's word, which is taken out of prompts.
+        left_out: is told of subjects without references, pictures without a prompt, and prompts without a picture.
 
     Raises:
         ValueError: for folders without pictures, systems that lack a subject, and prompts that do not fit.
     """
+    left_out = [] if left_out is None else left_out
     folders = _subject_folders(Path(references), "references")
     found = {name: _subject_folders(Path(path), f"pictures of {name}:") for name, path in systems.items()}
     if len(folders) == 1:  # folders of one subject may have any name
         (subject,) = folders
         found = {name: {subject: next(iter(own.values()))} if len(own) == 1 else own for name, own in found.items()}
-    first, wanted = next(iter(found.items()))
     for name, own in found.items():
-        for subject in own:
-            if subject not in folders:
-                raise ValueError(f"pictures of {name} has a subject {subject!r}, but references {', '.join(folders)}")
+        for subject in [each for each in own if each not in folders]:
+            left_out.append(f"{shown(subject)} of {name}: it has no references")
+            del own[subject]
+        if not own:
+            raise ValueError(f"pictures of {name} have no subject of the references, which are {', '.join(folders)}")
+    first, wanted = next(iter(found.items()), ("", folders))
+    for name, own in found.items():
         if own.keys() != wanted.keys():
             odd = min(own.keys() ^ wanted.keys())
             raise ValueError(f"pictures of {first} and of {name} must be of the same subjects; {odd!r} is in one alone")
@@ -68,7 +77,7 @@ def gather(
     for subject in wanted:
         listed, made = told(subject), {}
         for name, own in found.items():
-            files, texts = _pictures_and_prompts(own[subject], listed, name)
+            files, texts = _pictures_and_prompts(own[subject], listed, name, left_out)
             made[name] = files, [class_only(text, token) for text in texts]
         gathered[subject] = SubjectFiles(folders[subject], picture_files(folders[subject]), made)
     return gathered
@@ -98,15 +107,34 @@ def class_only(prompt: str, token: str) -> str:
     return " ".join(without.split())
 
 
-def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
-    """A file of prompts as a function from a subject's name to its prompts.
+@dataclass(frozen=True)
+class PromptFile:
+    """The prompts of a file: DreamBench's `prompts_and_classes.txt`, or a prompt a line, for every subject.
 
-    The file is DreamBench's `prompts_and_classes.txt`, which names each subject's class and has a list for objects and
-    one for cats and dogs; or a text with a prompt a line, for every subject.
-
-    Raises:
-        ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
+    Attributes:
+        classes: subject -> its class word; none in a file with a prompt a line.
+        live, objects: prompts with {0} for the subject's word and {1} for the class word; of one list, both the same.
     """
+
+    classes: Mapping[str, str]
+    live: Sequence[str]
+    objects: Sequence[str]
+
+    def templates(self, class_word: str) -> Sequence[str]:
+        """Those of a class, which take `format(word, class_word)`."""
+        return self.live if class_word in _LIVE else self.objects
+
+    def class_of(self, subject: str) -> str:
+        """ValueError for a subject that the file lacks."""
+        if subject not in self.classes:
+            raise ValueError(
+                f"prompts has no subject {subject!r}, but {', '.join(self.classes)}; name the folder as there"
+            )
+        return self.classes[subject]
+
+
+def read_prompt_file(file: str | Path) -> PromptFile:
+    """ValueError if it cannot be read or holds no prompt."""
     try:
         text = read_text(Path(file), MAX_BYTES)
     except (OSError, UnicodeDecodeError) as error:
@@ -115,15 +143,25 @@ def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if not lines:
             raise ValueError(f"prompts is {str(file)!r}, which is empty, but it takes a prompt a line")
-        return lambda _: lines
+        return PromptFile({}, lines, lines)
     objects, _, live = text.partition("Live Subject Prompts")
-    lists = {True: _QUOTED.findall(live), False: _QUOTED.findall(objects)}
     classes = {name: class_ for name, class_ in _SUBJECT_ROW.findall(objects) if name != "subject_name"}
+    return PromptFile(classes, _QUOTED.findall(live), _QUOTED.findall(objects))
+
+
+def read_prompts(file: str | Path) -> Callable[[str], list[str]]:
+    """A `PromptFile` as a function from a subject's name to its class-only prompts.
+
+    Raises:
+        ValueError: if it cannot be read or holds no prompt; by the function, for a subject that DreamBench lacks.
+    """
+    told = read_prompt_file(file)
 
     def of(subject: str) -> list[str]:
-        if subject not in classes:
-            raise ValueError(f"prompts has no subject {subject!r}, but {', '.join(classes)}; name the folder as there")
-        return [class_only(p.format("", classes[subject]), "") for p in lists[classes[subject] in _LIVE]]
+        if not told.classes:
+            return list(told.objects)
+        class_ = told.class_of(subject)
+        return [class_only(prompt.format("", class_), "") for prompt in told.templates(class_)]
 
     return of
 
@@ -134,7 +172,9 @@ def _listed_prompts(folder: Path) -> list[str] | None:
     return found if isinstance(found, list) and all(isinstance(prompt, str) for prompt in found) else None
 
 
-def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: str) -> tuple[list[Path], list[str]]:
+def _pictures_and_prompts(
+    folder: Path, prompts: Sequence[str] | None, system: str, left_out: list[str]
+) -> tuple[list[Path], list[str]]:
     """The pictures of a folder, each with its prompt; without any, the prompts are empty.
 
     A picture's prompt is, by the first that is there: what `report.json` says, whose `pictures` are {"file",
@@ -143,38 +183,39 @@ def _pictures_and_prompts(folder: Path, prompts: Sequence[str] | None, system: s
     order of which each prompt has the same number.
 
     Raises:
-        ValueError: naming the system, for a picture without a prompt, a prompt without a picture, or a missing file.
+        ValueError: naming the system, if no picture has a prompt while some are told, or the order does not fit.
     """
     files = picture_files(folder, f"pictures of {system}:")
+    numbers = [_NUMBERED.fullmatch(file.stem) for file in files]
     entries = _read_report(folder).get("pictures")
+    told: dict[Path, str] = {}
     if isinstance(entries, list) and entries:
         listed = (entry for entry in entries if isinstance(entry, dict) and {"file", "prompt"} <= entry.keys())
-        told = {str(entry["file"]): str(entry["prompt"]) for entry in listed}
-        odd = {file.name for file in files} ^ told.keys()
-        if odd:
-            told_of = f"{shown(min(odd))} is in one alone of {shown(folder)} and its report.json"
-            raise ValueError(f"pictures of {system}: {told_of}")
-        return files, [told[file.name] for file in files]
-    texts = [file.with_suffix(".txt") for file in files]
-    if any(text.is_file() for text in texts):
-        bare = next((text for text in texts if not text.is_file()), None)
-        if bare is not None:
-            raise ValueError(f"pictures of {system}: {shown(bare)} is missing, while others have a text; add it")
-        try:
-            return files, [read_caption(file) for file in files]
-        except ValueError as error:
-            raise ValueError(f"pictures of {system}: {error}") from error
-    if prompts is None:
+        by_name = {str(entry["file"]): str(entry["prompt"]) for entry in listed}
+        told = {file: by_name[file.name] for file in files if file.name in by_name}
+        gone = sorted(by_name.keys() - {file.name for file in files})
+        left_out += [f"{shown(name)} of {system}: report.json tells of it, but it is not there" for name in gone]
+    elif any(file.with_suffix(".txt").is_file() for file in files):
+        for file in files:
+            try:
+                told |= {file: read_caption(file)} if file.with_suffix(".txt").is_file() else {}
+            except ValueError as error:
+                left_out.append(f"{shown(file)} of {system}: {error}")
+    elif prompts is None:
         return files, []
-    numbers = [_NUMBERED.fullmatch(file.stem) for file in files]
-    if all(numbers):
-        which = [int(number[1]) for number in numbers]
-        if set(which) != set(range(len(prompts))):
-            odd = min(set(which) ^ set(range(len(prompts))))
-            what = "has no picture" if odd < len(prompts) else f"is none of the {len(prompts)} from 0"
-            raise ValueError(f"pictures of {system}: prompt {odd} {what} in {folder}; name them <prompt>_<number>.png")
-        return files, [prompts[index] for index in which]
-    return files, in_order(prompts, len(files), f"pictures of {system}: {folder}")
+    elif all(numbers):
+        which = {file: int(number[1]) for file, number in zip(files, numbers)}
+        told = {file: prompts[number] for file, number in which.items() if number < len(prompts)}
+        bare = sorted(set(range(len(prompts))) - set(which.values()))
+        left_out += [f"prompt {number} of {system}: it has no picture in {shown(folder)}" for number in bare]
+    else:
+        return files, in_order(prompts, len(files), f"pictures of {system}: {folder}")
+    named = {line.partition(" of ")[0] for line in left_out}
+    bare = [shown(file) for file in files if file not in told]
+    left_out += [f"{name} of {system}: it has no prompt" for name in bare if name not in named]
+    if not told:
+        raise ValueError(f"pictures of {system}: none of {shown(folder)} has a prompt; give each its own")
+    return list(told), list(told.values())
 
 
 def in_order(prompts: Sequence[str], count: int, what: str) -> list[str]:

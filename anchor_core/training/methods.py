@@ -32,7 +32,18 @@ class Method:
 
 _DREAMBOOTH = {"objective": "prior_preservation", "prior_weight": 1.0, "batch_size": 1, CLASS_PICTURES: 200}
 _LORA = {"kind": "lora", "rank": 4, "layers": "attention", "learning_rate": 1e-4, "steps": 500, "guidance": 7.5}
-_CUSTOM = {"kind": "full", "layers": "cross_attention_kv", "vectors": 1, "detach_start": True, "flip": True}
+_CUSTOM = {
+    "kind": "full",
+    "layers": "cross_attention_kv",
+    "vectors": 1,
+    "detach_start": True,
+    "flip": True,
+    "resizes": 40,
+}
+
+_OFT = {
+    "kind": "oft", "rank": 4, "layers": "attention", "learning_rate": 6e-5, "steps": 10005, "guidance": 7.5,
+}  # fmt: skip
 
 METHODS = {
     "semantic_anchoring": Method(
@@ -51,10 +62,11 @@ METHODS = {
         "arXiv 2106.09685; options of diffusers' train_dreambooth_lora", {**_DREAMBOOTH, **_LORA}
     ),
     "textual_inversion": Method(
-        "arXiv 2208.01618; options of diffusers' textual_inversion, 5e-4 scaled by 4 passes, but one prompt, not 27",
+        "arXiv 2208.01618; options of diffusers' textual_inversion, 5e-4 scaled by 4 passes; 27 prompts of our own",
         {
             "objective": "reconstruction", "kind": NO_LAYERS, "vectors": 1, "learning_rate": 2e-3, "steps": 3000,
-            "batch_size": 1, "accumulation": 4, "flip": True, "guidance": 7.5,
+            "batch_size": 1, "accumulation": 4, "flip": True, "templates": True,
+            "guidance": 7.5,
         },
     ),
     "custom_diffusion": Method(
@@ -62,16 +74,19 @@ METHODS = {
         {**_DREAMBOOTH, **_CUSTOM, "batch_size": 2, "learning_rate": 4e-5, "steps": 500, "guidance": 6.0},
     ),
     "svdiff": Method(
-        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors', but for norms and outer convolutions",
+        "arXiv 2303.11305; options of svdiff-pytorch, which is not the authors', but for the text encoder's norms",
         {
-            **_DREAMBOOTH, "kind": "svdiff", "layers": "all_linear_conv", "text_encoder": True, "learning_rate": 1e-3,
-            "steps": 500, "guidance": 7.5,
+            **_DREAMBOOTH, "kind": "svdiff", "layers": EVERYTHING, "text_encoder": True, "learning_rate": 1e-3,
+            "norm_learning_rate": 1e-6, "steps": 500, "guidance": 7.5,
         },
     ),
     "oft": Method(
         "arXiv 2306.07280; options of the authors' DreamBench runs",
-        {**_DREAMBOOTH, "kind": "oft", "rank": 4, "layers": "attention", "learning_rate": 6e-5, "steps": 10005,
-         "guidance": 7.5},
+        {**_DREAMBOOTH, **_OFT},
+    ),
+    "coft": Method(
+        "arXiv 2306.07280, constrained; options of the authors' DreamBench runs",
+        {**_DREAMBOOTH, **_OFT, "coft": 6e-5},
     ),
     "sude": Method(
         "arXiv 2403.06775; options of the authors' code, which also trains on a single picture",
@@ -135,10 +150,10 @@ def check_combination(
             "set text_encoder or vectors, or take another objective"
         )
     alone = config.kind == NO_LAYERS
-    if alone and settings.make_objective().reads_class_pictures:
+    if alone and settings.make_objective().trains_class:
         raise ValueError(
             f"objective is {settings.objective!r}, but with kind 'none' only the token's vectors train, which the "
-            "class prompt lacks, so that its class pictures train nothing; take another, such as anchor"
+            "class prompt lacks, so that its own term trains nothing; take anchor with class_weight 0"
         )
     if alone and caption_dropout:
         raise ValueError(

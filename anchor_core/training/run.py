@@ -93,8 +93,7 @@ def run(
         with _told(tell):
             material = prepare(
                 denoiser, references, concept, class_pictures=class_pictures if reads_class else None, probe=probe,
-                seed=settings.seed, cache=cache, begin=gaps.begin, gap=gaps.pass_by, shuffle=data.shuffle,
-                caption_dropout=data.caption_dropout, flip=data.flip,
+                seed=settings.seed, cache=cache, begin=gaps.begin, gap=gaps.pass_by, **data.build,
             )  # fmt: skip
             gaps.pass_by()
     except _EndedEarly:

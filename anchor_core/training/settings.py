@@ -6,8 +6,10 @@ Each option is declared once, with its limits and its help; the command line and
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..checks import check_options, option
+from ..data.augment import TEMPLATES
 from ..guidance import RECOMMENDED_GUIDANCE
 from ..objectives import ANCHORS, OBJECTIVES, Objective, make_objective, option_names
 
@@ -47,6 +49,12 @@ class TrainSettings:
         "comparison",
         choices=ANCHORS,
     )
+    class_weight: float = option(
+        0.0,
+        "anchor: how firmly the class prompt itself is held to what it was, for a third pass of the model: try 0.5 if "
+        "others of the class take the subject's looks; 0 for not at all",
+        minimum=0,
+    )
     prior_weight: float = option(
         1.0,
         "weight of the class pictures of prior_preservation and sude: more keeps the class as it was, less is nearer "
@@ -74,6 +82,9 @@ class TrainSettings:
         above=0,
     )
     token_learning_rate: float = option(0.0, "of token vectors, usually 5e-4 to 5e-3; 0 for learning_rate", minimum=0)
+    norm_learning_rate: float = option(
+        0.0, "of norms, with layers everything: 1e-6 for svdiff as published; 0 for learning_rate", minimum=0
+    )
     batch_size: int = option(
         4, "pictures seen at once: more learns more evenly and takes more memory; 1 on small cards"
     )
@@ -185,9 +196,13 @@ class TrainSettings:
             )
         if self.optimizer == "schedule_free" and self.schedule != "constant":
             raise ValueError(f"schedule is {self.schedule!r}, but the schedule_free optimizer takes constant alone")
-        if self.optimizer == "prodigy" and self.token_learning_rate:
+        for name in ("token_learning_rate", "norm_learning_rate"):
+            if self.optimizer == "prodigy" and getattr(self, name):
+                raise ValueError(f"{name} is {getattr(self, name):g}, but prodigy finds one rate for all; take 0")
+        if self.class_weight and "class_weight" not in option_names(self.objective):
             raise ValueError(
-                f"token_learning_rate is {self.token_learning_rate:g}, but prodigy finds one rate for all; take 0"
+                f"class_weight is {self.class_weight:g}, but it goes with the objective anchor and this is "
+                f"{self.objective!r}; take 0, or the objective anchor"
             )
         if self.warmup >= self.steps:
             raise ValueError(f"warmup is {self.warmup}, but it takes less than the {self.steps} steps of the training")
@@ -250,6 +265,25 @@ class DataSettings:
         minimum=0,
         below=1,
     )
+    templates: bool = option(
+        False,
+        "say the subject in 27 neutral ways instead of one, as Textual Inversion does: less of one wording is learnt; "
+        "not with captions",
+    )
+    resizes: int = option(
+        0,
+        "copies of each picture at other sizes, smaller on grey or enlarged, as Custom Diffusion makes them: the "
+        "subject is learnt at any size; 40 is near to drawing anew each time, 0 for none",
+        minimum=0,
+    )
 
     def __post_init__(self):
         check_options(self)
+        if self.templates and self.captions:
+            raise ValueError("templates is True, but captions is too, which say what is in each picture; take one")
+
+    @property
+    def build(self) -> dict[str, Any]:
+        """The options of `build_dataset`."""
+        told = {name: getattr(self, name) for name in ("shuffle", "caption_dropout", "flip", "resizes")}
+        return told | {"templates": TEMPLATES if self.templates else ()}

@@ -170,7 +170,8 @@ class _Run:
         self.tell, self.orders, self.answer = tell or _ignore, orders or Orders(), answer or _ignore
         self.objective, self.probe, self.checkpoints = self.settings.make_objective(), probe, checkpoints
         self.parameters = self.adapter.parameters()
-        self.optimizer = make_optimizer(self.adapter.parameter_groups(self.settings.token_learning_rate), self.settings)
+        rates = self.settings.token_learning_rate, self.settings.norm_learning_rate
+        self.optimizer = make_optimizer(self.adapter.parameter_groups(*rates), self.settings)
         self.schedule = make_schedule(self.optimizer, self.settings)
         self.average = AveragedWeights(self.parameters, self.settings.ema, self.optimizer)
         self.scaler = make_scaler(self.settings, self.denoiser)

@@ -7,7 +7,6 @@ import json
 import pytest
 
 from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
-from anchor_core.objectives import OBJECTIVES
 from anchor_core.sandbox.model import WEIGHTS
 from tests.comfyui import comfy_server, objective_parts
 
@@ -33,10 +32,12 @@ def test_the_anchor_is_the_pretrained_models_while_its_text_side_is_trained(ours
 
 
 @needs_comfyui
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("case", objective_parts.CASES)
 @pytest.mark.parametrize("part", objective_parts.PARTS)
-def test_both_backends_make_the_same_steps_or_the_same_refusal(ours, results, part, objective):
-    here, there = objective_parts.trained(ours, part, objective=objective), results["outcomes"][f"{part}, {objective}"]
+def test_both_backends_make_the_same_steps_or_the_same_refusal(ours, results, part, case):
+    settings = objective_parts.CASES[case]
+    objective = settings["objective"]
+    here, there = objective_parts.trained(ours, part, **settings), results["outcomes"][f"{part}, {case}"]
     if isinstance(here, str):
         assert there == here and here.startswith(f"objective is {objective!r}")
         return

@@ -1,4 +1,4 @@
-"""The demo and the tables, run for a few steps."""
+"""The demo, run for a few steps, and the means that it prints."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anchor_core.adapters.file import load_adapter
-from anchor_core.bench import ablation, demo, personalise
+from anchor_core.bench import demo, personalise
 from anchor_core.evaluation import metrics
 
 
@@ -40,24 +40,3 @@ def test_demo_writes_what_it_promises(tmp_path):
 def test_tables_leave_the_tuning_subjects_out():
     assert not set(personalise.TABLE_SUBJECTS) & set(personalise.TUNING_SUBJECTS)
     assert len(personalise.TABLE_SUBJECTS) >= 4
-
-
-def test_a_table_has_mean_and_spread_of_its_cells():
-    def row(method: str, subject: str, value: float) -> dict:
-        scores = {"10": dict.fromkeys(ablation.COLUMNS, value)}
-        return {"method": method, "subject": subject, "seed": 0, "scores": scores}
-
-    rows = [row("dreambooth", "pip", 0.25), row("dreambooth", "momo", 0.75)]
-    rows += [row("w = 0.5", "pip", 0.375), row("w = 0.5", "momo", 0.875)]
-    text = ablation.markdown(rows)
-    assert "### After 10 steps" in text
-    assert "| dreambooth | 2 | 0.500 ± 0.354 |" in text
-    assert "| w = 0.5 | 2 | 0.625 ± 0.354 |" in text
-    assert "| w = 0.5 | 2 | 0.125 ± 0.000 |" in text  # run by run
-
-
-def test_methods_differ_in_what_they_say():
-    settings = {method.name: method.settings(personalise.SETTINGS) for method in ablation.METHODS}
-    assert settings["w = 0.5"].w == 0.5 and settings["w = 0.5"].objective == "anchor"
-    base = personalise.SETTINGS.learning_rate
-    assert settings["DreamBooth, rate x 1.5"].learning_rate == pytest.approx(1.5 * base)

@@ -23,6 +23,10 @@ PARTS = {
     "custom diffusion": {"kind": "full", "layers": "cross_attention_kv", "vectors": 1, "detach_start": True},
     "lora with text": {"rank": 4, "text_encoder": True},
 }
+CASES = {
+    **{name: {"objective": name} for name in objectives.OBJECTIVES},
+    "class kept": {"objective": "anchor", "class_weight": 0.7},
+}
 
 
 def trained(denoiser: Denoiser, part: str, **settings) -> dict[str, list[float]] | str:
@@ -39,10 +43,8 @@ def trained(denoiser: Denoiser, part: str, **settings) -> dict[str, list[float]]
 
 
 def outcomes(denoiser: Denoiser) -> dict[str, dict[str, list[float]] | str]:
-    """`trained` by part and objective."""
-    return {
-        f"{part}, {name}": trained(denoiser, part, objective=name) for part in PARTS for name in objectives.OBJECTIVES
-    }
+    """`trained` by part and case."""
+    return {f"{part}, {name}": trained(denoiser, part, **told) for part in PARTS for name, told in CASES.items()}
 
 
 def check_anchor_is_the_pretrained_models(denoiser: Denoiser) -> None:

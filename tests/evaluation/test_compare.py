@@ -48,6 +48,23 @@ def test_a_comparison_averages_pairs_then_subjects():
     assert lines[3].endswith("| 1.50 | 1 | n/a |") and lines[4].endswith("| 1.50 | 2 | 2.00 |")
 
 
+def test_references_alone_calibrate_the_encoders():
+    comparison = Comparison(Encoders(means, words, means))
+    comparison.add_references("one", plain(RED, RED, GREEN))
+    comparison.add_references("two", plain(BLUE, BLUE))
+    comparison.left_out.append("three: no picture of the references can be read")
+    result = comparison.result()
+    assert result["systems"] == {} and result["subjects"] == ["one", "two"]
+    real = result["real"]["dino"]
+    assert real["by_subject"] == pytest.approx({"one": 1 / 3, "two": 1.0})
+    assert real["mean"] == pytest.approx(2 / 3) and real["pooled"] == pytest.approx((2 + 2) / 8)
+    assert (real["low"], real["high"]) == pytest.approx((1 / 3, 1.0))
+    text = markdown(result)
+    assert f"| {REAL} | 0.667 ± 0.471 [0.333, 1.000] |" in text
+    assert "the papers have CLIP-I 0.885, DINO 0.774" in text
+    assert "Left out (1): three: no picture of the references can be read." in text
+
+
 def test_a_comparison_refuses_what_does_not_fit():
     comparison = Comparison(Encoders(means, words, None))
     comparison.add_references("one", plain(RED))

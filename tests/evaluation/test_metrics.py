@@ -58,3 +58,5 @@ def test_subjects_count_once_and_pairs_once_when_pooled():
     assert (average.mean, average.pooled) == (pytest.approx(0.5), pytest.approx(0.35))
     assert average.spread == pytest.approx(0.6 / 2**0.5)
     assert metrics.Average.of([0.2], [3]).spread is None
+    assert (average.low, average.high) == (pytest.approx(0.2), pytest.approx(0.8))  # one of four resamples each
+    assert metrics.Average.of([0.2], [3]).low is None

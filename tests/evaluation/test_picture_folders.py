@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -84,32 +85,55 @@ def test_mismatches_name_the_system(tmp_path):
     prompts.write_text("first\nsecond\n")
     write(tmp_path / "lacks/dog", "0_0.png", "1_0.png")
     write(tmp_path / "other/bird", "0.png")
-    bad = {"more": ("2_0.png", "0_0.png", "1_0.png"), "few": ("0_0.png",), "odd": ("a.png", "b.png", "c.png")}
-    for name, files in bad.items():
-        for subject in ("dog", "cat"):
-            write(tmp_path / name / subject, *files)
-    write(tmp_path / "texts/dog", "a.png", "b.png", a="a dog")
-    write(tmp_path / "texts/cat", "a.png", a="a cat")
     for subject in ("dog", "cat"):
+        write(tmp_path / "odd" / subject, "a.png", "b.png", "c.png")
         write(tmp_path / "latin" / subject, "a.png")
         (tmp_path / "latin" / subject / "a.txt").write_bytes("a caf\u00e9".encode("latin-1"))
         write(tmp_path / "strange" / subject, "a.png")
         (tmp_path / "strange" / subject / "report.json").write_text(json.dumps({"pictures": [1]}))
-    write(tmp_path / "gone/dog", "0.png")
-    (tmp_path / "gone/dog/report.json").write_text(json.dumps({"pictures": [{"file": "1.png", "prompt": "a dog"}]}))
-    write(tmp_path / "gone/cat", "0_0.png", "1_0.png")
     for name, message in {
         "lacks": "'cat' is in one alone",
-        "other": "has a subject 'bird'",
-        "more": "prompt 2 is none of the 2 from 0",
-        "few": "prompt 1 has no picture",
+        "other": "have no subject of the references",
         "odd": "has 3 pictures, but it takes as many for each of 2 prompts",
-        "texts": "b.txt is missing",
-        "gone": "0.png is in one alone",
-        "latin": "a.txt cannot be read .it is not UTF-8",
-        "strange": "a.png is in one alone",
+        "latin": "none of .* has a prompt",
+        "strange": "none of .* has a prompt",
         "none": "which is no folder",
     }.items():
         with pytest.raises(ValueError, match=message) as caught:
             gather(references, {"good": str(tmp_path / "good"), name: str(tmp_path / name)}, prompts, "sks")
         assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_has_no_prompt_no_picture_or_no_references_is_named_and_left_out(tmp_path):
+    write(tmp_path / "references/dog", "0.png")
+    (tmp_path / "prompts.txt").write_text("first\nsecond\n")
+    made = tmp_path / "made"
+    write(made / "more/dog", "2_0.png", "0_0.png", "1_0.png")
+    write(made / "few/dog", "0_0.png")
+    write(made / "texts/dog", "a.png", "b.png", "c.png", a="a dog")
+    (made / "texts/dog/c.txt").write_bytes("a caf\u00e9".encode("latin-1"))
+    write(made / "gone/dog", "0.png", "2.png")
+    entries = [{"file": "1.png", "prompt": "a dog"}, {"file": "2.png", "prompt": "a dog"}]
+    (made / "gone/dog/report.json").write_text(json.dumps({"pictures": entries}))
+    write(made / "bird/dog", "0_0.png", "1_0.png")
+    write(made / "bird/bird", "0_0.png", "1_0.png")
+    left_out: list[str] = []
+    systems = {name: str(made / name) for name in ("more", "few", "texts", "gone", "bird")}
+    found = gather(tmp_path / "references", systems, tmp_path / "prompts.txt", "sks", left_out)
+    kept = {name: [file.name for file in files] for name, (files, _) in found["dog"].made.items()}
+    assert kept == {
+        "more": ["0_0.png", "1_0.png"], "few": ["0_0.png"], "texts": ["a.png"], "gone": ["2.png"],
+        "bird": ["0_0.png", "1_0.png"],
+    }  # fmt: skip
+    assert len(left_out) == 7
+    for told in (
+        "bird of bird: it has no references",
+        "2_0.png of more: it has no prompt",
+        "prompt 1 of few: it has no picture",
+        "b.png of texts: it has no prompt",
+        "c.png of texts: .*c.txt cannot be read",
+        "0.png of gone: it has no prompt",
+        "1.png of gone: report.json tells of it, but it is not there",
+    ):
+        assert [line for line in left_out if re.search(told, line)], told
+    assert gather(tmp_path / "references", {}, None, "sks").keys() == {"dog"}

@@ -16,13 +16,14 @@ from anchor_core.training.trainer import train
     [
         ("anchor", {"min_snr": 5.0}),
         ("anchor", {"accumulation": 3}),
+        ("anchor", {"class_weight": 0.7}),
         ("prior_preservation", {}),
         ("class_diffusion", {}),
         ("sude", {}),
     ],
 )
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(eps_denoiser, latents, concept, objective, options):
-    config = AdapterConfig(rank=2, text_encoder=objective == "class_diffusion")
+    config = AdapterConfig(rank=2, text_encoder=objective == "class_diffusion" or "class_weight" in options)
     prompts = (concept.subject_prompt,), (concept.class_prompt,)
     masks = torch.rand(len(latents), 1, *latents.shape[2:], generator=torch.Generator().manual_seed(0))
     examples = [Example(row, *prompts, mask=mask) for row, mask in zip(latents, masks)]

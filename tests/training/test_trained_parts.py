@@ -166,8 +166,8 @@ def test_every_objective_trains_every_part_or_says_why_not(pipelines, part, obje
     denoiser = tiny_models.denoiser_of(pipelines["sd1"])
     config = AdapterConfig(**PARTS[part])
     refused = {
-        "prior_preservation": ("class pictures train nothing", config.kind == "none"),
-        "sude": ("class pictures train nothing", config.kind == "none"),
+        "prior_preservation": ("its own term trains nothing", config.kind == "none"),
+        "sude": ("its own term trains nothing", config.kind == "none"),
         "class_diffusion": ("acts on the text side alone", not config.trains_text),
     }
     message, expected = refused.get(objective, ("", False))

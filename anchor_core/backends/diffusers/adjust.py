@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 
 import torch
@@ -11,6 +12,7 @@ from ...checks import check_choice
 from ...denoiser import Condition
 from ...embeddings import ALIGNMENTS, Adjustment, adjust_pooled, adjust_prompt, align_rows
 from .denoiser import DiffusersDenoiser
+from .text import TextEncoder
 
 ANCHORS = ("current", "pretrained")
 """The text encoder that encodes the class prompt: with the adapter as it is, or without."""
@@ -72,10 +74,17 @@ def _encoded(denoiser: DiffusersDenoiser, prompt: str, adapted: bool) -> tuple[C
 
 def word_rows(denoiser: DiffusersDenoiser, word: str) -> dict[str, Tensor]:
     """Rows of the input embeddings of a word's tokens, (tokens, width), by text encoder as embedding files name it."""
-    names, found = iter(("clip_l", "clip_g")), {}
+    ids = {name: encoder.tokenizer(word, add_special_tokens=False).input_ids for name, encoder in _named(denoiser)}
+    return {name: table[ids[name]].float().cpu() for name, table in embedding_tables(denoiser).items()}
+
+
+def embedding_tables(denoiser: DiffusersDenoiser) -> dict[str, Tensor]:
+    """All input embeddings, (tokens, width), by text encoder as embedding files name it."""
+    return {name: encoder.model.get_input_embeddings().weight.detach() for name, encoder in _named(denoiser)}
+
+
+def _named(denoiser: DiffusersDenoiser) -> Iterator[tuple[str, TextEncoder]]:
+    names = iter(("clip_l", "clip_g"))
     for encoder in denoiser._family.encoders:
         if encoder is not None:
-            name = "t5xxl" if encoder.model.config.model_type == "t5" else next(names)
-            ids = encoder.tokenizer(word, add_special_tokens=False).input_ids
-            found[name] = encoder.model.get_input_embeddings().weight.detach()[ids].float().cpu()
-    return found
+            yield "t5xxl" if encoder.model.config.model_type == "t5" else next(names), encoder
