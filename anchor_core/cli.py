@@ -1,4 +1,4 @@
-"""The command line: `semantic-anchor train | sample | inspect | compare | convert | bench | demo | selftest | sandbox`.
+"""The command line: `semantic-anchor train | sample | inspect | checkup | compare | convert | bench | demo | ...`.
 
 Bad input is one line on stderr and exit status 2, before anything is written.
 """
@@ -17,6 +17,7 @@ from .adapters.config import AdapterConfig
 from .adapters.formats import FORMATS
 from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
+from .evaluation.checkup import CheckupSettings
 from .guidance import RULE_OPTIONS, RULES
 from .training.methods import METHODS, method_options
 from .training.presets import AUTO, NONE, PRESETS
@@ -87,21 +88,8 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
     known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset", "sweep"}
-    known |= {
-        "pictures",
-        "prompts",
-        "clip",
-        "dino",
-        "encoder_batch",
-        "adapters",
-        "jobs",
-        "subjects",
-        "seeds",
-        "rows",
-        "ray",
-        "comfyui",
-        "methods",
-    }
+    known |= {"pictures", "prompts", "clip", "dino", "encoder_batch", "adapters", "jobs", "subjects", "seeds", "rows"}
+    known |= {"ray", "comfyui", "methods", "noises", "timesteps", "budget"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -185,10 +173,26 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     _add_embedding(inspect)
     inspect.add_argument("--references", required=True, metavar="DIR", help="pictures to make the probe's latents from")
     inspect.add_argument(
+        "--class_pictures", "--class-pictures", type=int, default=0, metavar="COUNT",
+        help="how many the model makes for the readings of Fig. 2 that take class samples (default 0)",
+    )  # fmt: skip
+    inspect.add_argument(
         "--prompts", metavar="FILE", help="a prompt a line, for the distances of semantic collapse; or shipped: 200 "
         "sentences and 200 simple prompts of the package"
     )  # fmt: skip
     _add_prompts(inspect)
+
+    checkup = _verb(verbs, "checkup", "what a LoRA does to the class, and how much of it is good", commands.checkup)
+    checkup.add_argument("adapter", metavar="LORA", help="a LoRA file of any program")
+    _add_model(checkup)
+    _add_embedding(checkup)
+    checkup.add_argument(
+        "--references", metavar="DIR", help="pictures to measure on (default: class pictures that the model makes)"
+    )
+    _add_prompts(checkup)
+    for field in fields(CheckupSettings):
+        if field.name != "seed":
+            _add_field(checkup, field)
 
     compare = _verb(verbs, "compare", "rank pictures of any systems by CLIP-I, CLIP-T and DINO", commands.compare)
     compare.add_argument("--references", required=True, metavar="DIR", help="of one subject, or a folder for each")

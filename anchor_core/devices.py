@@ -1,7 +1,9 @@
-"""What a device has free."""
+"""What a device has free, and its random state."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -33,3 +35,12 @@ def _left_to_container() -> list[int]:
     except (OSError, ValueError, StopIteration):
         return []
     return [] if limit == "max" else [int(limit) - int(used) + cached]
+
+
+@contextmanager
+def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """A random state of the training's own, which only dropout uses."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield

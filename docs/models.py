@@ -39,14 +39,12 @@ def name(found: dict[str, Any]) -> str:
 
 def write(sweep: list[dict[str, Any]], version: str) -> str:
     """The page. AssertionError if a model that trains failed a check."""
-    trained, refused, not_tried = [], [], []
+    trained, refused = [], []
     for found in sweep:
         wrong = [check for check, message in found.get("checks", {}).items() if message]
         assert not wrong, f"{name(found)} fails {', '.join(wrong)}"
         if "refused" in found:
             refused.append(f"| {name(found)} | {found['refused']} |")
-        elif "not_tried" in found:
-            not_tried.append(f"| {name(found)} | {found['not_tried']} |")
         else:
             notes = [
                 note for note, holds in (("one frame", "frames"), ("empty picture", "concatenates")) if found[holds]
@@ -58,7 +56,6 @@ def write(sweep: list[dict[str, Any]], version: str) -> str:
             )
     rows = ["| class | network | predicts | checkpointing | |", "|---|---|---|---|---|", *trained]
     rows += ["", "## Refused", "", "| class | what is said |", "|---|---|", *refused]
-    rows += ["", "## Not tried", "", "| class | why it could not be built at tiny size |", "|---|---|", *not_tried]
     return HEAD.format(version=version) + "## Trains\n\n" + "\n".join(rows) + "\n"
 
 

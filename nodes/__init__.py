@@ -1,10 +1,11 @@
-"""The nodes, by topic: references, model, train, inspect, compare, apply, adjust, guide, self test."""
+"""The nodes, by topic: references, model, train, inspect, checkup, compare, apply, adjust, guide, self test."""
 
 from comfy_api.latest import ComfyExtension, io
 
 from . import routes
 from .adjust import AnchorAdjustConditioning, AnchorAdjustEmbedding
 from .apply import AnchorApplyAdapter, AnchorLoadAdapter, AnchorSaveAdapter
+from .checkup import AnchorCheckup
 from .compare import AnchorCompare
 from .door import checked
 from .guide import AnchorGuidance, AnchorGuider
@@ -22,6 +23,7 @@ NODES = [
     AnchorTrainLoRA,
     AnchorTrainOptions,
     AnchorDriftReport,
+    AnchorCheckup,
     AnchorCompare,
     AnchorApplyAdapter,
     AnchorSaveAdapter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import partial
 from pathlib import Path
 
 import folder_paths
@@ -10,12 +11,17 @@ from comfy_api.latest import io
 
 from ..anchor_core.concept import Concept
 from ..anchor_core.data.folder import listed
+from ..anchor_core.data.picked import load_picked, parse
 from ..anchor_core.data.pictures import bucket_sizes, from_images, load_references
 from ..anchor_core.sandbox import subjects
 from ..anchor_core.training.settings import DataSettings
+from . import pictures as input_folder
 from .types import CATEGORY, ConceptType, ReferencesType, inputs_of, one_each
 
+PICKED = "[pictures on the node]"
 SANDBOX = "sandbox/"
+WIDGET = "ANCHOR_PICTURES"
+"""That of web/references.js; without that script the input is a socket for a text."""
 MASK_TOOLTIP = (
     "1 (white) is learnt, the rest does not come along. The MASK of Load Image is 1 where the picture is "
     "transparent: switch invert_masks on for that."
@@ -41,14 +47,17 @@ class AnchorLoadReferences(io.ComfyNode):
             node_id="AnchorLoadReferences",
             display_name="Load References",
             category=CATEGORY,
-            description="The pictures of one subject: a folder under input/, or a subject of the sandbox's world.",
-            search_aliases=["dreambooth", "load images from folder"],
+            description=(
+                "The pictures of one subject: those dropped on the node, a folder under input/, or a subject of the "
+                "sandbox's world."
+            ),
+            search_aliases=["dreambooth", "load images", "load images from folder"],
             inputs=[
                 io.Combo.Input(
                     "references",
-                    options=own + folder_paths.get_input_subfolders(),
-                    tooltip="A folder under input/ with 3 to 20 pictures of one subject: sharp ones, in several "
-                    "surroundings, without others of its kind; press R after adding one. Or sandbox/..., drawn "
+                    options=[PICKED, *own, *folder_paths.get_input_subfolders()],
+                    tooltip="3 to 20 pictures of one subject: sharp ones, in several surroundings, without others of "
+                    "its kind. Those below, or a folder under input/ (press R after adding one), or sandbox/..., drawn "
                     "subjects for the embedded model.",
                 ),
                 io.Int.Input(
@@ -67,10 +76,21 @@ class AnchorLoadReferences(io.ComfyNode):
                     optional=True,  # they are later than the node, and a saved prompt may lack them
                     buckets="references only: keep the pictures' shapes, at sizes of about size x size in area. Off "
                     "cuts the centre square, and perhaps the subject",
-                    captions="references only: read name.txt beside each picture, which names the subject by its words "
-                    "(sks dog). What it says besides is learnt less as part of the subject",
-                    masks="references only: learn only what is white in name-masklabel.png, or else opaque in the "
-                    "alpha channel: surroundings outside of it do not come along",
+                    captions="references only: read name.txt beside each picture of a folder, which names the subject "
+                    "by its words (sks dog). What it says besides is learnt less as part of the subject",
+                    masks="references only: learn only what is white in name-masklabel.png of a folder, or else "
+                    "opaque in the alpha channel: surroundings outside of it do not come along. What is painted below "
+                    "counts without this",
+                ),
+                io.String.Input(
+                    "pictures",
+                    default="",
+                    optional=True,
+                    socketless=False,
+                    extra_dict={"widgetType": WIDGET},
+                    tooltip="Drop, paste or add pictures here. A caption under one names the subject by its words (sks "
+                    "dog); what it says besides is learnt less as part of the subject. What is painted as its mask "
+                    "is learnt, the rest does not come along. The frame is what the training sees.",
                 ),
             ],
             outputs=[
@@ -80,27 +100,37 @@ class AnchorLoadReferences(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, references: str, size: int, **options):
+    def fingerprint_inputs(cls, references: str, size: int, pictures: str = "", **options):
         digest = hashlib.sha256(f"{references}:{size}:{options}".encode())
-        if not references.startswith(SANDBOX) and _folder(references).is_dir():
+        if references == PICKED:
+            digest.update(str(pictures).encode())
+            for pair in input_folder.files_of(parse(pictures or "")):
+                digest.update("".join(input_folder.sha256_of(file) for file in pair if file).encode())
+        elif not references.startswith(SANDBOX) and _folder(references).is_dir():
             for file in sorted(_folder(references).iterdir()):
                 state = file.lstat()  # links that lead out are not read, and others are files of the folder themselves
                 digest.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode(errors="replace"))
         return digest.hexdigest()
 
     @classmethod
-    def execute(cls, references: str, size: int, buckets=False, captions=False, masks=False) -> io.NodeOutput:
+    def execute(
+        cls, references: str, size: int, buckets=False, captions=False, masks=False, pictures=""
+    ) -> io.NodeOutput:
         import numpy
         import torch
 
         if references.startswith(SANDBOX):
-            pictures = subjects.get(references.removeprefix(SANDBOX)).references()
-            arrays = [numpy.asarray(picture.convert("RGB")) for picture in pictures]
+            drawn = subjects.get(references.removeprefix(SANDBOX)).references()
+            arrays = [numpy.asarray(picture.convert("RGB")) for picture in drawn]
             images = torch.from_numpy(numpy.stack(arrays)).float() / 255
             return io.NodeOutput(images, from_images(images))
-        folder = _folder(references)
-        own = load_references(folder, bucket_sizes(size) if buckets else size, captions=captions, masks=masks)
-        squares = load_references(folder, size) if buckets else own
+        if references == PICKED:
+            picked = parse(pictures)
+            read = partial(load_picked, picked, input_folder.files_of(picked), masks=masks)
+        else:
+            read = partial(load_references, _folder(references), captions=captions, masks=masks)
+        own = read(bucket_sizes(size) if buckets else size)
+        squares = read(size) if buckets else own
         told = [f"left out: {listed(list(own.left_out))}"] if own.left_out else []
         return io.NodeOutput(squares.stack().movedim(1, -1), own, ui={"text": told})
 

@@ -6,11 +6,10 @@ Ids come from the list or from an event, never paths. A page of another origin i
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from functools import wraps
 from typing import Any
 
-from . import runs
+from . import picture_routes, runs
+from .guard import not_json, own_pages, refused
 
 ROOT = "/semantic_anchor/runs"
 ORDERS = {
@@ -28,16 +27,7 @@ def register() -> None:
     if server is None:
         return
     routes = server.routes
-
-    def refused(status: int, why: str):
-        return web.json_response({"error": why}, status=status)
-
-    def own_pages(handler: Callable[[Any], Awaitable[Any]]):
-        @wraps(handler)
-        async def checked(request):
-            return await handler(request) if _same_origin(request) else refused(403, "the page is of another origin")
-
-        return checked
+    picture_routes.register(routes)
 
     def unknown(request):
         return refused(404, f"there is no run {request.match_info['run'][:40]!r}")
@@ -63,8 +53,8 @@ def register() -> None:
     @routes.post(ROOT + "/{run}/orders")
     @own_pages
     async def order(request):
-        if request.content_type != "application/json":
-            return refused(415, f"the body is {request.content_type}, but it takes application/json")
+        if (form := not_json(request)) is not None:
+            return form
         run = runs.live(request.match_info["run"])
         if run is None:
             ended = await asyncio.to_thread(runs.state, request.match_info["run"])
@@ -83,11 +73,3 @@ def give(orders, said: Any) -> None:
         raise ValueError(f"order is {str(name)[:40]!r}, but it takes one of {', '.join(ORDERS)}")
     number = ORDERS[name]
     getattr(orders, name)(*([] if number is None else [said.get(number)]))
-
-
-def _same_origin(request) -> bool:
-    """Browsers say it in Sec-Fetch-Site, or, where that is missing, by an Origin; what is no browser says neither."""
-    site, origin = request.headers.get("Sec-Fetch-Site"), request.headers.get("Origin")
-    if site is not None:
-        return site in ("same-origin", "none")
-    return origin is None or origin.partition("://")[2].lower() == request.headers.get("Host", "").lower()

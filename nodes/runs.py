@@ -19,7 +19,7 @@ EVENT = "semantic_anchor.run"
 LISTED = 50
 """The most runs of a list."""
 
-_CURVES = ("losses", "probes", "pictures", "saved")
+_CURVES = ("losses", "probes", "distances", "pictures", "saved")
 _ENDED_BEFORE = "ComfyUI ended before the training did"
 
 

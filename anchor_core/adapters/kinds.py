@@ -6,8 +6,9 @@ A new kind is one entry of `KINDS`. Every kind starts at zero effect. peft makes
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -80,6 +81,19 @@ class Kind:
             for part, factor in self.factors(layer):
                 factor.data = factor.data.float()
                 factor.copy_(starts[part](layer, factor.shape, generator))
+
+
+class BlockKind(Kind):
+    """OFT, whose config has no pattern for layers of another rank: those of each are injected by themselves."""
+
+    def inject(self, network: nn.Module, names: list[str], config: Options, ranks: dict[str, int]) -> None:
+        groups: dict[int, list[str]] = {}
+        for name in names:
+            own = (rank for pattern, rank in ranks.items() if re.fullmatch(pattern.removeprefix("^"), name))
+            groups.setdefault(next(own, config.rank), []).append(name)
+        for rank, same in groups.items():
+            vars(network).pop("peft_config", None)  # of the rank before
+            super().inject(network, same, replace(config, rank=rank), {})
 
 
 class BiasedKind(Kind):
@@ -262,7 +276,7 @@ KINDS = {
         "alpha",
         _check_rank,
     ),
-    "oft": Kind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks, reads_weights=True),
+    "oft": BlockKind(_oft, {"oft_R": ("oft_R.weight", _zeros)}, None, _check_blocks, reads_weights=True),
     "full": WeightKind(FullLayer, _check_nothing),
     "svdiff": WeightKind(SpectralLayer, _check_spectrum),
 }

@@ -42,7 +42,8 @@ knows few of the words of other prompts."""
 PARTS = {"settings": TrainSettings, "adapter": AdapterConfig, "data": DataSettings}
 _OPTIONS = {part: [each.name for each in fields(kind) if "help" in each.metadata] for part, kind in PARTS.items()}
 _TRAINING = [CLASS_PICTURES, *(name for names in _OPTIONS.values() for name in names)]
-_SAMPLING = ("guidance", "steps", "strength", "rule", *RULE_OPTIONS, "adjust", "alpha", "beta", "norm_mix")
+_SAMPLING = ("prompt", "guidance", "steps", "strength", "rule", *RULE_OPTIONS, "adjust", "alpha", "beta", "norm_mix")
+PROMPTS = ("subject", "class")
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class Sampling:
 
     Attributes:
         of: the training.
+        prompt: of `PROMPTS`, which is asked for; by the class prompt a row tells what the adapter did to the class.
         own: the sampler's `guidance` and `steps`, where they are not the config's.
         adjust: of `ALIGNMENTS`, or `VECTORS`; empty for none.
     """
 
     name: str
     of: str
+    prompt: str
     options: Mapping[str, Any]
     rule: Rule | None
     own: Mapping[str, Any]
@@ -217,4 +220,5 @@ def _sampling(row: str, training: str, table: dict[str, Any], trainings: Mapping
         own["steps"] = check_count("steps", table["steps"])
     made = make_rule(check_text("rule", table["rule"]), **rule) if "rule" in table else None
     strength = check_number("strength", table.get("strength", 1.0))
-    return Sampling(row, training, dict(table), made, own, strength, adjust, adjustment)
+    prompt = check_choice("prompt", table.get("prompt", PROMPTS[0]), PROMPTS)
+    return Sampling(row, training, prompt, dict(table), made, own, strength, adjust, adjustment)

@@ -226,7 +226,7 @@ class _Making:
         if row.adjust == VECTORS:
             scores, by_picture = case.with_vectors(row, folder)
         else:
-            scores, by_picture = case.score(row, folder=folder)
+            scores, by_picture = case.score(row, token="" if row.prompt == "class" else None, folder=folder)
             plain = self._held(row.of, self.config.trainings[row.of].options)
             end = plain["scores"][max(plain["scores"], key=int)]
             scores |= {name: end[name] for name in ("drift", "drift_class") if name in end}  # they are the adapter's

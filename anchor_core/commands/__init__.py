@@ -2,6 +2,7 @@
 
 from .benching import bench, bench_report, bench_run
 from .checking import selftest
+from .checkup import checkup
 from .files import convert
 from .measuring import compare, inspect
 from .sampling import adjust, sample
@@ -10,6 +11,6 @@ from .speed import speed
 from .training import train
 
 __all__ = [
-    "adjust", "bench", "bench_report", "bench_run", "compare", "convert", "demo", "inspect", "pretrain", "sample",
-    "selftest", "speed", "subject", "subjects", "train",
+    "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
+    "sample", "selftest", "speed", "subject", "subjects", "train",
 ]  # fmt: skip

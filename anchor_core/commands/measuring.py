@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
+from ..checks import check_count
 from .shared import check_embedding, check_writable, device, open_model, resolution
 
 
@@ -15,23 +16,24 @@ def inspect(options: Namespace) -> None:
     from ..evaluation.collapse import draw_norms
 
     check_embedding(options)
-    out = check_writable(options.out)
+    out, classes = check_writable(options.out), options.class_pictures
     _, metadata = load_adapter(options.adapter)
     concept = _concept(options.adapter, metadata, options.subject, options.class_prompt)
     prompts = _prompt_pairs(options.prompts, concept) if options.prompts else None
     denoiser = open_model(options)
-    probe = _probe(options, denoiser, options.references, concept)
+    probe = _probe(options, denoiser, options.references, concept, check_count("class_pictures", classes, minimum=0))
     before = probe.measure()
     attach_file(denoiser, options.adapter, options.embedding)
     after = probe.measure()
     out.mkdir(parents=True, exist_ok=True)
     norms = _norms(denoiser, concept)
-    figure = report.new_figure(9 + 4.5 * len(norms), 3.6)
-    panels = figure.subplots(1, 2 + len(norms))
-    for panel, name in zip(panels[2:], norms):
+    figure = report.new_figure(13.5 + 4.5 * len(norms), 3.6)
+    panels = figure.subplots(1, 3 + len(norms))
+    for panel, name in zip(panels[3:], norms):
         draw_norms(panel, norms[name], {"the subject's token": norms[name]["token"], "class": norms[name]["class"]})
     for panel, quantity in zip(panels, ("drift", "reconstruction")):
         report.draw_by_timestep(panel, {"model alone": before, "with the adapter": after}, quantity)
+    report.draw_readings(panels[2], after)
     figure.savefig(out / "report.png")
     written = {
         "adapter": str(options.adapter),
@@ -189,12 +191,19 @@ def _concept(file, metadata: dict[str, str], subject: str | None = None, class_p
     return Concept(subject, class_prompt)
 
 
-def _probe(options: Namespace, denoiser, references: str | Path, concept):
+def _probe(options: Namespace, denoiser, references: str | Path, concept, classes: int = 0):
+    """`classes`: how many class pictures are made, for the readings of Fig. 2 that take some."""
     from ..data.pictures import load_references
+    from ..data.prepare import sample_class_latents
     from ..drift import DriftProbe
 
-    pictures = load_references(references, resolution(options, denoiser)).stack()
-    return DriftProbe(denoiser, denoiser.encode_images(pictures), concept, seed=options.seed)
+    latents = denoiser.encode_images(load_references(references, resolution(options, denoiser)).stack())
+    samples = (
+        sample_class_latents(denoiser, concept, classes, tuple(latents.shape[1:]), seed=options.seed)
+        if classes
+        else None
+    )
+    return DriftProbe(denoiser, latents, concept, seed=options.seed, class_latents=samples)
 
 
 def _named(option: str, values: list[str]) -> dict[str, str]:

@@ -105,10 +105,12 @@ def _report(out: Path, outcome, options: Namespace, concept: Concept, names, set
         print("cancelled before the first step; nothing was written")
         return
     path, *embedding = outcome.files
-    figure = report.new_figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
-    report.draw_drift(left, {settings.objective: history})
-    report.draw_loss(right, {settings.objective: history})
+    figure = report.new_figure(9, 6.8)
+    (drift, loss), (distances, levels) = figure.subplots(2, 2)
+    report.draw_drift(drift, {settings.objective: history})
+    report.draw_loss(loss, {settings.objective: history})
+    report.draw_distances(distances, history)
+    report.draw_levels(levels, history)
     written = {
         "adapter": path.name,
         "embedding": [path, *embedding][-1].name if config.vectors else None,

@@ -54,15 +54,16 @@ def check_captions(captions: Mapping[str, str], count_tokens: Callable[[str], in
 def prompt_pairs(
     concept: Concept,
     names: Sequence[str],
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str | None] | None = None,
     templates: Sequence[str] = (),
     shuffle: bool = False,
     seed: int = 0,
 ) -> list[list[tuple[str, str]]]:
     """What may be said of each picture: its subject prompts, each with its class prompt.
 
-    They are the picture's own caption, or the templates with the subject's words for {}, or the concept's own prompts.
-    With `shuffle` each comes in up to 8 seeded orders of its comma-separated tags, of which the written one is first.
+    They are the picture's own caption, or the templates with the subject's words for {}, or the concept's own prompts,
+    which stand for a caption that is None too. With `shuffle` each comes in up to 8 seeded orders of its
+    comma-separated tags, of which the written one is first.
 
     Raises:
         ValueError: for a caption that does not name the subject (naming its picture), or captions and templates both.
@@ -73,7 +74,7 @@ def prompt_pairs(
         check_template(template)
     told: list[list[str]]
     if captions is not None:
-        told = [[caption] for caption in captions]
+        told = [[concept.subject_prompt if caption is None else caption] for caption in captions]
     else:
         filled = [template.replace("{}", concept.subject_phrase) for template in templates]
         told = [filled or [concept.subject_prompt]] * len(names)

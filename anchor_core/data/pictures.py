@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,14 +39,14 @@ class References:
         pixels: one (3, H, W) a picture, in [0, 1].
         names: what the pictures are called in errors and reports.
         masks: one (1, H, W) a picture, in [0, 1], 1 where its loss counts; each counts somewhere.
-        captions: one text a picture.
+        captions: one text a picture, None for the concept's own prompt.
         left_out: files of their folder that are not among them, each with the reason.
     """
 
     pixels: list[Tensor]
     names: list[str]
     masks: list[Tensor] | None = None
-    captions: list[str] | None = None
+    captions: Sequence[str | None] | None = None
     left_out: tuple[str, ...] = ()
 
     def __post_init__(self):
@@ -102,7 +101,7 @@ def bucket_sizes(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
 
 def read_picture(file: Path) -> Tensor:
     """A picture (3, H, W) in [0, 1] at its own size, upright, over white; ValueError if it cannot be read."""
-    return _to_tensor(_over_white(open_picture(file)))
+    return _to_tensor(over_white(open_picture(file)))
 
 
 def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, captions: bool = False) -> References:
@@ -122,12 +121,12 @@ def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, cap
         ValueError: if the folder does not exist or holds no picture; naming the picture if it, its mask or its caption
             cannot be read, is empty or is missing, or if it is longer than 4:1.
     """
-    sizes, found = _sizes(size), picture_contents(folder)
+    sizes, found = as_sizes(size), picture_contents(folder)
     texts = [read_caption(file) for file in found.pictures] if captions else None
     names = [shown(file.name) for file in found.pictures]
     pixels, own = [], []
     for file in found.pictures:
-        picture, mask = _read(file, sizes, found.mask_of(file) if masks else None)
+        picture, mask = read_reference(file, sizes, found.mask_of(file) if masks else None)
         pixels.append(picture)
         own.append(mask)
     if masks and any(mask is None for mask in own):
@@ -209,7 +208,7 @@ def _from_batch(
         pixels = pixels[:, :3] * alpha + (1 - alpha)
     masks = masks.detach().float().unsqueeze(1).clone() if isinstance(masks, Tensor) else None  # (B, 1, H, W)
     if size is not None:
-        target = _nearest(_sizes(size), width, height)
+        target = _nearest(as_sizes(size), width, height)
         pixels = _fit(pixels, target, "bicubic")
         masks = None if masks is None else _fit(masks, target, "bilinear").clamp(0, 1)
     return list(pixels.clamp(0, 1)), None if masks is None else list(masks)
@@ -227,7 +226,8 @@ def _counting(masks: Tensor, shape: tuple[int, ...], inverted: bool) -> Tensor:
     return masks
 
 
-def _sizes(size: Sizes) -> list[tuple[int, int]]:
+def as_sizes(size: Sizes) -> list[tuple[int, int]]:
+    """The (height, width) sizes that `size` stands for."""
     if isinstance(size, Sequence):
         if not size:
             raise ValueError("size is empty, but it takes an edge in pixels, or (height, width) sizes")
@@ -247,7 +247,12 @@ def _check_aspect(name: str, width: int, height: int) -> None:
 
 def _nearest(sizes: list[tuple[int, int]], width: int, height: int) -> tuple[int, int]:
     """The (height, width) nearest to the picture's aspect ratio; of two, the larger."""
-    return min(sizes, key=lambda size: (abs(math.log(size[1] * height / (size[0] * width))), -size[0] * size[1]))
+
+    def how_far(size: tuple[int, int]) -> tuple[float, int]:
+        sides = size[1] * height, size[0] * width  # a ratio of whole numbers, which a page's script gets in every bit
+        return max(sides) / min(sides), -size[0] * size[1]
+
+    return min(sizes, key=how_far)
 
 
 def _box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -258,6 +263,12 @@ def _box(width: int, height: int, size: tuple[int, int]) -> tuple[int, int, int,
     return left, top, left + inner_width, top + inner_height
 
 
+def cut(width: int, height: int, sizes: list[tuple[int, int]]) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """The (height, width) that a picture is trained at, and the part of it that is resized to that."""
+    size = _nearest(sizes, width, height)
+    return size, _box(width, height, size)
+
+
 def _fit(batch: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     """(B, C, H, W) cut about the centre and resized to (B, C, *size)."""
     left, top, right, bottom = _box(batch.shape[3], batch.shape[2], size)
@@ -265,24 +276,37 @@ def _fit(batch: Tensor, size: tuple[int, int], mode: str) -> Tensor:
     return batch if batch.shape[2:] == size else interpolate(batch, size, mode=mode, antialias=True)
 
 
-def _read(file: Path, sizes: list[tuple[int, int]], mask_file: Path | None) -> tuple[Tensor, Tensor | None]:
-    """A picture, (3, h, w), and its mask, (1, h, w): that of the file, or its alpha channel if it has one."""
+def grey(mask: Image) -> Image:
+    """How much counts, in mode L, of a mask that is white where the loss does."""
+    return mask.convert("L")
+
+
+def read_reference(
+    file: Path, sizes: list[tuple[int, int]], mask_file: Path | None, counts: Callable[[Image], Image] = grey
+) -> tuple[Tensor, Tensor | None]:
+    """A picture, (3, h, w), and its mask, (1, h, w): that of the file, or its alpha channel if it has one.
+
+    Args:
+        counts: of an opened mask, how much counts (mode L).
+
+    Raises:
+        ValueError: naming what cannot be read, a picture longer than 4:1, or a mask of another size.
+    """
     from PIL import Image
 
     picture, mask = open_picture(file), None
     _check_aspect(f"picture {shown(file)}", *picture.size)
     if picture.mode == "RGBA":
         mask = picture.getchannel("A")
-        picture = _over_white(picture)
+        picture = over_white(picture)
     if mask_file is not None:
-        mask = open_picture(mask_file).convert("L")
+        mask = counts(open_picture(mask_file))
         if mask.size != picture.size:
             raise ValueError(
                 f"mask {shown(mask_file)} is {mask.width}x{mask.height}, but it takes "
                 f"{picture.width}x{picture.height}, the size of {shown(file.name)}"
             )
-    height, width = size = _nearest(sizes, *picture.size)
-    box = _box(*picture.size, size)
+    (height, width), box = cut(*picture.size, sizes)
     if box[2] - box[0] < width or box[3] - box[1] < height:
         logger.warning("%s is %dx%d, and is enlarged to %dx%d", shown(file), *picture.size, width, height)
     # Cut first: a resize of a box would let in what is outside of it.
@@ -292,7 +316,8 @@ def _read(file: Path, sizes: list[tuple[int, int]], mask_file: Path | None) -> t
     return pixels, _to_tensor(mask.crop(box).resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _over_white(picture: Image) -> Image:
+def over_white(picture: Image) -> Image:
+    """A picture as `open_picture` gives it, in RGB."""
     from PIL import Image
 
     if picture.mode != "RGBA":

@@ -95,10 +95,21 @@ def _latent_mask(name: str, mask: Tensor, latents: Tensor) -> Tensor:
     return adaptive_avg_pool2d(mask.detach().to("cpu", torch.float32), (height, width))
 
 
-@torch.no_grad()
 def sample_class_latents(
+    denoiser: Denoiser, concept: Concept, count: int, shape: tuple[int, int, int], **options: Any
+) -> Tensor:
+    """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
+
+    `options` are those of `sample_latents`. One size serves references in several buckets too, as class pictures go
+    through the network in a pass of their own.
+    """
+    return sample_latents(denoiser, concept.class_prompt, count, shape, **options)
+
+
+@torch.no_grad()
+def sample_latents(
     denoiser: Denoiser,
-    concept: Concept,
+    prompt: str,
     count: int,
     shape: tuple[int, int, int],
     *,
@@ -109,10 +120,9 @@ def sample_class_latents(
     cache: Cache | None = None,
     gap: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Latents (count, C, h, w) that the pretrained network makes of the class prompt: the class pictures of Eq. 2.
+    """Latents (count, C, h, w) that the pretrained network makes of a prompt.
 
-    `shape` is that of one latent, (C, h, w); one size serves references in several buckets too, as class pictures go
-    through the network in a pass of their own. The adapter is off while they are made. A cache on disk knows them by
+    `shape` is that of one latent, (C, h, w). The adapter is off while they are made. A cache on disk knows them by
     their noise, the sampling, and what two steps make of the first one, in every bit. `gap` is called before each
     batch.
     """
@@ -120,7 +130,7 @@ def sample_class_latents(
     check_number("guidance", guidance, minimum=0)
     generator = torch.Generator().manual_seed(check_count("seed", seed, minimum=0))
     noise = torch.randn((count, *shape), generator=generator).to(denoiser.device)
-    class_, negative = denoiser.encode_prompts([concept.class_prompt, ""])
+    class_, negative = denoiser.encode_prompts([prompt, ""])
 
     def make() -> Tensor:
         pictures = []
@@ -225,5 +235,9 @@ def prepare(
         class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)
     if probe is not None:
         begin("measuring")
-        drift = DriftProbe(denoiser, latents, concept, **probe)
+        # One of each picture is enough for the readings of Fig. 2.
+        samples = None if class_latents is None else class_latents[: len(latents)]
+        if samples is not None and samples.shape[1:] != latents.shape[1:]:
+            samples = None
+        drift = DriftProbe(denoiser, latents, concept, class_latents=samples, **probe)
     return Material(concept, dataset, latents, class_latents, drift, cache)

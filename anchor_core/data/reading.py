@@ -82,6 +82,17 @@ def open_picture(file: Path) -> Image:
         ) from error
 
 
+def is_turned(file: Path) -> bool:
+    """Whether its EXIF turns a picture that `open_picture` reads."""
+    from PIL import Image
+
+    with Image.open(file, formats=formats()) as opened:
+        try:
+            return opened.getexif().get(_EXIF_ORIENTATION, 1) != 1
+        except Exception:  # a damaged EXIF, as in `_upright`, turns nothing
+            return False
+
+
 def _upright(picture: Image, file: Path) -> Image:
     """Turned as the EXIF orientation says; `ImageOps.exif_transpose` writes all fields anew, and fails at odd ones."""
     from PIL.Image import Transpose

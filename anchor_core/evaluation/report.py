@@ -68,12 +68,49 @@ def draw_by_timestep(axes, results: Mapping[str, ProbeResult], quantity: str = "
     axes.legend(fontsize=8)
 
 
+def draw_readings(axes, result: ProbeResult) -> None:
+    """The three readings of Fig. 2 over the timesteps: A, and with class samples B and C."""
+    labels = {"drift": "A, same z_t", "paired": "B, same noise", "independent": "C, other noise"}
+    timesteps = [row[0] for row in result.by_timestep]
+    for name, label in labels.items():
+        if name in result.curves:
+            axes.plot(timesteps, result.curves[name], "o-", markersize=3, label=label)
+    axes.set(title="Fig. 2", xlabel="timestep", ylabel="L2 distance in epsilon", ylim=(0, None))
+    axes.legend(fontsize=8)
+
+
+_DISTANCES = {"reconstruction": "error on the pictures (Fig. 8a)", "drift": "drift from the class anchor (Fig. 8b)"}
+
+
+def draw_distances(axes, history: History, window: int = 15) -> None:
+    """Fig. 8a and 8b of the steps' own predictions over the steps, smoothed over `window` of them."""
+    for name, values in history.distances.items():
+        axes.plot(*_smoothed(values, window), label=_DISTANCES[name])
+    axes.set(xlabel="step", ylabel="L2 distance in epsilon", title=f"the steps' own, mean of {window} steps")
+    axes.legend(fontsize=8)
+
+
+def draw_levels(axes, history: History) -> None:
+    """Fig. 8a and 8b of the steps' own predictions over the timesteps."""
+    rows = history.by_timestep()
+    for place, name in ((1, "reconstruction"), (2, "drift")):
+        if name in history.distances:
+            axes.plot(
+                [row[0] for row in rows], [row[place] for row in rows], "o-", markersize=3, label=_DISTANCES[name]
+            )
+    axes.set(xlabel="timestep", ylabel="L2 distance in epsilon", title="the steps' own, of all steps", ylim=(0, None))
+    axes.legend(fontsize=8)
+
+
+def _smoothed(values: Sequence[float], window: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and running means."""
+    width = max(1, min(window, len(values)))
+    return np.arange(width, len(values) + 1), np.convolve(values, np.ones(width) / width, mode="valid")
+
+
 def draw_loss(axes, histories: Mapping[str, History], window: int = 15) -> None:
     """The reconstruction term over the steps (the one term that every objective has), smoothed over `window` steps."""
     for name, history in histories.items():
-        values = np.asarray(next(iter(history.terms.values()), []))
-        width = max(1, min(window, len(values)))
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes.plot(np.arange(width, len(values) + 1), smooth, label=name)
+        axes.plot(*_smoothed(next(iter(history.terms.values()), []), window), label=name)
     axes.set(xlabel="step", ylabel="mean squared error", title=f"reconstruction loss, mean of {window} steps")
     axes.legend(fontsize=8)

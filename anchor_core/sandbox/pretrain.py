@@ -14,7 +14,7 @@ import logging
 import os
 import random
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from ..writing import whole
 from . import model, tokenizer, world
 from .captions import caption
 from .stage import Stage, autocast
+from .subjects import random_look
 from .towers import Contrast, as_tensor, contrastive_stage
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class PretrainSettings:
     captions_per_picture: int = 3
     autoencoder_steps: int = 1500
     decoder_steps: int = 2000
+    looks_steps: int = 1200
     autoencoder_batch: int = 32
     text_steps: int = 700
     text_batch: int = 128
@@ -132,6 +134,22 @@ def _stage_decoder(work: Path, settings: PretrainSettings, device: torch.device)
     _reconstruct(stage, vae, load_pictures(work), settings)
 
 
+def _stage_looks(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    """The decoder once more, half of it on looks of the subjects' family, though never theirs.
+
+    The denoiser sees none of this. A decoder that knows ordinary looks alone cannot draw a subject, whatever is learnt:
+    of real pictures it kept as little as a third of their identity.
+    """
+    vae = load_autoencoder(work).to(device)
+    vae.decoder.requires_grad_(True)
+    stage = Stage(work, "looks", {"decoder": vae.decoder}, 1e-3, settings.looks_steps, decay=0.0)
+    rng, pictures = random.Random(f"looks {settings.seed}"), []
+    for _ in tqdm(range(min(6000, settings.pictures)), desc="looks"):
+        scene = world.sample_scene(rng)
+        pictures.append(world.draw(replace(scene, paint=random_look(rng)) if rng.random() < 0.5 else scene))
+    _reconstruct(stage, vae, np.stack([np.asarray(picture) for picture in pictures]), settings)
+
+
 def _reconstruct(stage: Stage, vae, pictures: np.ndarray, settings: PretrainSettings) -> None:
     """Half-size crops: the network is convolutional, and a batch then holds more different pictures for its cost."""
     side, batch = model.PICTURE_SIZE // 2, settings.autoencoder_batch
@@ -153,8 +171,9 @@ def load_autoencoder(work: Path):
 
     vae = AutoencoderTiny(**model.VAE)
     vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
-    if (work / "decoder.pt").exists():
-        vae.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["modules"]["decoder"])
+    for later in ("decoder.pt", "looks.pt"):
+        if (work / later).exists():
+            vae.decoder.load_state_dict(torch.load(work / later, weights_only=True)["modules"]["decoder"])
     vae = vae.eval().requires_grad_(False)
     with torch.no_grad():
         spread = vae.encode(as_tensor(load_pictures(work)[:256])).latents.std()
@@ -278,6 +297,7 @@ STAGES = {
     "tokenizer": _stage_tokenizer,
     "autoencoder": _stage_autoencoder,
     "decoder": _stage_decoder,
+    "looks": _stage_looks,
     "text": _stage_text,
     "denoiser": _stage_denoiser,
 }

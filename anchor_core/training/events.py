@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -49,7 +49,10 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class StepMade(Event):
-    """One finished step, counted from 1. `loss` is the sum of `terms`; `seconds` are those of the loop so far."""
+    """One finished step, counted from 1. `loss` is the sum of `terms`; `seconds` are those of the loop so far.
+
+    `distances` are Fig. 8a (`reconstruction`) and 8b (`drift`) of the step's own predictions, where it has them.
+    """
 
     event = "step"
     step: int
@@ -57,6 +60,7 @@ class StepMade(Event):
     loss: float
     terms: Mapping[str, float]
     seconds: float = 0.0
+    distances: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

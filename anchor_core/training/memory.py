@@ -126,6 +126,12 @@ def optimizer_bytes(adapter: Any, settings: TrainSettings) -> int:
     return each * sum(parameter.numel() for parameter in adapter.parameters())
 
 
+def step_bytes(adapter: Any, settings: TrainSettings) -> int:
+    """Of what `AveragedWeights.whole` copies while the optimizer steps, when what the passes took is free again."""
+    each = 4 + (4 if settings.ema else 0) + (_STATE["schedule_free"] if settings.optimizer == "schedule_free" else 0)
+    return each * sum(parameter.numel() for parameter in adapter.parameters())
+
+
 def check_memory(
     settings: TrainSettings, denoiser: Any, dataset: Dataset, concept: Concept, cache: Cache | None = None
 ) -> TrainSettings:
@@ -144,12 +150,12 @@ def check_memory(
         return settings
     shape = max((tuple(each.latents.shape) for each in dataset.examples), key=lambda shape: shape[1] * shape[2])
     area, cache, found = shape[1] * shape[2], cache or Cache(denoiser), {}
-    held = optimizer_bytes(denoiser.adapter, settings)
+    held, copies = optimizer_bytes(denoiser.adapter, settings), step_bytes(denoiser.adapter, settings)
     for fitting in _choices(settings, denoiser):
         kept = fitting.gradient_checkpointing
         if kept not in found:
             found[kept] = growth(denoiser, concept, fitting, shape, cache)
-        needed = held + found[kept].peak(fitting.micro_batch or fitting.batch_size, area)
+        needed = held + max(copies, found[kept].peak(fitting.micro_batch or fitting.batch_size, area))
         free = denoiser.make_room(int(needed))
         if needed <= free:
             _tell(settings, fitting, needed, free)

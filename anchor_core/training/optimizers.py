@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -90,12 +91,9 @@ class AveragedWeights:
             decay = min(self._decay, (1 + self._updates) / (10 + self._updates))
             torch._foreach_lerp_(self._average, [p.detach() for p in self._parameters], 1 - decay)
 
-    @torch.no_grad()
     def _swap(self) -> None:
-        for parameter, average in zip(self._parameters, self._average):
-            running = parameter.detach().clone()
-            parameter.copy_(average)
-            average.copy_(running)
+        for i, parameter in enumerate(self._parameters if self._average else ()):  # takes no memory, so it cannot fail
+            parameter.data, self._average[i] = self._average[i], parameter.data
 
     def apply(self) -> None:
         """Put the average in the place of the running weights."""
@@ -117,6 +115,26 @@ class AveragedWeights:
             parameter.copy_(running)
         self._running = []
 
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """A step of the optimizer and the update after it count in the block, or else, by an error, neither does.
+
+        The error ends the training, so that only what is kept of it is put back: the weights and their average. The
+        copies live as long as the step, when what its passes took is free again.
+        """
+        updates, state = self._updates, self._optimizer.state
+        own_average = dict(state) if hasattr(self._optimizer, "eval") else {}  # is made of the state
+        own = [each for values in own_average.values() for each in values.values() if torch.is_tensor(each)]
+        put_back = _remembered([*self._parameters, *self._average, *own])
+        try:
+            yield
+        except BaseException:
+            put_back()
+            self._updates = updates
+            if not own_average:  # there was none before a first step
+                state.clear()
+            raise
+
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average, "updates": self._updates}
 
@@ -125,3 +143,20 @@ class AveragedWeights:
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
         self._updates = state["updates"]
+
+
+@torch.no_grad()
+def _remembered(tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+    """A function that gives tensors the values that they have now, and takes no memory for it."""
+    alike: dict[tuple, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach())
+    # Times 1: one kernel for all of a kind, where a copy of each would be thousands.
+    copies = {kind: torch._foreach_mul(group, 1) for kind, group in alike.items()}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for kind, group in alike.items():
+            torch._foreach_copy_(group, copies[kind])
+
+    return put_back

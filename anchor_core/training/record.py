@@ -91,7 +91,7 @@ class Record:
     ):
         self._folder, self._memory, self._changed = folder, memory, changed
         self._w, self._limit = settings.keep_w, settings.stop_on_drift
-        self._losses, self._probes, self._best = Curve(), Curve(), Candidates("best")
+        self._losses, self._probes, self._distances, self._best = Curve(), Curve(), Curve(), Candidates("best")
         self._recent: deque[tuple[int, float]] = deque(maxlen=_RECENT + 1)
         self._published = self._written = -math.inf
         self.begun = self._warned = False
@@ -119,6 +119,7 @@ class Record:
         history = event.history
         for i in range(event.step):
             self._losses.add(i + 1, {name: values[i] for name, values in history.terms.items()})
+            self._distances.add(i + 1, {name: values[i] for name, values in history.distances.items() if values[i:]})
         for step, result in history.probes:
             self._measured(Measured(step, result))
         self._now |= {"step": event.step, "seconds": history.seconds}
@@ -126,6 +127,7 @@ class Record:
     def _step(self, event) -> None:
         self._begin()
         self._losses.add(event.step, event.terms)
+        self._distances.add(event.step, event.distances)
         self._recent.append((event.step, event.seconds))
         (first, began), (last, now) = self._recent[0], self._recent[-1]
         each = (now - began) / (last - first) if last > first else event.seconds / event.step
@@ -169,7 +171,8 @@ class Record:
 
     def _newest(self) -> dict[str, Any]:
         plain = {name: _number(value) if isinstance(value, float) else value for name, value in self._now.items()}
-        curves = {"losses": self._losses.to_dict(), "probes": self._probes.to_dict()}
+        kept = {"losses": self._losses, "probes": self._probes, "distances": self._distances}
+        curves = {name: curve.to_dict() for name, curve in kept.items()}
         return {**plain, "memory": self._memory(), **curves}
 
     def _begin(self) -> None:

@@ -17,7 +17,8 @@ from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
 from ..denoiser import Denoiser
-from ..drift import DriftProbe
+from ..devices import own_random_state
+from ..drift import LEVELS, DriftProbe, tally
 from .bank import Bank
 from .batches import Batches
 from .checkpoint import Checkpoints
@@ -147,7 +148,7 @@ def _set_up(denoiser: Denoiser, settings: TrainSettings) -> Iterator[None]:
         # ComfyUI runs nodes in inference mode, where nothing can be trained.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_random_state(denoiser.device, settings.seed))
+        stack.enter_context(own_random_state(denoiser.device, settings.seed))
         if settings.gradient_checkpointing:
             stack.enter_context(checkpointed(denoiser.blocks))
         yield
@@ -178,6 +179,7 @@ class _Run:
         self.autocast_dtype = autocast_dtype(self.settings, self.denoiser)
         self.history, self.started = History(), time.perf_counter()
         self.candidates = Candidates(self.settings.keep)  # of the probes within the budget
+        self.tally = torch.zeros(3, LEVELS, device=self.denoiser.device)
 
     @property
     def made(self) -> int:
@@ -200,13 +202,11 @@ class _Run:
             history.cancelled, history.stopped = ending == "cancelled", ending == "stopped"
             if ending:
                 break
-            terms = self._optimize()
-            history.losses.append(sum(terms.values()))
-            for name, value in terms.items():
-                history.terms.setdefault(name, []).append(value)
+            terms, tallied = self._optimize()
+            distances = history.add(terms, tallied)
             history.seconds += time.perf_counter() - self.started
             self.started = time.perf_counter()
-            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds))
+            self.tell(StepMade(self.made, self.steps, history.losses[-1], terms, history.seconds, distances))
             if self.probe is not None and (self.made % settings.probe_every == 0 or self.made == self.steps):
                 self._measure()
             if settings.checkpoint_every and self.made % settings.checkpoint_every == 0:
@@ -228,37 +228,40 @@ class _Run:
                     self.answer(what, self.made)
         self.started += time.perf_counter() - began
 
-    def _optimize(self) -> dict[str, float]:
-        """One step of the optimizer; gives the weighted terms of the loss."""
+    def _optimize(self) -> tuple[dict[str, float], list[float]]:
+        """One step of the optimizer; gives the weighted terms of the loss, and the tally of its predictions."""
         settings = self.settings
         self.optimizer.zero_grad(set_to_none=True)
         for vectors in self.adapter.tokens.vectors.values() if self.adapter.tokens is not None else ():
             # Rows without a caption do not reach them, and all processes average the same gradients.
             vectors.grad = torch.zeros_like(vectors)
         sums: dict[str, Tensor] = {}
+        self.tally.zero_()
         for _ in range(settings.accumulation):
             for name, term in self.pass_().items():
                 sums[name] = sums.get(name, 0) + term
-        self.workers.average([*sums.values(), *(p.grad for p in self.parameters if p.grad is not None)])
+        self.workers.average([*sums.values(), self.tally, *(p.grad for p in self.parameters if p.grad is not None)])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip or math.inf)
-        *terms, norm = torch.stack([*sums.values(), norm]).tolist()  # the step's one wait for the device
+        told = torch.cat([torch.stack([*sums.values(), norm]), self.tally.flatten()])
+        *terms, norm = (told := told.tolist())[: len(sums) + 1]  # the step's one wait for the device
         self._check_finite("loss", sum(terms))
         fits = math.isfinite(norm)
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if fits:
-            self.schedule.step()
-            self.average.update()
-        elif self.scaler.get_scale() < LOWEST_SCALE:
-            raise TrainingDiverged(
-                f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
-                f"{self.scaler.get_scale() / self.scaler.get_backoff_factor():g}; take a learning_rate below "
-                f"{settings.learning_rate:g}, or the model in bf16 or fp32"
-            )
-        return dict(zip(sums, terms, strict=True))
+        with self.average.whole():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            if fits:
+                self.schedule.step()
+                self.average.update()
+            elif self.scaler.get_scale() < LOWEST_SCALE:
+                raise TrainingDiverged(
+                    f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
+                    f"{self.scaler.get_scale() / self.scaler.get_backoff_factor():g}; take a learning_rate below "
+                    f"{settings.learning_rate:g}, or the model in bf16 or fp32"
+                )
+        return dict(zip(sums, terms, strict=True)), told[len(sums) + 1 :]
 
     def pass_(self) -> dict[str, Tensor]:
         """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
@@ -268,6 +271,7 @@ class _Run:
             with self.adapter.dropout(), self._autocast():
                 terms = self.objective(part)
             self.scaler.scale(sum(terms.values()) / share).backward()
+            self.tally += tally(part)
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / share
         return sums
@@ -326,12 +330,3 @@ def _ignore(*_: Any) -> None:
 def _check_latents(name: str, latents: Tensor) -> None:
     if latents.ndim != 4 or not len(latents):
         raise ValueError(f"{name} is {tuple(latents.shape)}, but it takes (N, C, h, w) with at least one picture")
-
-
-@contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """A random state of the training's own, which only dropout uses."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield

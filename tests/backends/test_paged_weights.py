@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.comfyui import check_contract, check_paged, comfy_server, contract
+from tests.comfyui import check_adjust, check_contract, check_paged, check_room, check_rules, comfy_server, contract
 
 found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
@@ -20,13 +20,11 @@ def results(script, folder, *chosen: str) -> dict[str, dict[str, str]]:
     return json.loads(output.read_text())
 
 
-@pytest.mark.parametrize(
-    "families", [check_paged.SHORT, pytest.param((), marks=pytest.mark.long)], ids=["short", "every_family_and_kind"]
-)
-def test_trains_as_plain_weights_do(tmp_path, families):
-    told = results(check_paged, tmp_path, *families)
-    assert set(told) == set(families or (*check_paged.FAMILIES, "clip"))
-    assert not [text for checks in told.values() for text in checks.values() if text]
+@pytest.mark.parametrize("options", [["--core"], pytest.param([], marks=pytest.mark.long)], ids=["core", "whole"])
+def test_trains_as_plain_weights_do(tmp_path, options):
+    told = results(check_paged, tmp_path, *options)
+    assert set(told) == {*check_paged.FAMILIES, "clip"}
+    assert not [f"{family}: {text}" for family, checks in told.items() for text in checks.values() if text]
 
 
 @pytest.mark.parametrize(
@@ -38,3 +36,19 @@ def test_contract(tmp_path, families):
     told = results(check_contract, tmp_path, "--paged", *families)
     assert [list(told[family]) for family in families] == [CONTRACT] * len(families)
     assert not [text for checks in told.values() for text in checks.values() if "Traceback" in text]
+
+
+def test_guidance_rules(tmp_path):
+    told = results(check_rules, tmp_path, "--paged")
+    assert told.pop("pinned") == 0
+    assert list(told["check_strengths"]) == list(check_rules.PAGED) and list(told["alone"]) == check_rules.ALONE_PAGED
+    assert not [f"{case}: {text}" for checks in told.values() for case, text in checks.items() if text]
+
+
+def test_adjustment_reads_the_rows_of_a_paged_clip(tmp_path):
+    told = results(check_adjust, tmp_path, "--paged")
+    assert told == dict.fromkeys(check_adjust.PAGED, "")
+
+
+def test_without_paging_weights_make_room_for_a_step(tmp_path):
+    assert results(check_room, tmp_path) == dict.fromkeys(check_room.FAMILIES, "")

@@ -21,17 +21,18 @@ def gguf_pack() -> Path | None:
     return next((folder for folder in folders if (folder / "ops.py").is_file()), None)
 
 
-def wrong(folder: Path, pack: Path | str, formats: tuple[str, ...]) -> list[str]:
+def wrong(folder: Path, pack: Path | str, formats: tuple[str, ...], *options: str) -> list[str]:
     output = folder / "results.json"
-    comfy_server.run_script(check_quantised.__file__, comfy_server.ROOT, output, pack, *formats, folder=folder)
+    asked = (*options, *formats)
+    comfy_server.run_script(check_quantised.__file__, comfy_server.ROOT, output, pack, *asked, folder=folder)
     told = json.loads(output.read_text())
-    assert set(told) == set(formats) and all(len(checks) == 4 for checks in told.values())
+    assert set(told) == set(formats) and all(told.values())
     return [f"{kind}: {text}" for kind, checks in told.items() for text in checks.values() if text]
 
 
 @pytest.mark.parametrize(
     "formats",
-    [check_quantised.SHORT, pytest.param(tuple(check_quantised.LAYOUTS), marks=pytest.mark.long)],
+    [check_quantised.SHORT, pytest.param((*check_quantised.LAYOUTS, check_quantised.NATIVE), marks=pytest.mark.long)],
     ids=["short", "all"],
 )
 def test_mixed_precision(tmp_path, formats):
@@ -48,3 +49,24 @@ def test_gguf(tmp_path, formats):
     if pack is None:
         pytest.skip("no ComfyUI-GGUF: set COMFYUI_GGUF_PATH")
     assert not wrong(tmp_path, pack, formats)
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [("nvfp4",), pytest.param(tuple(check_quantised.LAYOUTS), marks=pytest.mark.long)],
+    ids=["short", "all"],
+)
+def test_mixed_precision_in_pages(tmp_path, formats):
+    assert not wrong(tmp_path, "", formats, "--paged")
+
+
+@pytest.mark.parametrize(
+    "formats",
+    [("Q4_K",), pytest.param(check_quantised.GGUF, marks=pytest.mark.long)],
+    ids=["short", "all"],
+)
+def test_gguf_under_dynamic_vram(tmp_path, formats):
+    pack = gguf_pack()
+    if pack is None:
+        pytest.skip("no ComfyUI-GGUF: set COMFYUI_GGUF_PATH")
+    assert not wrong(tmp_path, pack, formats, "--paged")

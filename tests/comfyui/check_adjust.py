@@ -1,6 +1,7 @@
 """Run under ComfyUI's interpreter: adjusted conditionings of ComfyUI's own tokenizers and layouts.
 
-Usage: check_adjust.py COMFYUI PACK OUTPUT. OUTPUT becomes a JSON object: check to what is wrong, or "".
+Usage: check_adjust.py COMFYUI PACK OUTPUT [--paged]. OUTPUT becomes a JSON object: check to what is wrong, or "". With
+`--paged` the one check whose CLIP is a real one, which lies in pages then (`paged_vram.py`).
 """
 
 from __future__ import annotations
@@ -9,12 +10,18 @@ import json
 import sys
 from pathlib import Path
 
+PAGED = ("word_rows",)
 CHECKS = ("layouts", "alignment", "long_prompts", "embeddings_in_prompts", "word_rows", "refusals")
 
 if __name__ == "__main__":
-    comfyui, pack, output = sys.argv[1:]
+    comfyui, pack, output, *options = sys.argv[1:]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path[:0] = [comfyui, pack]  # in this order: both have a `nodes`
+
+    import paged_vram
+
+    if paged := "--paged" in options:
+        paged_vram.install()
 
     import comfy.options
 
@@ -168,6 +175,7 @@ def check_word_rows() -> None:
     at = [tokens[0]["l"][0].index(each) for each in tokens[1]["l"][0][5:6]]
     expected = rotate_and_mix_norms(subject[0][0][0, at], class_[0][0][0, 5:6])
     torch.testing.assert_close(values[0, at], expected, atol=1e-5, rtol=1e-5)
+    assert not paged_vram.pinned_pages()
 
 
 def refusal(*arguments, **options) -> str:
@@ -205,6 +213,9 @@ def check_refusals() -> None:
 
 
 if __name__ == "__main__":
+    if paged:
+        paged_vram.start(scale=1024)
+        load = paged_vram.paged(load)
     with torch.inference_mode():  # as ComfyUI runs every prompt
-        results = {name: outcome(globals()[f"check_{name}"]) for name in CHECKS}
+        results = {name: outcome(globals()[f"check_{name}"]) for name in (PAGED if paged else CHECKS)}
     Path(output).write_text(json.dumps(results))

@@ -1,7 +1,9 @@
 """Run under ComfyUI's interpreter: quantised models train, are applied to, guided and inspected as what they stand for.
 
-Usage: check_quantised.py COMFYUI PACK OUTPUT GGUF_PACK [FORMAT ...]. OUTPUT becomes a JSON object: format to what is
-wrong by check, or "". GGUF_PACK is the folder of ComfyUI-GGUF, or "" where none of its formats is asked for.
+Usage: check_quantised.py COMFYUI PACK OUTPUT GGUF_PACK [--paged] [FORMAT ...]. OUTPUT becomes a JSON object: format to
+what is wrong by check, or "". GGUF_PACK is the folder of ComfyUI-GGUF, or "" where none of its formats is asked for.
+With `--paged` the quantised models are loaded as with dynamic VRAM (`paged_vram.py`): ComfyUI's own lie in pages, and
+those of ComfyUI-GGUF, which makes a plain patcher of the loader's, do not.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ LAYOUTS = {
     "float8_e4m3fn": ("TensorCoreFP8E4M3Layout", {}),
     "float8_e5m2": ("TensorCoreFP8E5M2Layout", {}),
     "nvfp4": ("TensorCoreNVFP4Layout", {}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}),
     "int8_tensorwise": ("TensorWiseINT8Layout", {}),
     "int8_rotated": ("TensorWiseINT8Layout", {"per_channel": True, "convrot": True, "convrot_groupsize": 64}),
     "convrot_w4a4": ("TensorCoreConvRotW4A4Layout", {"convrot_groupsize": 64, "quant_group_size": 64}),
     "asym_w4a8_int8": ("AsymW4A8Int8Layout", {"convrot_groupsize": 64, "group_size": 16}),
 }
 """ComfyUI's formats, by what `comfy_quant` says, with the tensor layout and what it is made with."""
-SHORT = ("float8_e4m3fn", "nvfp4", "int8_tensorwise")
-EXACT = ("float8_e4m3fn", "float8_e5m2", "nvfp4")
+NATIVE = "native"
+"""In the place of a format: `check_native`."""
+SHORT = ("float8_e4m3fn", "nvfp4", "int8_tensorwise", NATIVE)
+EXACT = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8")
 """Formats that a machine without the instructions multiplies with after dequantising: equal to what they stand for."""
 SHORT_GGUF = ("Q8_0", "Q4_K")
 GGUF = ("Q8_0", "Q4_0", "Q5_1", "BF16", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
@@ -37,6 +42,12 @@ if __name__ == "__main__":
     comfyui, pack, output, gguf_pack, *formats = sys.argv[1:]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
+
+    import paged_vram
+
+    if paged := "--paged" in formats:
+        formats.remove("--paged")
+        paged_vram.install()
 
     import comfy.options
 
@@ -82,6 +93,8 @@ def build(operations=None, state: dict[str, Tensor] | None = None):
     else:
         model.diffusion_model.load_state_dict(dict(state))
     patcher = models.patcher_of(model)
+    if paged and operations is not None:
+        patcher = paged_vram.dynamic(patcher)
     if operations is not None and operations.__name__ == "GGMLOps":
         patcher = gguf_nodes.GGUFModelPatcher.clone(patcher)
     return patcher, models.Clip(False), models.Vae(16, False)
@@ -165,6 +178,7 @@ def check_endings(quantised, plain, shape, exact: bool) -> None:
     for ending in (None, RuntimeError, torch.OutOfMemoryError):
         assert run_training(model, clip, vae, shape, ending) is ending
         assert torch.equal(picture(model, clip, shape), first) and bits(model) == before
+        assert not paged_vram.pinned_pages()
 
 
 def bits(model) -> list:
@@ -208,15 +222,38 @@ def check_guidance(quantised, plain, shape, exact: bool) -> None:
         assert near(*pictures, limit), f"{kind}: guided pictures differ"
 
 
+def check_native(state: dict[str, Tensor], shape) -> None:
+    """A format that this device cannot multiply trains by what its weights stand for; the layers are as before then."""
+    file, means = mixed("mxfp8", state)
+    quantised = build(comfy.ops.mixed_precision_ops({}, torch.float32), file)
+    model, clip, _ = quantised
+    try:
+        picture(model, clip, shape)
+        raise AssertionError("this device multiplies in mxfp8")
+    except ValueError:  # ComfyUI alone
+        pass
+    mixed_layers = [each for each in model.model.modules() if hasattr(each, "_full_precision_mm")]
+    before = [(type(each), each._full_precision_mm) for each in mixed_layers]
+    check_gradients(quantised, build(None, means), shape, False)
+    assert before == [(type(each), each._full_precision_mm) for each in mixed_layers] and before[0][1] is False
+
+
 CHECKS = (check_gradients, check_endings, check_files, check_guidance)
 
 
 def main() -> None:
+    global build
     results: dict[str, dict[str, str]] = {}
+    if paged:
+        paged_vram.start(scale=1024)
+        build = paged_vram.unpaged(build)
     shape = models.latent_shape("flux")
     with torch.inference_mode():  # as ComfyUI runs every prompt
         state = plain_state()
-        for kind in formats or (*LAYOUTS, *(GGUF if gguf_pack else ())):
+        for kind in formats or (*LAYOUTS, NATIVE, *(GGUF if gguf_pack else ())):
+            if kind == NATIVE:
+                results[kind] = {check_native.__name__: contract.outcome(check_native, state, shape)}
+                continue
             if kind in LAYOUTS:
                 operations = comfy.ops.mixed_precision_ops({}, torch.float32, full_precision_mm=kind in EXACT)
                 file, means = mixed(kind, state)

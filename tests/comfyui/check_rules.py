@@ -1,7 +1,9 @@
 """Run under ComfyUI's interpreter: the guidance rules against predictions of ComfyUI's own LoRA loader and CFG.
 
-Usage: check_rules.py COMFYUI PACK OUTPUT. OUTPUT becomes a JSON object: check to family to what is wrong, or
-"", under `alone` the checks on SD1's classes, and under `refused` what is said of input that does not fit.
+Usage: check_rules.py COMFYUI PACK OUTPUT [--paged]. OUTPUT becomes a JSON object: check to family to what is wrong, or
+"", under `alone` the checks on SD1's classes, and under `refused` what is said of input that does not fit. With
+`--paged` the models lie in pages (`paged_vram.py`), and the checks are those that read or patch weights, without hooks:
+for these ComfyUI loads a plain model.
 """
 
 from __future__ import annotations
@@ -12,12 +14,18 @@ from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
 LIMITS = ("sd1", "sdxl", "sd3")
+PAGED = ("sdxl", "flux")
 KINDS = ("lora", "dora", "lokr", "loha", "difference")
 
 if __name__ == "__main__":
-    comfyui, pack, output = sys.argv[1:]
+    comfyui, pack, output, *options = sys.argv[1:]
     sys.argv = [sys.argv[0], "--cpu"]
     sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
+
+    import paged_vram
+
+    if paged := "--paged" in options:
+        paged_vram.install()
 
     import comfy.options
 
@@ -29,6 +37,7 @@ if __name__ == "__main__":
     import comfy.sample
     import comfy.samplers
     import comfy.sd
+    import comfy_models as models
     import torch
     from contract import outcome
     from guidance_case import (
@@ -337,14 +346,21 @@ ALONE = (
 ).split()
 
 
+ALONE_PAGED = "check_kinds check_slices check_other_loras check_untouched".split()
+
+
 def main() -> None:
+    if paged:
+        paged_vram.start(scale=1024)
+        models.build = paged_vram.paged(models.build)
+    families, limits, alone = (PAGED, (), ALONE_PAGED) if paged else (FAMILIES, LIMITS, ALONE)
     with torch.inference_mode():  # as ComfyUI runs every prompt
         found = {
-            "check_strengths": {family: outcome(check_strengths, family) for family in FAMILIES},
-            "check_limits": {family: outcome(check_limits, family) for family in LIMITS},
+            "check_strengths": {family: outcome(check_strengths, family) for family in families},
+            "check_limits": {family: outcome(check_limits, family) for family in limits},
         }
-        found["alone"] = {check: outcome(globals()[check]) for check in ALONE}
-        found["refused"] = refusals()
+        found["alone"] = {check: outcome(globals()[check]) for check in alone}
+        found |= {"pinned": paged_vram.pinned_pages()} if paged else {"refused": refusals()}
     Path(output).write_text(json.dumps(found))
 
 

@@ -138,8 +138,6 @@ AROUND = ("check_stock_loader", "check_untouched")
 def sweep(name: str, kind: str) -> dict[str, Any]:
     """What is found of one class: a ValueError before anything is trained is its refusal, and no other error is."""
     found: dict[str, Any] = {"class": name, "kind": kind}
-    if name in swept_models.NOT_BUILT:
-        return found | {"not_tried": swept_models.NOT_BUILT[name]}
     model, clip, vae, shape, layers = swept_models.build(name, kind)
     try:
         denoiser = ComfyDenoiser(model, clip, vae)

@@ -64,6 +64,10 @@ def all_prompts(server) -> dict[str, dict]:
     guider["32"] = node("BasicScheduler", model=["1", 0], scheduler="normal", steps=1, denoise=1.0)
     guider["5"] = node("SaveLatent", samples=["23", 0], filename_prefix="latents/guided")
     found["guider"] = guider
+    checked = {name: prompts()["drift"]["4"]["inputs"][name] for name in ("model", "clip", "vae", "lora", "images")}
+    checked |= {"subject_prompt": "a photo of a sks star", "class_prompt": "a photo of a star", "name": "checked"}
+    checked |= {"budget": 0.7, "timesteps": 1, "noises": 1, "count": 1, "steps": 1, "resolution": 64, "seed": 0}
+    found["checkup"] = prompts()["drift"] | {"4": node("AnchorCheckup", **checked)}
     small = {"resolution": 64, "batch_size": 1, "rank": 1, "steps": 1}
     found["selftest"] = {"1": node("AnchorSandboxModel"), "4": node("AnchorSelfTest", model=["1", 0], **small)}
     for prompt in found.values():  # a LoRA that all take

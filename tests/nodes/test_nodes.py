@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 NODES = (
     "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorTrainOptions AnchorDriftReport "
-    "AnchorCompare AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter AnchorAdjustConditioning "
+    "AnchorCheckup AnchorCompare AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter AnchorAdjustConditioning "
     "AnchorAdjustEmbedding AnchorGuidance AnchorGuider AnchorSelfTest"
 ).split()
 

@@ -122,6 +122,7 @@ def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
         autoencoder_steps=2,
         autoencoder_batch=2,
         decoder_steps=1,
+        looks_steps=1,
         text_steps=2,
         text_batch=8,
         denoiser_steps=2,

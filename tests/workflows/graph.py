@@ -9,9 +9,9 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"
 TITLE, SLOT, WIDGET, GAP, MARGIN = 30, 20, 24, 60, 80
 GROWS = {
     "PreviewImage": 300, "SaveImage": 280, "PreviewAny": 180, "LoadImage": 300,
-    "AnchorTrainLoRA": 420, "AnchorDriftReport": 100, "AnchorCompare": 100, "AnchorLoadReferences": 60,
+    "AnchorTrainLoRA": 420, "AnchorDriftReport": 100, "AnchorCompare": 100, "AnchorLoadReferences": 160,
     "AnchorSaveAdapter": 60, "AnchorAdjustEmbedding": 60, "AnchorAdjustConditioning": 80,
-    "AnchorSelfTest": 100,
+    "AnchorSelfTest": 100, "AnchorCheckup": 100,
 }  # fmt: skip
 """What a node is higher than its rows: its picture, text or chart."""
 

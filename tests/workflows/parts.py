@@ -7,6 +7,7 @@ from typing import Any
 from tests.workflows.graph import Graph, Out
 
 SANDBOX = {"references": "sandbox/pip", "size": 64}
+PICKED = {"references": "[pictures on the node]"}
 SAMPLING = {"sampler_name": "ddim", "scheduler": "ddim_uniform", "steps": 30, "cfg": 4.0, "seed": 1}
 NEW_PLACE = "a photo of a sks star in the snow"
 
@@ -25,7 +26,8 @@ def star(g: Graph, **words: str) -> list[Out]:
 
 def train(g: Graph, model, clip, vae, images, concept, title: str | None = None, **settings: Any) -> list[Out]:
     given = {"steps": 150, "learning_rate": 2e-3, "rank": 8, "name": "quickstart"} | settings
-    return g.add("AnchorTrainLoRA", title, model=model, clip=clip, vae=vae, images=images, concept=concept, **given)
+    seen = {} if images is None else {"images": images}
+    return g.add("AnchorTrainLoRA", title, model=model, clip=clip, vae=vae, concept=concept, **seen, **given)
 
 
 def prompt(g: Graph, clip, text, title: str) -> Out:

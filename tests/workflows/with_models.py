@@ -7,7 +7,7 @@ from typing import Any
 
 from anchor_core.training.presets import PRESETS
 from tests.workflows.graph import Graph, Out
-from tests.workflows.parts import drawn, pictures, prompt, star
+from tests.workflows.parts import PICKED, drawn, pictures, prompt, star
 
 HUB = "https://huggingface.co"
 ON_TRAINING = ("learning_rate", "steps", "w")
@@ -68,8 +68,9 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
 
     def write(g: Graph) -> None:
         g.note(
-            "# Train a subject\n\n1. Put 4 to 6 pictures of **one** subject into a folder under `input/`, press **R**, "
-            "and choose it as `references`: sharp, several surroundings, nothing else of its kind in them.\n"
+            "# Train a subject\n\n1. Drop 4 to 6 pictures of **one** subject on *Pictures of the subject*: sharp, "
+            "several surroundings, nothing else of its kind in them. The frame on each is what the training sees; with "
+            "**Mask** you paint what is learnt.\n"
             "2. Write what it is as `class_word`: dog, backpack, person.\n"
             "3. Press **Run**. The LoRA lies in `output/loras` under `name` when it ends; a cancelled training keeps "
             f"what it has learnt.\n\n**Steps**: about 100 for each picture. **w**: 0.5 to begin with; more if the "
@@ -77,8 +78,8 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
             380,
         )
         model, clip, vae = load(g)[:3]
-        loaded = pictures(g, size=size, buckets=True)
         concept = star(g, class_word="dog")
+        loaded = pictures(g, size=size, buckets=True, **PICKED)  # last of its column: it grows with the pictures
         g.column(380)
         more = g.add("AnchorTrainOptions", "More settings", **options)
         g.column(380)
@@ -101,7 +102,7 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
             rows.append(("After, with guidance", guided, positive))
         sampler = {name: value for name, value in how.items() if name != "guidance"}
         results = drawn(g, rows, negative, latents, vae, "subject", **sampler)
-        shown = [(loaded, "references"), (concept, "class_word"), (text, "value")]
+        shown = [(loaded, "pictures"), (concept, "class_word"), (text, "value")]
         g.app(*shown, *((trained, name) for name in ON_TRAINING), outputs=[node for _, node in results])
 
     return write
@@ -109,25 +110,17 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
 
 def as_an_app(g: Graph) -> None:
     g.note(
-        "# Train a subject, as a form\n\nSwitch to **app mode** to see the form alone. Drop four pictures of one "
-        "subject, say what it is, press **Run**.\n\nMore pictures: add *Load Image* nodes and connect them to *Batch "
-        "Images*. For pictures of several shapes use a folder, as in *Train a subject (SD 1.5)*.",
-        240,
+        "# Train a subject, as a form\n\nSwitch to **app mode** to see the form alone. Drop 4 to 6 pictures of one "
+        "subject, say what it is, press **Run**.",
+        200,
     )
     model, clip, vae = checkpoint(*SD15)(g)
     concept = star(g, class_word="dog")
-    loaded = []
-    for number in range(4):
-        if number % 2 == 0:
-            g.column()
-        loaded.append(g.add("LoadImage", f"Picture {number + 1}", image="example.png"))
-    g.column()
-    batch = g.add("BatchImagesNode", **{f"images__image{n}": each[0] for n, each in enumerate(loaded)})[0]
-    references = g.add("AnchorImageReferences", images=batch, size=512)[0]
+    loaded = pictures(g, size=512, buckets=True, **PICKED)
     g.column(380)
     settings = {name: PRESETS["sd1"].options[name] for name in ON_THE_NODE} | {"steps": 400, "preview_every": 50}
     trained = g.add(
-        "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=references, concept=concept[0],
+        "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=loaded[1], concept=concept[0],
         name="subject", **settings,
     )  # fmt: skip
     g.column()
@@ -139,7 +132,7 @@ def as_an_app(g: Graph) -> None:
     guided = g.add("AnchorGuidance", model=model, lora=trained[1], rule="personalization")[0]
     how = {"sampler_name": "euler", "scheduler": "normal", "steps": 25, "cfg": 7.0}
     results = drawn(g, [("Your subject", guided, positive)], negative, latents, vae, "subject", **how)
-    shown = [*((each, "image") for each in loaded), (concept, "class_word"), (text, "value")]
+    shown = [(loaded, "pictures"), (concept, "class_word"), (text, "value")]
     g.app(*shown, *((trained, name) for name in ON_TRAINING), outputs=[node for _, node in results])
 
 

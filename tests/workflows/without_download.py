@@ -41,11 +41,13 @@ def quickstart(g: Graph) -> None:
 
 def check_a_lora(g: Graph) -> None:
     g.note(
-        "# Check a LoRA\n\nHow far has a LoRA moved the model, and at which strength is it best?\n\n"
+        "# Check a LoRA\n\nWhat does a LoRA do to the model, with its word and without, and how much of it is good?\n\n"
         "1. Run *Quickstart* once, or choose any LoRA as `file` in both nodes, with its own model in place of *Sandbox "
         "Model* and its subject's pictures and words.\n2. Press **Run**.\n\n**Drift** is the distance from what the "
         "model itself predicts for the class: 0 is untouched. **Reconstruction** is the error on the pictures: lower "
         "is nearer to the subject. A LoRA that moved far without a lower error does harm: try a lower `strength`.\n\n"
+        "*LoRA Check-up* needs no pictures, and no words for a LoRA that says its prompts: it writes a page with a "
+        "verdict under output/checkups. For your own model set its `resolution`.\n\n"
         "*Save Adapter* writes the two prompts into a LoRA that has none.",
         330,
     )
@@ -57,6 +59,13 @@ def check_a_lora(g: Graph) -> None:
     links = {"model": model, "clip": clip, "vae": vae, "images": loaded[0], "concept": concept[0]}
     report = g.add("AnchorDriftReport", lora=lora[0], **links)
     saved = g.add("AnchorSaveAdapter", "Keep it with its prompts", lora=lora[0], concept=concept[0], name="checked")
+    g.column()
+    links = {"model": model, "clip": clip, "vae": vae, "subject_prompt": concept[1], "class_prompt": concept[2]}
+    checked = g.add("AnchorCheckup", lora=lora[0], resolution=64, **links)
+    g.add("PreviewAny", "The verdict", source=checked[1])
+    g.column(620)
+    g.add("PreviewImage", "The check-up's page", images=checked[0])
+    page = g.last
     g.column()
     g.add("PreviewImage", "Drift and error by noise level", images=report[0])
     drift = g.last
@@ -73,7 +82,7 @@ def check_a_lora(g: Graph) -> None:
         rows.append((f"Strength {strength:g}", applied[-1][0], positive))
     results = drawn(g, rows, negative, latents, vae, "check")
     shown = [(lora, "file"), (applied[0], "strength"), (loaded, "references"), (concept, "class_word")]
-    g.app(*shown, outputs=[drift, *(node for _, node in results)])
+    g.app(*shown, outputs=[page, drift, *(node for _, node in results)])
 
 
 def guidance_compared(g: Graph) -> None:
@@ -161,16 +170,18 @@ def textual_inversion(g: Graph) -> None:
         "# Textual inversion\n\nTrains no layer of the model: only what one new word means. The file is tiny, and any "
         "prompt can use it as `embedding:name`, which *Train Anchored LoRA* gives as its last output.\n\n**Change "
         "next**: `vectors` in *More settings* (more are nearer to the subject, and heed the prompt less), `w`, "
-        "`initial`, the word that it starts from.\n\nThen open *Embedding adjusted*.",
-        270,
+        "`initial`, the word that it starts from.\n\n*References from Images* takes the pictures of any nodes: put "
+        "some that change them before it.\n\nThen open *Embedding adjusted*.",
+        330,
     )
     model, clip, vae = sandbox(g)
     loaded, concept = pictures(g), star(g)
     g.column(380)
     more = g.add("AnchorTrainOptions", "More settings", kind="none", vectors=1, initial="star")
+    seen = g.add("AnchorImageReferences", images=loaded[0], size=64)
     g.column(380)
-    settings = {"learning_rate": 1e-2, "name": "star", "options": more[0]}
-    trained = train(g, model, clip, vae, loaded[0], concept[0], **settings)
+    settings = {"learning_rate": 1e-2, "name": "star", "options": more[0], "references": seen[0]}
+    trained = train(g, model, clip, vae, None, concept[0], **settings)
     g.column()
     new_word = {"find": "sks", "replace": trained[6]}
     text = g.add("StringReplace", "sks becomes the new word", string=NEW_PLACE, **new_word)

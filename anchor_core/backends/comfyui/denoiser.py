@@ -30,7 +30,7 @@ from .apply import apply_adapter
 from .batching import batches, with_own_options
 from .encoding import ComfyCondition, Encoding
 from .gradients import copied_where_overwritten, register_kernels
-from .layers import holds_its_weight, is_plain, plain_values
+from .layers import is_plain, plain_values
 from .noise import NoiseProcess
 from .patches import told_apart, training_options, without_compiling
 from .tokens import word_ids
@@ -109,10 +109,12 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         if self.adapter is not None and self.adapter.config.trains_text:
             own.append(self.clip.patcher)
         paged, held = self.model.is_dynamic(), management.current_loaded_models
-        if self.device.type != "cpu":
+        if not management.is_device_cpu(self.device):
             keep = [loaded for loaded in held if loaded.model in own]
             with torch.inference_mode():  # as in every prompt: what is moved stays what it was
                 management.free_memory(needed, self.device, keep_loaded=keep, for_dynamic=paged)
+            lacking = needed - management.get_free_memory(self.device)
+            self._weights.reserve(needed, offloading=not paged and 0 < lacking <= self.model.loaded_size())
         # Pages are given up on demand, those of others first.
         pages = [
             loaded.model for loaded in held if paged and loaded.device == self.device and loaded.model.is_dynamic()
@@ -187,7 +189,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         return self.adapter
 
     def _hold_weights(self, networks: Mapping[str, nn.Module], config: AdapterConfig) -> None:
-        """Let the layers of an adapter that reads weights hold theirs, where it is made anew at each use."""
+        """Let the layers of an adapter that reads weights hold theirs, where they do not."""
         chosen = matching_in_all(dict(networks), config.layers, norms="full" in config.used_kinds)
         for prefix, names in chosen.items():
             device, dtype = self.device, self.compute_dtype
@@ -195,7 +197,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
                 device, dtype = self.clip.patcher.load_device, torch.float32
             kinds = {name: config.kind_of(f"{prefix}:{name}" if prefix else name) for name in names}
             layers = [networks[prefix].get_submodule(name) for name in names if FILE_KINDS[kinds[name]].reads_weights]
-            self._weights.hold([each for each in layers if not holds_its_weight(each, device)], dtype, device)
+            self._weights.hold(layers, dtype, device)
 
     def _text_encoders_to_train(self) -> dict[str, nn.Module]:
         """The text encoders, loaded beside the network from now on."""

@@ -47,6 +47,7 @@ FAMILY_NAMES = {
 
 BLOCKS = {
     "Anima": "blocks",
+    "AsymmDiTJoint": "blocks",
     "BooguTransformer2DModel": "noise_refiner context_refiner double_stream_layers single_stream_layers",
     "CameraWanModel": "blocks",
     "CausalWanModel": "blocks",

@@ -7,6 +7,7 @@ another weight by the backward pass.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -16,6 +17,8 @@ import comfy.quant_ops
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+logger = logging.getLogger(__name__)
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -130,11 +133,23 @@ def asking(kind: type[nn.Module]) -> type[nn.Module]:
         if x.requires_grad and torch.is_grad_enabled():
             return _AskAgain.apply(x, layer)
         with torch.no_grad() if is_paged(layer) else nullcontext():  # nothing to keep, so nothing to copy
+            try:
+                return kind.forward(layer, x)
+            except ValueError as error:  # torch's for a product that this device has not, as of two e5m2
+                if not is_mixed(layer) or layer._full_precision_mm:
+                    raise
+                _tell_dequantised(layer.quant_format, str(error))
+                layer._full_precision_mm = True
             return kind.forward(layer, x)
 
     # peft knows linear layers by their class; nothing of `nn.Linear` itself is run.
     bases = (kind,) if issubclass(kind, LAYERS) else (kind, nn.Linear)
     return type(kind.__name__, bases, {"forward": forward, "_asked_again": kind})
+
+
+@cache  # once, not for each layer
+def _tell_dequantised(stored: str, error: str) -> None:
+    logger.warning("%s weights are dequantised for each product, as this device has none for them (%s)", stored, error)
 
 
 def lasting(cast):

@@ -15,7 +15,7 @@ from comfy.clip_model import CLIPLayer
 from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
 from torch import Tensor, nn
 
-from .layers import LAYERS, asking, copying, holding, is_mixed, is_paged, is_plain, lasting, view
+from .layers import LAYERS, asking, copying, holding, holds_its_weight, is_mixed, is_paged, is_plain, lasting, view
 
 
 class Replaced(ExitStack):
@@ -51,18 +51,26 @@ class TrainableWeights:
     def __init__(self, *models: comfy.model_patcher.ModelPatcher):
         self._models = models
         self._changes = Replaced()
-        self._moved = self._away = False
-        self._held: dict[nn.Module, Callable] = {}
+        self._moved, self._away, self._reserved = False, False, 0
+        self._held: dict[nn.Module, tuple[torch.dtype, torch.device]] = {}
         self._copies = ExitStack()
 
     def load(self) -> None:
         """Have ComfyUI load the models, whole or in part, and make them trainable through."""
         with torch.inference_mode():  # as in every prompt: what is moved stays what it was
-            comfy.model_management.load_models_gpu(list(self._models))
+            comfy.model_management.load_models_gpu(list(self._models), memory_required=self._reserved)
         for model in self._models:
             model.pre_run()
         self._moved = False
         self._prepare()
+
+    def reserve(self, memory: int, offloading: bool) -> None:
+        """Have ComfyUI leave so many bytes beside the models from now on, for which it offloads some of their weights
+        where `offloading` says so."""
+        self._reserved = memory
+        if offloading:
+            with self.released():
+                pass
 
     def load_again(self) -> None:
         """Load what ComfyUI has taken away since, for another model."""
@@ -97,15 +105,20 @@ class TrainableWeights:
             self.load()
 
     def hold(self, layers: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:
-        """Let layers hold copies of the very weights that they compute with, until `let_go`."""
-        held = {layer: partial(holding, layer, dtype, device) for layer in layers}
-        for make in held.values():
-            self._copies.enter_context(make())
-        self._held |= held
+        """Let layers hold the very weights that they compute with, until `let_go`: copies, where they do not."""
+        layers = list(layers)
+        self._held |= dict.fromkeys(layers, (dtype, device))
+        self._copy(layers)
 
     def let_go(self) -> None:
         self._held = {}
         self._copies.close()
+
+    def _copy(self, layers: Iterable[nn.Module]) -> None:
+        for layer in layers:
+            dtype, device = self._held[layer]
+            if not holds_its_weight(layer, device):
+                self._copies.enter_context(holding(layer, dtype, device))
 
     # --- in ComfyUI's own modules ---------------------------------------------------------------------------------
 
@@ -128,13 +141,14 @@ class TrainableWeights:
                 self._swap(module._buffers, views)
             if isinstance(module, ops.CastWeightBiasOp) and (isinstance(module, LAYERS) or is_mixed(module)):
                 self._change(module, asking(type(module)))
+                if is_mixed(module):
+                    self._changes.set(module, "_full_precision_mm", module._full_precision_mm)
             elif isinstance(module, (DoubleStreamBlock, SingleStreamBlock, CLIPLayer)):
                 self._change(module, copying(type(module)))
                 for child in module.children():
                     if isinstance(child, nn.LayerNorm):
                         self._change(child, copying(type(child)))
-        for make in self._held.values():
-            self._copies.enter_context(make())
+        self._copy(self._held)
 
     def _swap(self, table: dict[str, Tensor | None], views: dict[int, Tensor]) -> None:
         for name, tensor in table.items():

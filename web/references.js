@@ -1,0 +1,92 @@
+// Semantic Anchor in ComfyUI's page: the node that loads references holds pictures of its own.
+
+import { api } from "../../scripts/api.js"
+import { app, ComfyApp } from "../../scripts/app.js"
+import { editMask } from "./mask_editor.mjs"
+import { Picker } from "./picker.mjs"
+
+const WIDGET = "ANCHOR_PICTURES"
+const PICKED = "[pictures on the node]"
+const ROOM = 340 // a row of three
+
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
+
+function linked(node, name) {
+  const slot = node.inputs?.findIndex((input) => input.name === name) ?? -1
+  return slot >= 0 && Boolean(node.isInputConnected?.(slot))
+}
+
+/** The widget of an input of that type, which holds the list as a text. */
+function pictures(node, name, inputData) {
+  const valueOf = (other) => (linked(node, other) ? undefined : widgetOf(node, other)?.value)
+  const picker = new Picker(api, {
+    settings: () => {
+      const references = valueOf("references")
+      return { size: valueOf("size"), buckets: valueOf("buckets"), references, own: references === PICKED }
+    },
+    use: () => {
+      const widget = widgetOf(node, "references")
+      if (!widget || widget.value === PICKED) return
+      widget.value = PICKED
+      widget.callback?.(PICKED)
+      picker.draw()
+    },
+    changed: (work) => {
+      node.graph?.beforeChange?.(node) // one step of undo
+      work()
+      node.graph?.afterChange?.(node)
+    },
+    paint: (picture, mask, saved) => editMask(ComfyApp, api, node.graph, picture, mask, saved),
+    grown: () => {
+      if (!node.widgets?.length) return
+      const [width, height] = node.computeSize()
+      node.setSize?.([Math.max(node.size[0], picker.entries.length ? ROOM : width), Math.max(node.size[1], height)])
+      node.setDirtyCanvas?.(true, true)
+    },
+  })
+  picker.set(inputData[1]?.default ?? "")
+  const widget = node.addDOMWidget(name, WIDGET, picker.root, {
+    hideOnZoom: false,
+    getMinHeight: () => picker.height,
+    getValue: () => picker.text,
+    setValue: (text) => picker.set(text),
+  })
+  node.anchorPicker = picker
+  return { widget }
+}
+
+/** What ComfyUI gives to a node: drops, pastes, and changes of its other widgets. */
+function follow(node) {
+  const picker = node.anchorPicker
+  node.previewMediaType = "image" // a paste on the selected node goes to it
+  node.pasteFiles = (files) => void picker.take([...files])
+  node.onDragOver = (event) => picker.holds(event.dataTransfer)
+  node.onDragDrop = (event) => picker.drop(event)
+  for (const name of ["references", "size", "buckets"]) {
+    const widget = widgetOf(node, name)
+    const { callback } = widget ?? {}
+    if (widget) {
+      widget.callback = function () {
+        const said = callback?.apply(this, arguments)
+        picker.draw()
+        return said
+      }
+    }
+  }
+  for (const name of ["onConfigure", "onConnectionsChange"]) {
+    const before = node[name]
+    node[name] = function () {
+      const said = before?.apply(this, arguments)
+      picker.draw()
+      return said
+    }
+  }
+}
+
+app.registerExtension({
+  name: "semantic_anchor.references",
+  getCustomWidgets: () => ({ [WIDGET]: pictures }),
+  nodeCreated(node) {
+    if (node.anchorPicker) follow(node)
+  },
+})
