@@ -32,7 +32,7 @@ def sweep(
     material = prepare(
         denoiser, references, concept, class_pictures=classes if reads_class else None,
         probe={"noises": 2, "seed": first.seed}, seed=first.seed, cache=Cache(denoiser, options.cache),
-        shuffle=data.shuffle, caption_dropout=data.caption_dropout, flip=data.flip,
+        **data.build,
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     status = 0
