@@ -49,7 +49,7 @@ def test_strengths_are_one_training(references, tmp_path):
     [
         ("w", "--sweep: sweep is 'w', but w takes numbers with commas between"),
         ("w=0.5", "it takes two different values at least; give one as --w"),
-        ("objective=1,2", "it takes NAME=VALUE,VALUE with one of w, prior_weight"),
+        ("objective=1,2", "it takes NAME=VALUE,VALUE with one of w, "),
         ("w=0,-1", "--w: w is -1.0, but it takes a finite number of at least 0"),
         ("rank=4,many", "rank takes numbers with commas between"),
     ],
