@@ -49,6 +49,8 @@ class Batches:
     ):
         self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
         self.datasets, self.concept = datasets, concept
+        for dataset in datasets:
+            dataset.begin()  # another training may have drawn from it
         self.bank = Bank(denoiser, limit=GB * settings.bank) if bank is None and settings.draws else bank
         self.generator = torch.Generator().manual_seed(settings.seed)
         objective = settings.make_objective()

@@ -55,6 +55,13 @@ def test_every_w_has_the_same_anchors(eps_denoiser):
     assert (bank.computed, bank.found) == (4, 8)
 
 
+def test_trainings_on_one_dataset_draw_the_same(eps_denoiser):
+    shared = Dataset.of_latents(contract.draw(eps_denoiser, tiny_models.LATENT, 3, seed=5), CONCEPT)
+    bank = Bank(eps_denoiser)
+    assert_equal(trained(eps_denoiser, bank, shared), trained(eps_denoiser, bank, shared))
+    assert (bank.computed, bank.found) == (4, 4)
+
+
 @pytest.mark.parametrize("objective", ["anchor", "blended_target"])
 def test_fixed_draws_are_computed_once_and_serve_other_seeds(eps_denoiser, objective, tmp_path):
     options = {"draws": 4, "steps": 8, "objective": objective}
