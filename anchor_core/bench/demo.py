@@ -38,7 +38,7 @@ def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTIN
         started, adapter = time.perf_counter(), out / f"{method.name}.safetensors"
         with tqdm(total=settings.steps, desc=LABELS[method.name]) as bar:
             history = personalisation.train(
-                method, settings, files=Files.beside(adapter), tell=lambda event: _advance(bar, event)
+                method, settings, files=_files(adapter), tell=lambda event: _advance(bar, event)
             )
         seconds = time.perf_counter() - started
         drawn = personalisation.sample()
@@ -61,6 +61,11 @@ def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTIN
     _draw(out / "report.png", personalisation, pictures, histories)
     report.write_json(out / "report.json", result)
     return result
+
+
+def _files(adapter: Path) -> Files:
+    """All three in one folder, each with the subject's word."""
+    return Files(adapter, adapter.with_stem(f"{adapter.stem}_word"))
 
 
 def _advance(bar: tqdm, event: Event) -> None:

@@ -185,16 +185,19 @@ def _training(row: str, table: dict[str, Any], common: dict, given: Mapping[str,
     table = dict(table)
     matched, method = table.pop("matched", None), table.pop("method", None)
     published = {} if method is None else method_options(check_text("method", method))
-    if sandbox:
+    if sandbox and method is not None:  # its form is its own, whole: of the bench's it takes the size
         published = {name: value for name, value in published.items() if name not in SCALE}
+        common = {name: value for name, value in common.items() if name in SCALE}
     options = {**common, **given, **published, **table}
     made = {
         part: kind(**{name: options[name] for name in _OPTIONS[part] if name in options})
         for part, kind in PARTS.items()
     }
     if matched is not None:
-        rate = matched_learning_rate(made["settings"].learning_rate, check_number("matched", matched, minimum=0))
-        made["settings"] = replace(made["settings"], learning_rate=rate)
+        w, settings = check_number("matched", matched, minimum=0), made["settings"]
+        rates = {name: getattr(settings, name) for name in ("learning_rate", "token_learning_rate")}
+        told = {name: matched_learning_rate(rate, w) for name, rate in rates.items() if rate}
+        made["settings"] = replace(settings, **told)
     return Training(row, **made, class_pictures=check_count(CLASS_PICTURES, options[CLASS_PICTURES]))
 
 

@@ -39,4 +39,4 @@ def test_demo_writes_what_it_promises(tmp_path):
 
 def test_tables_leave_the_tuning_subjects_out():
     assert not set(personalise.TABLE_SUBJECTS) & set(personalise.TUNING_SUBJECTS)
-    assert len(personalise.TABLE_SUBJECTS) >= 4
+    assert len(personalise.TABLE_SUBJECTS) >= 8

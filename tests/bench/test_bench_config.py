@@ -51,6 +51,10 @@ def test_a_list_is_as_many_rows_and_a_method_keeps_its_form_alone():
     custom, published = config.trainings["custom"], method_options("custom_diffusion")
     assert custom.settings.steps == base.steps != published["steps"]
     assert custom.adapter.layers == published["layers"] and custom.adapter.vectors == 1
+    assert config.trainings["w = 1"].adapter == personalise.ADAPTER != custom.adapter
+    assert custom.settings.token_learning_rate == 0 != base.token_learning_rate
+    matched = config.trainings["rate"].settings.token_learning_rate
+    assert matched == pytest.approx(matched_learning_rate(base.token_learning_rate, 0.5))
     assert config.rows[0] == PRETRAINED and config.base == "w = 0.25"
 
 
@@ -87,7 +91,10 @@ CLAIM = {"name": "more text", "of": "anchored", "against": "plain", "score": "te
         ({"samplings": {"s": {"of": ["plain"], "rule": "best"}}}, r"samplings.plain \+ s: rule is 'best'"),
         ({"samplings": {"s": {"of": ["plain"], "weak": 0.5}}}, "weak is an option of a guidance rule; give rule too"),
         ({"samplings": {"s": {"of": ["plain"], "alpha": 0.5}}}, "alpha is an option of an adjustment"),
-        ({"samplings": {"s": {"of": ["plain"], "adjust": "vectors"}}}, "plain trains no vectors; take index"),
+        (
+            {"training": {"vectors": 0}, "samplings": {"s": {"of": ["plain"], "adjust": "vectors"}}},
+            "plain trains no vectors; take index",
+        ),
         ({"base": "other"}, "base is 'other', but it takes one of the rows"),
         ({"sampling": {"steps": 0}}, "sampling.steps is 0, but it takes a whole number"),
         ({"source": {"references": "x"}}, "source is given, but the embedded model draws its own subjects"),

@@ -59,7 +59,7 @@ class Node:
 
     def __init__(self, window):
         self.window, self.page = window, window.page
-        self.page.set_default_timeout(30_000)  # no training here
+        self.page.set_default_timeout(20_000)  # no training here
         self.root = self.page.locator(".sa-picker").first
 
     def open(self) -> Node:

@@ -39,6 +39,7 @@ if __name__ == "__main__":
     import comfy_models as models
     import contract
     import torch
+    from comfy.ldm.modules import attention
     from comfy_models import fingerprint, same
     from comfy_training import assert_near, gradients, loss_of, picture, predict, run_training, trained
     from torch import Tensor
@@ -256,12 +257,24 @@ def check_preview_in_low_vram(name: str, model, clip, vae, shape) -> None:
     assert_near([each.detach() for each in factors], [each.detach() for each in other_factors])
 
 
+def check_attention_for_sampling_alone(name: str, denoiser: ComfyDenoiser, shape) -> None:
+    """Where ComfyUI's own attention has no gradient, as Sage's has none, training has it all the same."""
+    step, attend = contract.make_step(denoiser, shape), attention.efficient_dot_product_attention
+    wanted = gradients(denoiser, step)
+    attention.efficient_dot_product_attention = lambda *arguments, **options: attend(*arguments, **options).detach()
+    try:
+        assert_near(gradients(denoiser, step), wanted)
+    finally:
+        attention.efficient_dot_product_attention = attend
+
+
 INSIDE = (
     "check_prediction_is_native",
     "check_what_the_network_is_given",
     "check_gradient_checkpointing",
     "check_gradients_are_slopes",
     "check_prompts_in_one_go",
+    "check_attention_for_sampling_alone",
 )
 AROUND = (
     "check_stock_loader",

@@ -25,7 +25,8 @@ def star(g: Graph, **words: str) -> list[Out]:
 
 
 def train(g: Graph, model, clip, vae, images, concept, title: str | None = None, **settings: Any) -> list[Out]:
-    given = {"steps": 150, "learning_rate": 2e-3, "rank": 8, "name": "quickstart"} | settings
+    learnt = {"steps": 150, "learning_rate": 1e-3, "rank": 8, "layers": "all_linear_conv"}
+    given = learnt | {"name": "quickstart"} | settings
     seen = {} if images is None else {"images": images}
     return g.add("AnchorTrainLoRA", title, model=model, clip=clip, vae=vae, concept=concept, **seen, **given)
 

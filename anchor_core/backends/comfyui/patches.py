@@ -10,6 +10,7 @@ import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import torch
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
@@ -31,7 +32,13 @@ def training_options(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
     for kind in IN_A_STEP:
         wrappers[kind] = {key: each for key, each in wrappers.get(kind, {}).items() if key not in for_sampling}
     patches = {name: [_guarded(each) for each in patches] for name, patches in options.get("patches", {}).items()}
-    return options | {"wrappers": wrappers, "patches": patches}
+    return {"optimized_attention_override": _with_gradient} | options | {"wrappers": wrappers, "patches": patches}
+
+
+def _with_gradient(_: Callable, *arguments, **options) -> Tensor:
+    """Attention by PyTorch, whatever ComfyUI was started with: Sage's and, as it is called there, Flash's have no
+    gradient, and ComfyUI's own for want of others keeps the square of the tokens for it."""
+    return attention_pytorch(*arguments, **options)
 
 
 def without_compiling(model: comfy.model_patcher.ModelPatcher) -> Callable[[], None]:
