@@ -122,9 +122,11 @@ class Orders:
         if not self.paused:
             return
         tell(PhaseBegun("paused"))
-        while self.paused:
+        while True:
             self.wait()
             yield
+            if not self.paused:
+                break
         tell(PhaseBegun(phase))
 
     @property
