@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long test-browser lint licenses clean
+.PHONY: demo test test-long test-lowest test-newest test-browser lint licenses clean
 
 demo: .venv/ready
 	$(BIN)/semantic-anchor demo --out out/demo
@@ -10,9 +10,14 @@ demo: .venv/ready
 test: .venv/ready lint
 	$(BIN)/python -m pytest -q --numprocesses 2 --dist loadfile
 
-# Sweeps over every family, hostile inputs and faults by the hundred.
+# Sweeps over every family, hostile inputs and faults by the hundred, file by file; broken off, it goes on where it was.
+# ONLY="tests/reliability tests/data" for some; the counts are in out/long/summary.md.
 test-long: .venv/ready
-	$(BIN)/python -m pytest -m long -rA
+	$(BIN)/python -m tests.long_run $(ONLY)
+
+# The fast suite with the lowest versions that pyproject.toml allows, and with the newest (torch stays as pinned).
+test-lowest test-newest: test-%:
+	$(PYTHON) -m tests.bounds $* out/$*
 
 # The nodes in Chromium, in ComfyUI's front end and in the newest one; screenshots in out/browser.
 test-browser: .venv/ready out/front_end/ready

@@ -32,7 +32,13 @@ class _Parser(argparse.ArgumentParser):
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; gives the exit status."""
-    parser = _build_parser()
+    parser, arguments = _build_parser(), sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        try:
+            arguments = commands.with_report(arguments)
+        except ValueError as error:
+            print(f"semantic-anchor train: error: {error}", file=sys.stderr)
+            return 2
     options = parser.parse_args(arguments)
     if options.verb == "train":
         chosen = method_options(options.method) if options.method else {}
@@ -121,11 +127,15 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
                 weight.add_argument(
                     "--lambda", dest="lambda_", type=float, metavar="LAMBDA", help="in place of w: 1 / (1 + w)"
                 )
-            elif "help" in field.metadata and field.name != "seed":
+            elif "help" in field.metadata and field.name not in ("seed", "preset"):
                 _add_field(group, field)
     train.add_argument(
         "--class_pictures", "--class-pictures", type=int, default=24, help="of prior_preservation and sude"
     )
+    train.add_argument(
+        "--from_report", "--from-report", metavar="FILE",
+        help="train once more what a report.json tells of, but for the options given besides: to the same bits",
+    )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
     train.add_argument(
         "--cache", metavar="DIR", help="keep latents, encoded prompts and anchors here for further trainings"
@@ -225,6 +235,21 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     )  # fmt: skip
     _add_prompts(compare)
     _add_model(compare, required=False)
+
+    sweep = _verb(verbs, "sweep", "one prompt at several strengths, or by several adapters, as a grid", commands.sweep)
+    _add_model(sweep)
+    sweep.add_argument("--adapter", required=True, nargs="+", metavar="FILE", help="one, or several at one strength")
+    sweep.add_argument("--strength", default="1", metavar="LIST", help='such as "0, 0.5, 1" (default 1)')
+    sweep.add_argument("--by", choices=("strength", "w", "steps", "file"), help="what the columns are called by")
+    sweep.add_argument("--prompt", help="default: the one that the adapters were trained on")
+    sweep.add_argument("--count", type=int, default=2, help="pictures of each value (default 2)")
+    sweep.add_argument("--steps", type=int, default=25, help="sampling steps (default 25)")
+    sweep.add_argument("--guidance", type=float, help="guidance scale (default: the adapter's, else 5)")
+    sweep.add_argument("--references", metavar="DIR", help="real pictures, for scores; takes --judge, --clip or --dino")
+    sweep.add_argument("--token", default="sks", help="the subject's word, which CLIP-T leaves out (default sks)")
+    sweep.add_argument("--clip", metavar="DIR", help="a CLIPModel, such as openai/clip-vit-base-patch32")
+    sweep.add_argument("--dino", metavar="DIR", help="a DINO, such as facebook/dino-vits16")
+    sweep.add_argument("--judge", choices=("sandbox",), help="instead: the sandbox's judge, for its own pictures")
 
     adjust = _verb(verbs, "adjust", "turn a textual-inversion file towards its class word (TEA)", commands.adjust)
     adjust.add_argument("file", metavar="FILE")

@@ -13,6 +13,7 @@ from .inspect import AnchorDriftReport
 from .model import AnchorSandboxModel
 from .references import AnchorConcept, AnchorImageReferences, AnchorLoadReferences
 from .selftest import AnchorSelfTest
+from .sweep import AnchorSweep
 from .train import AnchorTrainLoRA, AnchorTrainOptions
 
 NODES = [
@@ -33,6 +34,7 @@ NODES = [
     AnchorGuidance,
     AnchorGuider,
     AnchorSelfTest,
+    AnchorSweep,
 ]
 for _node in NODES:
     checked(_node)

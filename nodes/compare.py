@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io
 
+from ..anchor_core.checks import shown
 from .types import CATEGORY, ReferencesType, one_each
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
@@ -120,7 +121,6 @@ class AnchorCompare(io.ComfyNode):
 
 def _named(batches: list, names: str) -> dict[str, list]:
     """Name -> pictures (3, H, W) of each batch; ValueError if the names are not one a batch."""
-    from ..anchor_core.checks import shown
     from ..anchor_core.data.pictures import from_images
 
     lines = [shown(line.strip(), 100) for line in names.splitlines() if line.strip()]
@@ -135,7 +135,8 @@ def _encoders(clip: str, dino: str, clip_vision, dino_vision):
     from ..anchor_core.evaluation.metrics import Encoders
 
     sandbox = sandbox_encoders() if SANDBOX in (clip, dino) else None
-    folders = [None if choice in (CONNECTED, SANDBOX) else _folder(choice) for choice in (clip, dino)]
+    chosen = {"clip": clip, "dino": dino}
+    folders = [None if name in (CONNECTED, SANDBOX) else _folder(input, name) for input, name in chosen.items()]
     own = open_encoders(*folders, _device()) if any(folders) else None
     first = {CONNECTED: None, SANDBOX: sandbox}.get(clip, own)
     second = {CONNECTED: None, SANDBOX: sandbox}.get(dino, own)
@@ -154,11 +155,14 @@ def _device():
     return comfy.model_management.text_encoder_device()
 
 
-def _folder(name: str) -> Path:
+def _folder(input: str, name: str) -> Path:
     paths = (folder_paths.get_full_path("clip_vision", f"{name}/{file}") for file in WEIGHTS)
     path = next((path for path in paths if path is not None), None)
     if path is None:
-        raise ValueError(f"{name!r} holds no {' or '.join(WEIGHTS)} in models/clip_vision; choose another of the list")
+        raise ValueError(
+            f"{input} is {shown(repr(name))}, which holds no {' or '.join(WEIGHTS)} in models/clip_vision; choose "
+            "another of the list"
+        )
     return Path(path).parent
 
 

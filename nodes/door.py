@@ -53,7 +53,7 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "MASK": _of(Tensor),
     "CONDITIONING": _conditioning,
     "MODEL": _with("model", "model_options", "clone"),
-    "CLIP": _with("tokenize", "cond_stage_model", "patcher"),
+    "CLIP": _with("tokenize", "encode_from_tokens_scheduled"),
     "VAE": _with("encode", "decode"),
     "CLIP_VISION": _with("encode_image", "model_type"),
     "LORA_MODEL": _lora,
@@ -63,19 +63,30 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     OptionsType.io_type: _of(TrainOptions),
 }
 """Each type that an input of the pack has: whether a value is of it."""
+RANGED = io.Int.Input | io.Float.Input
+MESSAGE = 1200
+"""The most letters of a message; the middle of a longer one is left out."""
 WIDGETS = {"INT": "a whole number", "FLOAT": "a number", "STRING": "a text", "BOOLEAN": "true or false"}
+WIDGETS |= dict.fromkeys(("COMBO", io.DynamicCombo.io_type), "one of its choices")
 
 
 def checked(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     """`node`, whose `execute` gets inputs of the declared types, and none that is optional and None.
 
-    Its `execute` then raises ValueError, naming the input, for any other.
+    Its `execute` then raises ValueError, naming the input, for any other. What it says is fit to be shown, whatever
+    text of a workflow is in it.
     """
     execute = node.execute.__func__
 
     @wraps(execute)
     def checking(cls, **inputs: Any) -> io.NodeOutput:
-        return execute(cls, **_checked(node.define_schema().inputs, inputs, node.INPUT_IS_LIST))
+        try:
+            return execute(cls, **_checked(node.define_schema().inputs, inputs, node.INPUT_IS_LIST))
+        except ValueError as error:
+            said = shown(error, MESSAGE)
+            if said == str(error):
+                raise
+            raise ValueError(said) from error
 
     node.execute = classmethod(checking)
     return node
@@ -91,7 +102,9 @@ def _checked(declared: list[io.Input], inputs: Mapping[str, Any], lists: bool, i
 
 
 def _is_none(value: Any, lists: bool) -> bool:
-    return value is None or (lists and not isinstance(value, Mapping) and all(each is None for each in value))
+    if lists and not isinstance(value, Mapping):
+        return len(value) > 0 and all(each is None for each in value)
+    return value is None
 
 
 def _input(declared: io.Input, value: Any, lists: bool, name: str) -> Any:
@@ -101,15 +114,23 @@ def _input(declared: io.Input, value: Any, lists: bool, name: str) -> Any:
     for each in value if lists else (value,):
         if each is None:
             raise ValueError(
-                f"{name} is empty, but it takes {_words(kind)}; connect one, from a file of its own if a checkpoint "
-                "holds none"
+                f"{name} is empty, but it takes {_words(declared)}; connect one, from a file of its own if a "
+                "checkpoint holds none"
             )
-        if not TYPES[kind](each):
+        if not TYPES[kind](each) or not _in_range(declared, each):
             plain = isinstance(each, str | int | float)
             said = shown(repr(each), 60) if plain else f"of the type {type(each).__name__}"
-            raise ValueError(f"{name} is {said}, but it takes {_words(kind)}; connect or choose one")
+            raise ValueError(f"{name} is {said}, but it takes {_words(declared)}; connect or choose one")
     return value
 
 
-def _words(kind: str) -> str:
-    return WIDGETS.get(kind, "one of its choices" if "COMBO" in kind else f"what an output of the type {kind} gives")
+def _in_range(declared: io.Input, value: Any) -> bool:
+    """ComfyUI holds what is written into a widget to its range, but not what a link brings."""
+    return not isinstance(declared, RANGED) or declared.min <= value <= declared.max
+
+
+def _words(declared: io.Input) -> str:
+    kind = declared.get_io_type()
+    if isinstance(declared, RANGED):
+        return f"{WIDGETS[kind]} from {declared.min:g} to {declared.max:g}"
+    return WIDGETS.get(kind, f"what an output of the type {kind} gives")

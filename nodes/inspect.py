@@ -81,6 +81,7 @@ class AnchorDriftReport(io.ComfyNode):
         checked_lora("lora", lora)
         pictures = from_images(images).stack()
         with ComfyDenoiser(model, clip, vae) as denoiser:
+            denoiser.cancellable = True
             latents = denoiser.encode_images(pictures)
             probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
             before = probe.measure()

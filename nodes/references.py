@@ -28,12 +28,13 @@ MASK_TOOLTIP = (
 )
 
 
-def invert_masks_input() -> io.Boolean.Input:
+def invert_masks_input(advanced: bool = False) -> io.Boolean.Input:
     """The switch beside an input of masks; `from_images` takes it under the same name."""
     return io.Boolean.Input(
         "invert_masks",
         default=False,
         optional=True,
+        advanced=advanced or None,
         tooltip="The masks are those of Load Image, 1 where a picture is transparent: what is not transparent is "
         "learnt.",
     )
@@ -236,6 +237,15 @@ class AnchorConcept(io.ComfyNode):
                 io.String.Output(display_name="class_prompt", tooltip="Such as: a photo of a dog."),
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, token=None, class_word=None, template=None):
+        if None in (token, class_word, template):  # one is connected, and known at the run alone
+            return True
+        try:
+            return Concept.from_words(token, class_word, template) is not None
+        except ValueError as error:
+            return str(error)
 
     @classmethod
     def execute(cls, token: str, class_word: str, template: str) -> io.NodeOutput:

@@ -1,4 +1,4 @@
-"""The routes of the trainings: their records, their sample pictures, and orders to those that go on.
+"""The routes of the trainings: records, sample pictures, orders to those that go on, a look at what is not yet run.
 
 Ids come from the list or from an event, never paths. A page of another origin is refused, and so is a form.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from . import picture_routes, runs
+from . import looking, picture_routes, runs
 from .guard import not_json, own_pages, refused
 
 ROOT = "/semantic_anchor/runs"
+LOOK = "/semantic_anchor/look"
 ORDERS = {
     "stop": None, "pause": None, "go_on": None, "picture_now": None, "save_now": None, "keep": "step",
     "extend": "steps",
@@ -49,6 +50,16 @@ def register() -> None:
     async def one_picture(request):
         file = await asyncio.to_thread(runs.picture, request.match_info["run"], int(request.match_info["step"]))
         return unknown(request) if file is None else web.FileResponse(file, headers={"Cache-Control": "no-cache"})
+
+    @routes.post(LOOK)
+    @own_pages
+    async def look(request):
+        if (form := not_json(request)) is not None:
+            return form
+        try:
+            return web.json_response(await asyncio.to_thread(looking.look, await request.json()))
+        except ValueError as error:
+            return refused(400, str(error))
 
     @routes.post(ROOT + "/{run}/orders")
     @own_pages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ EVENT = "semantic_anchor.run"
 LISTED = 50
 """The most runs of a list."""
 
-_CURVES = ("losses", "probes", "distances", "pictures", "saved")
+_CURVES = ("losses", "probes", "distances", "pictures", "saved", "made_with")  # what only a whole record has
 _ENDED_BEFORE = "ComfyUI ended before the training did"
 
 
@@ -51,12 +51,15 @@ _headers: dict[Path, tuple[int, dict[str, Any]]] = {}  # of records on disk: tim
 
 
 @contextmanager
-def begin(adapter: Path, settings, orders, workflow: str | None, checkpoints: str | None) -> Iterator[Run]:
+def begin(
+    adapter: Path, settings, orders, workflow: str | None, checkpoints: str | None, chosen: Mapping[str, Any]
+) -> Iterator[Run]:
     """Register a training under a new id until it ends, however it does; its record lies beside `adapter`.
 
     Args:
         workflow: the id of the graph that was queued, where there is one.
         checkpoints: what a training that goes on from this one chooses as `resume`.
+        chosen: what the preset decided.
     """
     from comfy_execution.utils import get_executing_context
 
@@ -67,6 +70,7 @@ def begin(adapter: Path, settings, orders, workflow: str | None, checkpoints: st
     place = {"prompt": here and here.prompt_id, "node": here and here.node_id, "workflow": workflow}
     run = Run(uuid.uuid4().hex, orders, record_folder(adapter))
     about = {"id": run.id, **place, "file": adapter.name, "checkpoints": checkpoints, "seed": settings.seed}
+    about |= {"preset": settings.preset, "chosen": dict(chosen)}
     run.record = Record(run.folder, about, settings, memory=_memory, changed=_send)
     with _lock:
         _live[run.id] = run

@@ -15,10 +15,10 @@ from ..anchor_core.adapters.kinds import NO_LAYERS
 from ..anchor_core.adapters.layers import LAYERS
 from ..anchor_core.checks import check_count
 from ..anchor_core.data.pictures import from_images
-from ..anchor_core.objectives import w_from_lambda
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
+from .presets import MANUAL, check_w, chosen_options, preset_input, said, settings_of, w_input
 from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
@@ -95,7 +95,7 @@ class AnchorTrainOptions(io.ComfyNode):
                     tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
                     "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
-                *inputs_of(TrainSettings, ("draws", "bank"), optional=True),
+                *inputs_of(TrainSettings, ("micro_batch", "memory", "draws", "bank"), optional=True),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
         )
@@ -133,17 +133,22 @@ class AnchorTrainLoRA(io.ComfyNode):
                 ConceptType.Input("concept", tooltip="The subject prompt and the class prompt."),
                 *inputs_of(
                     TrainSettings,
-                    ("objective", "w", "steps", "learning_rate", "batch_size"),
+                    ("objective",),
+                    advanced=True,
                     objective="anchor: hold the subject's prediction to the class's; begin here. reconstruction: plain "
                     "DreamBooth. prior_preservation: DreamBooth with class pictures. blended_target: the anchor as one "
                     "target. sude: away from the empty prompt, towards the class. class_diffusion: hold the subject's "
                     "text to the class's, which takes an adapter of the text encoder",
                 ),
-                *inputs_of(AdapterConfig, ("rank",)),
+                w_input(),
+                *inputs_of(TrainSettings, ("steps",)),
+                *inputs_of(TrainSettings, ("learning_rate", "batch_size"), advanced=True),
+                *inputs_of(AdapterConfig, ("rank",), advanced=True),
                 io.Combo.Input(
                     "layers",
                     options=list(LAYERS),
                     default=AdapterConfig.layers,
+                    advanced=True,
                     tooltip="What of the network learns: attention for most; attention_feed_forward or all_linear for "
                     "finer detail and larger files; cross_attention_kv only what is read from the prompt.",
                 ),
@@ -173,10 +178,11 @@ class AnchorTrainLoRA(io.ComfyNode):
                     default=TrainSettings.probe_every,
                     min=0,
                     max=100000,
+                    advanced=True,
                     tooltip="Steps between two measurements of the drift, for the history, keep best and "
                     "stop_on_drift. 0 for none.",
                 ),
-                *inputs_of(TrainSettings, ("prior_weight",)),
+                *inputs_of(TrainSettings, ("prior_weight",), advanced=True),
                 io.Int.Input(
                     "class_count",
                     default=24,
@@ -203,8 +209,9 @@ class AnchorTrainLoRA(io.ComfyNode):
                     optional=True,
                     tooltip="From Train Options: optimizer, precision, memory, when to stop. Without it the defaults.",
                 ),
-                invert_masks_input(),
-                *inputs_of(TrainSettings, ("class_weight",), optional=True),
+                invert_masks_input(advanced=True),
+                *inputs_of(TrainSettings, ("class_weight",), optional=True, advanced=True),
+                preset_input(),
             ],
             # Not unique_id: with it the same training under another id would be trained again.
             hidden=[io.Hidden.extra_pnginfo],
@@ -225,6 +232,10 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, w=None):
+        return check_w(w)
+
+    @classmethod
     def fingerprint_inputs(cls, **inputs):
         return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
 
@@ -235,21 +246,25 @@ class AnchorTrainLoRA(io.ComfyNode):
     @classmethod
     def _train(
         cls, model, clip, vae, concept, rank, layers, seed, name, preview_every, probe_every, class_count, images=None,
-        class_images=None, references=None, masks=None, options=None, invert_masks=False, **basic,
+        class_images=None, references=None, masks=None, options=None, invert_masks=False, preset=MANUAL, **basic,
     ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.backends.comfyui.apply import apply_adapter
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
         from ..anchor_core.training.orders import Orders
         from ..anchor_core.training.run import run
 
-        resume, settings, config, data = _settings(dict(basic), options, rank, layers, seed, probe_every)
-        pictures = _pictures(images, masks, references, invert_masks)
+        pictures = pictures_of(images, masks, references, invert_masks)
+        chosen = chosen_options(preset, model, len(pictures.pixels), options or {})
+        told = {**basic, "rank": rank, "layers": layers, "seed": seed, "preset": said(preset, model, chosen)}
+        resume, settings, config, data = settings_of(told | {"probe_every": probe_every or 1}, options or {}, chosen)
         classes = _class_pictures(settings, class_images, class_count)
-        files = _files(name, config)
+        files = new_files(name, config)
         checkpoints = open_checkpoints(resume, files.adapter, settings.checkpoint_every)
         orders = Orders(comfy.model_management.processing_interrupted)
         resumable = checkpoints and checkpoints.folder.name
-        with runs.begin(files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo), resumable) as going:
+        with runs.begin(
+            files.adapter, settings, orders, _workflow(cls.hidden.extra_pnginfo), resumable, chosen
+        ) as going:
             going.listeners.append(_Watch(settings.steps))
             with ComfyDenoiser(model, clip, vae) as denoiser:
                 outcome = run(
@@ -266,11 +281,12 @@ class AnchorTrainLoRA(io.ComfyNode):
         if config.kind != NO_LAYERS:
             model, clip = apply_adapter(model, lora, 1.0, clip)
         word = embedding_word(outcome.files[-1]) if config.vectors else config.token
-        WRITTEN.add(_training({"rank": rank, "layers": layers, "seed": seed, "name": name, **basic}), *outcome.files)
+        told |= {"name": name, "preset": preset}
+        WRITTEN.add(_training(told), *outcome.files)
         history, path = outcome.history, str(outcome.files[0])
-        told = HistoryRecord(history.to_dict())
+        record = HistoryRecord(history.to_dict())
         ui = {"anchor_run": [going.id]}
-        return io.NodeOutput(model, lora, {"loss": history.losses}, told, path, clip, word, ui=ui)
+        return io.NodeOutput(model, lora, {"loss": history.losses}, record, path, clip, word, ui=ui)
 
 
 def _workflow(extra) -> str | None:
@@ -279,27 +295,14 @@ def _workflow(extra) -> str | None:
     return graph.get("id") if isinstance(graph, dict) and isinstance(graph.get("id"), str) else None
 
 
-def _settings(basic, options, rank: int, layers: str, seed: int, probe_every: int):
-    """`resume`, and the three settings that the node's inputs and the options connected to it say."""
-    options = dict(options or {})
-    resume, pattern, alpha, lam = (options.pop(key, None) for key in ("resume", "layer_pattern", "alpha", "lambda"))
-    if lam:
-        basic["w"] = w_from_lambda(lam)
-    data = {key: options.pop(key) for key in ("flip", "shuffle", "caption_dropout") if key in options}
-    adapted = {key: options.pop(key) for key in ADAPTER_OPTIONS if key in options}
-    settings = TrainSettings(seed=seed, probe_every=probe_every or 1, **basic, **options)
-    config = AdapterConfig(rank=rank, layers=pattern or layers, alpha=alpha or None, **adapted)
-    return resume, settings, config, DataSettings(**data)
-
-
 def _training(inputs) -> str:
     """What tells the node's trainings apart by their widgets, for `WRITTEN`: an id would tell equal ones apart too."""
-    told = ("name seed objective w steps learning_rate batch_size rank layers prior_weight class_weight").split()
-    values = (inputs.get(each) for each in told)
+    told = "name seed objective w steps learning_rate batch_size rank layers prior_weight class_weight preset".split()
+    values = ({"preset": MANUAL, **inputs}.get(each) for each in told)
     return repr([float(each) if isinstance(each, int) else each for each in values])  # JSON's 1 is our 1.0
 
 
-def _pictures(images, masks, references, invert_masks: bool):
+def pictures_of(images, masks, references, invert_masks: bool):
     if (images is None) == (references is None):
         raise ValueError("images and references are both or neither connected; connect one of the two")
     if references is not None and masks is not None:
@@ -326,7 +329,7 @@ def _bank(denoiser, settings: TrainSettings):
     return Bank(denoiser, folder, GB * settings.bank) if settings.draws else None
 
 
-def _files(name: str, config: AdapterConfig):
+def new_files(name: str, config: AdapterConfig):
     """New files for what `config` trains: a LoRA's, an embedding's, or one of each."""
     from ..anchor_core.training.saving import Files
 

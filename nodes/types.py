@@ -63,14 +63,20 @@ def one_each(inputs: Mapping[str, Any], lists: Collection[str] = ()) -> dict[str
     return single
 
 
-def inputs_of(kind: type, names: Iterable[str], optional: bool = False, **texts: str) -> list[io.Input]:
-    """The node inputs of a settings class's fields; `texts` replaces the tooltip of a field."""
+def inputs_of(
+    kind: type, names: Iterable[str], optional: bool = False, advanced: bool = False, **texts: str
+) -> list[io.Input]:
+    """The node inputs of a settings class's fields; `texts` replaces the tooltip of a field.
+
+    Those that are `advanced` are folded away until they are asked for.
+    """
     declared = {field.name: field for field in fields(kind)}
-    return [_input(declared[name], texts.get(name), optional) for name in names]
+    options = {"optional": optional} | ({"advanced": True} if advanced else {})
+    return [_input(declared[name], texts.get(name), options) for name in names]
 
 
-def _input(field: Field, text: str | None, optional: bool) -> io.Input:
-    options = {"default": field.default, "tooltip": _sentence(text or field.metadata["help"]), "optional": optional}
+def _input(field: Field, text: str | None, options: dict[str, Any]) -> io.Input:
+    options = {"default": field.default, "tooltip": _sentence(text or field.metadata["help"])} | options
     if "choices" in field.metadata:
         return io.Combo.Input(field.name, options=list(field.metadata["choices"]), **options)
     if isinstance(field.default, bool):

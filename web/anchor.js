@@ -5,13 +5,17 @@ import { app } from "../../scripts/app.js"
 import { trainOn } from "./again.mjs"
 import { Records } from "./records.mjs"
 import { View } from "./view.mjs"
+import { prepare, Settings } from "./settings.mjs"
 import { adopt, WORDS } from "./words.mjs"
 
 const NODE = "AnchorTrainLoRA"
 const LINE = "$$node-text-preview" // ComfyUI's own, for pages without this script
 const records = new Records(app, api)
+const settings = new Settings(api)
+const defaults = {}
 
 function follow(node) {
+  prepare(node, defaults)
   const view = new View({
     heard: () => {
       const line = node.widgets.find(({ name }) => name === LINE)
@@ -34,6 +38,7 @@ function follow(node) {
   })
   widget.serialize = false
   records.add(node, view)
+  settings.add(node, view)
   const { onExecuted, onRemoved } = node
   node.onExecuted = function (output) {
     onExecuted?.apply(this, arguments)
@@ -42,6 +47,7 @@ function follow(node) {
   }
   node.onRemoved = function () {
     records.remove(node)
+    settings.remove(node)
     onRemoved?.apply(this, arguments)
   }
 }
@@ -60,6 +66,11 @@ app.registerExtension({
     api.addEventListener("semantic_anchor.run", ({ detail }) => records.heard(detail))
     api.addEventListener("reconnected", () => records.restore())
     await translate()
+  },
+  beforeRegisterNodeDef(_, { name, input }) {
+    if (name !== NODE) return
+    const all = Object.entries({ ...input.required, ...input.optional })
+    for (const [input, [, options]] of all) defaults[input] = options?.default
   },
   nodeCreated(node) {
     if (node.comfyClass === NODE) follow(node)

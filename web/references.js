@@ -7,7 +7,7 @@ import { Picker } from "./picker.mjs"
 
 const WIDGET = "ANCHOR_PICTURES"
 const PICKED = "[pictures on the node]"
-const ROOM = 340 // a row of three
+const ROOM = 380 // a row of three
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
 
@@ -55,11 +55,9 @@ function pictures(node, name, inputData) {
   return { widget }
 }
 
-/** What ComfyUI gives to a node: drops, pastes, and changes of its other widgets. */
+/** What ComfyUI gives to a node: drops, and changes of its other widgets. */
 function follow(node) {
   const picker = node.anchorPicker
-  node.previewMediaType = "image" // a paste on the selected node goes to it
-  node.pasteFiles = (files) => void picker.take([...files])
   node.onDragOver = (event) => picker.holds(event.dataTransfer)
   node.onDragDrop = (event) => picker.drop(event)
   for (const name of ["references", "size", "buckets"]) {
@@ -83,8 +81,25 @@ function follow(node) {
   }
 }
 
+/**
+ * Pictures that are pasted while the node alone is selected. ComfyUI's own way would have the node be one of a single
+ * image, and offer to open that in the mask editor.
+ */
+function paste(event) {
+  const [node, ...others] = app.canvas?.selectedItems ?? []
+  const picker = others.length ? null : node?.anchorPicker
+  const elsewhere = event.target.closest?.("input, textarea, [contenteditable]") || picker?.root.contains(event.target)
+  if (!picker || elsewhere || !event.clipboardData?.files.length) return
+  event.preventDefault()
+  event.stopPropagation()
+  picker.take([...event.clipboardData.files])
+}
+
 app.registerExtension({
   name: "semantic_anchor.references",
+  setup() {
+    window.addEventListener("paste", paste, { capture: true }) // before ComfyUI makes a node of it
+  },
   getCustomWidgets: () => ({ [WIDGET]: pictures }),
   nodeCreated(node) {
     if (node.anchorPicker) follow(node)

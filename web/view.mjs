@@ -3,14 +3,20 @@
 import { colour, draw, prepare, stepAt, valuesAt } from "./chart.mjs"
 import { number, status } from "./curves.mjs"
 import { Gallery } from "./gallery.mjs"
+import { chosenLine } from "./presets.mjs"
 import { WORDS } from "./words.mjs"
 
 const STYLE = `
 .sa-run { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; box-sizing: border-box;
   color: var(--input-text); font: 11px sans-serif; overflow: hidden; }
-.sa-run[data-empty] > :not(.sa-head):not(style) { display: none; }
+.sa-run[data-empty] > :not(.sa-head, .sa-mistakes, style) { display: none; }
 .sa-head { color: var(--descrip-text); min-height: 14px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
 .sa-head[data-bad] { color: var(--error-text); }
+.sa-mistakes { color: var(--error-text); font-size: 11px; line-height: 14px; max-height: 70px; overflow-y: auto; }
+.sa-mistakes:empty, .sa-chosen:empty { display: none; }
+.sa-mistakes div::before { content: "⚠ "; }
+.sa-chosen { color: var(--descrip-text); font-size: 10px; min-height: 12px; white-space: nowrap; overflow: hidden;
+  text-overflow: ellipsis; }
 .sa-chart { flex: 1 1 120px; min-height: 90px; position: relative; background: var(--comfy-input-bg); border-radius: 4px; }
 .sa-chart canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
 .sa-legend { display: flex; gap: 10px; min-height: 14px; white-space: nowrap; overflow: hidden; }
@@ -57,6 +63,9 @@ export class View {
     this.root.style.minHeight = `${EMPTY}px`
     element("style", this.root, { textContent: STYLE })
     this.line = element("div", this.root, { className: "sa-head", textContent: WORDS.none })
+    this.warned = element("div", this.root, { className: "sa-mistakes" })
+    this.warnings = []
+    this.chosen = element("div", this.root, { className: "sa-chosen" })
     this.chart = element("div", this.root, { className: "sa-chart" })
     this.canvas = element("canvas", this.chart)
     this.legend = element("div", this.root, { className: "sa-legend" })
@@ -69,7 +78,16 @@ export class View {
   }
 
   get height() {
-    return this.record || this.run ? FULL : EMPTY
+    return (this.record || this.run ? FULL : EMPTY) + Math.min(70, 28 * this.warnings.length)
+  }
+
+  /** Say what is wrong before the run, a sentence each. */
+  mistakes(sentences) {
+    if (sentences.join("\n") === this.warnings.join("\n")) return
+    this.warnings = sentences
+    this.warned.replaceChildren(...sentences.map((text) => element("div", null, { textContent: text, title: text })))
+    this.root.style.minHeight = `${this.height}px`
+    this.grown()
   }
 
   makeButtons() {
@@ -116,11 +134,12 @@ export class View {
     if (before?.id !== run.id) this.record = null
     if (!before) {
       delete this.root.dataset.empty
-      this.root.style.minHeight = `${FULL}px`
+      this.root.style.minHeight = `${this.height}px`
       this.grown()
     }
     this.heard()
     this.headline()
+    this.chosen.textContent = this.chosen.title = chosenLine(run)
     const paused = run.phase === "paused"
     const order = paused ? "go_on" : "pause"
     if (this.pause.dataset.order !== order) {

@@ -89,6 +89,8 @@ def load_adapter(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+        raise ValueError(f"{shown(path, 1000)} is no file; give a file of an adapter or an embedding")
     if Path(path).suffix.lower() in PICKLES:
         tensors, metadata = _from_pickle(path), {}
     else:

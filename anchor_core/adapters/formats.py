@@ -13,14 +13,16 @@ UNets go by diffusers' names in `comfyui` and `kohya` files of SD1 and SD2, by t
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ..checks import check_choice, shown
+from .formulas import adapted
 from .names import network_family, swapped_rows, to_diffusers, to_original
-from .parts import PIECE, Layers, kind_of, row_sizes, scale_of
+from .parts import PIECE, Layers, kind_of, row_sizes, scale_of, size_of
 from .prefixes import T5, module_of
 from .reading import read_layers
 
@@ -55,7 +57,8 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     """An adapter file's tensors in another format, of the same effect.
 
     A LoRA on a fused projection splits exactly (the rows of `up`, with the same `down`), and separate ones fuse
-    exactly into block form of the sum of their ranks; splitting such a one gives back the separate ones.
+    exactly into block form of the sum of their ranks; splitting such a one gives back the separate ones. Of other kinds
+    separate layers become the whole change of the fused weight (`diff`), at the file's precision.
 
     Args:
         tensors: in any of `FORMATS`, of SD1, SD2, SDXL, SD3 or Flux.
@@ -85,12 +88,13 @@ def convert(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = 
     if unread:
         logger.warning("%d bundled embeddings of the file are left out: give them as a file of their own", len(unread))
     made = renamed(layers, metadata, to)
-    for prefix, parts in made.items():
-        if PIECE in parts:
-            raise ValueError(
-                f"to is {to!r}, but {prefix} is fused in one format alone, where only LoRA and full follow"
-            )
-    return _joined(made)
+    dense = {prefix: _dense(prefix, parts) for prefix, parts in made.items() if PIECE in parts}
+    if dense:
+        logger.warning(
+            "%d layers are written as whole changes of their weights, which take much more room: there they are parts "
+            "of one layer, and factors of these kinds have no common one", len(dense),
+        )  # fmt: skip
+    return _joined(made | dense)
 
 
 BUNDLED = "bundle_emb."
@@ -226,13 +230,17 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
     if kinds == {"full"} and all("diff" in piece for piece in pieces.values()):
         return _fuse_rows(pieces, count)
     magnitudes = {part for piece in pieces.values() for part in piece if part in _BY_ROW[2:]}
-    whole = len(pieces) == count and all(
-        part in piece and piece[part].shape[0] == len(piece["lora_up.weight"])
-        for part in magnitudes
-        for piece in pieces.values()
+    plain = kinds <= {"lora", "dora"} and not any("lora_mid.weight" in piece for piece in pieces.values())
+    whole = (
+        plain
+        and len(pieces) == count
+        and all(
+            part in piece and piece[part].shape[0] == len(piece["lora_up.weight"])
+            for part in magnitudes
+            for piece in pieces.values()
+        )
     )
-    odd = any("lora_mid.weight" in piece for piece in pieces.values())
-    if not kinds <= {"lora", "dora"} or (magnitudes and not whole) or odd:
+    if not plain or (magnitudes and not whole):
         held = {f"{index}/{part}": tensor for index, piece in pieces.items() for part, tensor in piece.items()}
         return {**held, PIECE: torch.tensor([0, count])}
     order = sorted(pieces)
@@ -258,6 +266,48 @@ def _fuse(name: str, pieces: Mapping[int, Mapping[str, Tensor]], count: int) -> 
     rest = {part: torch.cat([pieces[index][part].flatten() for index in order]) for part in magnitudes}
     rest = {part: tensor[:, None] if part == "dora_scale" else tensor for part, tensor in rest.items()}
     return {"lora_down.weight": down, "lora_up.weight": up, "alpha": alpha, **rest, **biases}
+
+
+def _dense(prefix: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Separate layers' parts in a fused one (`_fuse`) as the change of its weight and bias, at the file's precision.
+
+    Raises:
+        ValueError: a kind whose change depends on the base weights.
+    """
+    count = int(parts[PIECE][1])
+    pieces: dict[int, dict[str, Tensor]] = {}
+    for index, _, part in sorted(part.partition("/") for part in parts if part != PIECE):
+        pieces.setdefault(int(index), {})[part] = parts[f"{index}/{part}"]
+    changes = {}
+    for index, piece in pieces.items():
+        kind = kind_of(prefix, piece)
+        if kind in _OF_THE_BASE or any(part in piece for part in _BY_ROW[2:]):
+            raise ValueError(
+                f"{prefix} is one layer there and {count} here, and what a {kind} changes of a part depends on the "
+                "base weights; take the file as it is, which ComfyUI and this program read with the model"
+            )
+        size = size_of(kind, piece)
+        if size is None or math.prod(size) > LARGEST:
+            said = "of no size that its parts tell" if size is None else f"{size[0]} x {size[1]}"
+            raise ValueError(f"{prefix} has a part {said}, but it takes one of at most {LARGEST} weights")
+        changes[index] = adapted(kind, piece, torch.zeros(size))
+    if len({change.shape[1] for change in changes.values()}) > 1:
+        raise ValueError(f"this LoRA was made for another model: the parts of {prefix} read inputs of different widths")
+    sizes = _rows_of(changes, next(iter(changes.values())).shape[1], count)
+    scales = {index: scale_of(piece) if "lora_up.bias" in piece else 1.0 for index, piece in pieces.items()}
+    made = _fuse_rows({index: {"diff": change} for index, change in changes.items()}, count)
+    made |= _fused_biases(pieces, sizes, scales)
+    held = {tensor.dtype for piece in pieces.values() for tensor in piece.values() if tensor.ndim > 1}
+    own = {dtype for dtype in held if dtype.itemsize > 1} or {torch.float16}  # 8 bits hold a factor, but no product
+    precision = own.pop() if len(own) == 1 else torch.float32
+    return {part: tensor.to(precision) for part, tensor in made.items()}
+
+
+_OF_THE_BASE = ("dora", "glora", "oft_blocks", "ia3")
+"""Kinds whose change of a weight is made of the weight itself."""
+
+LARGEST = 2**28
+"""Weights of a layer's part that is multiplied out with no model to compare it with: 1 GB, 4 times Flux' largest."""
 
 
 def _fused_biases(

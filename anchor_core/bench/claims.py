@@ -178,12 +178,14 @@ def markdown(verdicts: Sequence[Verdict]) -> str:
     head = ["source", "claim", "measured", "mean", "95 %", "runs", "verdict"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for each in verdicts:
-        found, mean, span, runs = each.interval, "", "", f"0 (-{each.left_out})"
+        found, mean, span, runs = each.interval, "", "", "0"
         if found is not None:
             digits = 2 if (each.claim.curve or each.claim.score.startswith("drift")) else 3
             mean = f"{found.mean:+.{digits}f}"
             span = "" if found.low is None else f"{found.low:+.{digits}f} to {found.high:+.{digits}f}"
-            runs = f"{found.runs} of {found.subjects}" + (f" (-{each.left_out})" if each.left_out else "")
+            runs = f"{found.runs} of {found.subjects} subjects"
+        if each.left_out:
+            runs += f", {each.left_out} left out"
         cells = [each.claim.source, each.claim.name, _measured(each.claim), mean, span, runs, each.verdict]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -5,12 +5,14 @@ from .checking import selftest
 from .checkup import checkup
 from .files import convert
 from .measuring import compare, inspect
+from .repeating import with_report
 from .sampling import adjust, sample
 from .sandbox import demo, pretrain, subject, subjects
 from .speed import speed
+from .sweeping import sweep
 from .training import train
 
 __all__ = [
     "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
-    "sample", "selftest", "speed", "subject", "subjects", "train",
+    "sample", "selftest", "speed", "subject", "subjects", "sweep", "train", "with_report",
 ]  # fmt: skip

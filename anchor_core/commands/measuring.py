@@ -133,11 +133,10 @@ def compare(options: Namespace) -> None:
     for subject, found in tqdm(list(subjects.items()), desc="subjects"):
         references, _ = _read(found.references, [], "the references", left_out)
         made = {name: _read(*pictures, name, left_out) for name, pictures in found.made.items()}
-        empty = next(
-            (name for name, (pictures, _) in made.items() if not pictures), None if references else "references"
-        )
-        if empty is not None:
-            left_out.append(f"{subject}: no picture of {empty} can be read")
+        empty = [] if references else ["the references"]
+        empty += [name for name, (pictures, _) in made.items() if not pictures]
+        if empty:
+            left_out.append(f"{subject}: no picture of {empty[0]} can be read")
             del subjects[subject]
             continue
         comparison.add_references(subject, references)

@@ -1,82 +1,91 @@
-"""`train --sweep`: one option at several values, in one table and one grid of pictures."""
+"""The verb `sweep`."""
 
 from __future__ import annotations
 
 from argparse import Namespace
-from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
-from ..concept import Concept
-from ..training.bank import Bank
-from ..training.settings import DataSettings
+from ..checks import check_count, check_number
+from .shared import check_writable, device, open_model, resolution
 
 
-def sweep(
-    options: Namespace, out: Path, denoiser, several, references, concept: Concept, data: DataSettings, classes,
-    bank: Bank, showing, ordered,
-) -> int:  # fmt: skip
-    """Train each of `several`; gives the exit status.
-
-    Args:
-        showing, ordered: give a context of the listener of a training of so many steps, and of its orders.
-    """
-    from ..data.cache import Cache
-    from ..data.prepare import prepare
+def sweep(options: Namespace) -> None:
+    from ..adapters.attach import attach_file
+    from ..adapters.metadata import recommended_guidance, stated_prompt
     from ..evaluation import report
-    from ..evaluation.compare import contact_sheet
-    from ..training.sweep import sweep
+    from ..evaluation.sweep import Column, draw, grid, markdown, noises, parse_values, score, to_dict
 
-    first, rows, shown = several[0].settings, [], {}
-    reads_class = any(each.settings.make_objective().reads_class_pictures for each in several)
-    material = prepare(
-        denoiser, references, concept, class_pictures=classes if reads_class else None,
-        probe={"noises": 2, "seed": first.seed}, seed=first.seed, cache=Cache(denoiser, options.cache),
-        **data.build,
-    )  # fmt: skip
+    strengths = parse_values(options.strength, "strength")
+    for name in ("count", "steps"):
+        check_count(name, getattr(options, name))
+    if options.guidance is not None:
+        check_number("guidance", options.guidance, minimum=0)
+    if len(strengths) > 1 and len(options.adapter) > 1:
+        raise ValueError("--strength: one thing is varied; give one strength for several adapters, or one adapter")
+    encoders = _encoders(options)
+    out = check_writable(options.out)
+    denoiser = open_model(options)
+    side = resolution(options, denoiser)
+    noise = noises(denoiser.latent_shape(side, side), options.count, options.seed)
+    what = options.by or ("file" if len(options.adapter) > 1 else "strength")
+    columns, prompts = [], set()
+    for file in options.adapter:
+        adapter, metadata = attach_file(denoiser, file, None)
+        prompt = options.prompt or stated_prompt(metadata, "subject")
+        if prompt is None:
+            raise ValueError(f"--prompt: {file} does not name its prompt in its metadata; give the option")
+        guidance = recommended_guidance(metadata) if options.guidance is None else options.guidance
+        for strength in strengths:
+            label = f"{strength:g}" if what == "strength" else _label(what, file, metadata)
+            with adapter.scaled(strength):
+                columns.append(Column(label, draw(denoiser, prompt, noise, steps=options.steps, guidance=guidance)))
+        prompts.add(prompt)
+        denoiser.detach()
+    if encoders is not None:
+        references, text = _references(options), _class_prompt(options, prompts)
+        score(columns, encoders, references, text)
     out.mkdir(parents=True, exist_ok=True)
-    status = 0
-    with ExitStack() as stack:
-
-        def tell(variant):
-            stack.close()  # the bar and the signals of the training before
-            print(f"{variant.label} ({[each.label for each in several].index(variant.label) + 1} of {len(several)})")
-            return stack.enter_context(showing(variant.settings.steps, True))
-
-        def orders():
-            return stack.enter_context(ordered())
-
-        for swept in sweep(denoiser, material, several, bank=bank, folder=out, tell=tell, orders=orders):
-            history = swept.outcome.history
-            rows.append(
-                {
-                    "variant": swept.variant.label,
-                    "adapter": str(swept.outcome.files[0].relative_to(out)),
-                    "drift": swept.probe.drift,
-                    "reconstruction": swept.probe.reconstruction,
-                    "class_drift": swept.probe.class_drift,
-                    "loss": sum(history.losses[-20:]) / len(history.losses[-20:]),
-                    "steps": len(history.losses),
-                    "seconds": history.seconds,
-                    "how": swept.outcome.how,
-                }
-            )
-            shown[swept.variant.label] = list(swept.pictures)
-            status = 130 if swept.outcome.how == "cancelled" else 0
-            # At each, so that what there is stays if a later one fails.
-            contact_sheet(references.pixels, shown, len(swept.pictures)).savefig(out / "report.png")
-            told = {"settings": asdict(first), "data": asdict(data), "rows": rows}
-            told["bank"] = {"computed": bank.computed, "found": bank.found}
-            report.write_json(out / "report.json", told)
-    print(table(rows))
-    print(f"{out / 'report.png'}; anchors: {bank.computed} passes computed, {bank.found} known")
-    return status
+    for column in columns:
+        for i, picture in enumerate(column.pictures):
+            report.save_picture(out / f"{what}-{column.label}-{i:03}.png", picture)
+    grid(columns, what).savefig(out / "report.png")
+    told = to_dict(columns, what) | {"prompts": sorted(prompts), "adapters": [str(file) for file in options.adapter]}
+    report.write_json(out / "report.json", told | {"seed": options.seed, "steps": options.steps})
+    print(markdown(columns, what) if encoders else f"{len(columns) * options.count} pictures in {out}")
 
 
-def table(rows: list[dict]) -> str:
-    """The scores as a markdown table."""
-    columns = ("drift", "reconstruction", "loss", "seconds")
-    lines = ["| | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 1)]
-    for row in rows:
-        lines.append(f"| {row['variant']} | " + " | ".join(f"{row[column]:.4g}" for column in columns) + " |")
-    return "\n".join(lines)
+def _label(what: str, file: str, metadata: dict[str, str]) -> str:
+    if what == "file":
+        return Path(file).stem
+    if f"anchor.{what}" not in metadata:
+        raise ValueError(f"--by: {file} does not tell its {what} in its metadata; take file")
+    return metadata[f"anchor.{what}"]
+
+
+def _encoders(options: Namespace):
+    from ..evaluation.encoders import open_encoders, sandbox_encoders
+
+    wanted = options.judge or options.clip or options.dino
+    if bool(wanted) != bool(options.references):
+        raise ValueError("--references: scores take the real pictures and --judge, --clip or --dino; give both or none")
+    if options.judge and (options.clip or options.dino):
+        raise ValueError("--judge: the encoders are --clip DIR, --dino DIR or both, or else --judge sandbox; choose")
+    if not wanted:
+        return None
+    return sandbox_encoders() if options.judge else open_encoders(options.clip, options.dino, device(options))
+
+
+def _references(options: Namespace):
+    from ..data.folder import picture_files
+    from ..data.pictures import read_picture
+
+    return [read_picture(file) for file in picture_files(options.references)]
+
+
+def _class_prompt(options: Namespace, prompts: set[str]) -> str:
+    """The one prompt without the subject's token, for CLIP-T."""
+    from ..evaluation.picture_folders import class_only
+
+    if len(prompts) > 1:
+        raise ValueError("--prompt: the adapters name several in their metadata; give the one to compare them by")
+    return class_only(next(iter(prompts)), options.token)

@@ -23,8 +23,9 @@ from ..training.precision import resolve
 from ..training.presets import AUTO, preset_options
 from ..training.settings import DataSettings, TrainSettings
 from ..training.sweep import variants
+from .repeating import Repeat, command
 from .shared import check_writable, given, open_model, resolution
-from .sweeping import sweep
+from .train_sweep import sweep
 
 
 def train(options: Namespace) -> int:
@@ -46,6 +47,7 @@ def train(options: Namespace) -> int:
         variants(options.sweep, settings, config, prompts)
         if options.resume or settings.checkpoint_every:
             raise ValueError("sweep writes no checkpoints; leave --resume and --checkpoint_every out, and give --cache")
+    repeat = None if options.from_report is None else Repeat(options.from_report)
     out, workers = check_writable(options.out), Workers.launched(int(os.environ.get("WORLD_SIZE", "1")))
     options.device = options.device or workers.device
     denoiser = open_model(options)
@@ -58,7 +60,13 @@ def train(options: Namespace) -> int:
         return sweep(
             options, out, denoiser, several, references, concept, data, classes, bank, _bar, _signals,
         )  # fmt: skip
+    if repeat is not None:
+        repeat.check(references)
+        for each in repeat.differences(denoiser.device) if workers.is_first else ():
+            print(f"{each}: the last bits of the adapter may differ")
     with _bar(settings.steps, workers.is_first) as show, _signals() as orders:
+        if repeat is not None:
+            show = repeat.listening(show, denoiser, orders)
         outcome = run(
             denoiser, references, concept, settings, config, data, files=Files.beside(out / "adapter.safetensors"),
             class_pictures=classes, probe={"noises": 2, "seed": settings.seed}, tell=show, orders=orders,
@@ -66,7 +74,10 @@ def train(options: Namespace) -> int:
             bank=bank if options.cache else None,
         )  # fmt: skip
     if workers.is_first:
-        _report(out, outcome, options, concept, references.names, settings, config, data)
+        options.device, size = str(denoiser.device), resolution(options, denoiser)
+        _report(out, outcome, options, concept, references.names, command(options, size), config, data)
+        if repeat is not None and outcome.made_with:
+            print(repeat.verdict(outcome.made_with))
     return 130 if outcome.how == "cancelled" else 0
 
 
@@ -96,7 +107,7 @@ def _references(options: Namespace, denoiser, data: DataSettings):
     return load_references(options.references, sizes, masks=data.masks, captions=data.captions)
 
 
-def _report(out: Path, outcome, options: Namespace, concept: Concept, names, settings, config, data) -> None:
+def _report(out: Path, outcome, options: Namespace, concept: Concept, names, asked, config, data) -> None:
     """`report.png`, `report.json` and a line, of a training that made a step."""
     from ..evaluation import report
 
@@ -105,10 +116,12 @@ def _report(out: Path, outcome, options: Namespace, concept: Concept, names, set
         print("cancelled before the first step; nothing was written")
         return
     path, *embedding = outcome.files
+    made_with = dict(outcome.made_with)
+    settings = made_with.pop("settings")
     figure = report.new_figure(9, 6.8)
     (drift, loss), (distances, levels) = figure.subplots(2, 2)
-    report.draw_drift(drift, {settings.objective: history})
-    report.draw_loss(loss, {settings.objective: history})
+    report.draw_drift(drift, {settings["objective"]: history})
+    report.draw_loss(loss, {settings["objective"]: history})
     report.draw_distances(distances, history)
     report.draw_levels(levels, history)
     written = {
@@ -119,9 +132,11 @@ def _report(out: Path, outcome, options: Namespace, concept: Concept, names, set
         "subject_prompt": concept.subject_prompt,
         "class_prompt": concept.class_prompt,
         "references": names,
-        "settings": asdict(settings),
+        "command": asked,
+        "settings": settings,
         "data": asdict(data),
         **asdict(config),
+        "made_with": made_with,
         "history": history.to_dict(),
     }
     drift = dict(history.probes)[history.kept].drift

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..denoiser import Condition, Denoiser
 from ..writing import try_folder, whole
+from .digest import digest
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +111,15 @@ class Cache:
             self._conditions |= zip(missing, found)
         return [self._conditions[prompt] for prompt in prompts]
 
+    def digests(self) -> dict[str, str]:
+        """sha256 of what each prompt that was asked for became, by prompt; without those that are no tensors."""
+        made = {}
+        for prompt, condition in sorted(self._conditions.items()):  # one at a time on the CPU
+            parts = packed(condition)
+            if parts is not None:
+                made[prompt] = digest(*parts[0].values())
+        return made
+
     def _encoded(self, prompt: str) -> Condition:
         return self.denoiser.encode_prompt(prompt)
 
@@ -186,20 +195,6 @@ class Cache:
             logger.warning("the cache's %s is damaged, and is made again", path)
             return None
         return tensors, layout
-
-
-def digest(*parts: str | Tensor) -> str:
-    """sha256 of texts and tensors, with their lengths, shapes and dtypes."""
-    hashed = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, Tensor):
-            content = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-            hashed.update(f"tensor {tuple(part.shape)} {part.dtype} ".encode())
-        else:
-            content = part.encode()
-            hashed.update(f"text {len(content)} ".encode())
-        hashed.update(content)
-    return hashed.hexdigest()
 
 
 def packed(condition: Condition) -> tuple[dict[str, Tensor], str] | None:

@@ -111,6 +111,8 @@ def read_text(file: Path, limit: int) -> str:
     """The UTF-8 text of a file of a folder of pictures; OSError if it is longer than `limit` bytes, or leads out."""
     if not is_inside(file.parent, file):
         raise OSError(errno.ELOOP, f"it is {OUTWARD}")
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "it is no file")
     with file.open("rb") as stream:
         text = stream.read(limit + 1)
     if len(text) > limit:

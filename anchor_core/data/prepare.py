@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .augment import resized
 from .cache import Cache
 from .captions import check_captions, prompt_pairs
 from .dataset import Dataset, Example, check_dropout
+from .digest import digest, digests
 from .pictures import References
 
 
@@ -187,6 +188,7 @@ class Material:
         latents: (N, C, h, w), those of the first picture's size, for what takes a stack.
         class_latents: (M, C, h, w), or None.
         cache: of encoded prompts.
+        about: what it was made of, for reports: JSON values.
     """
 
     concept: Concept
@@ -195,6 +197,7 @@ class Material:
     class_latents: Tensor | None
     probe: DriftProbe | None
     cache: Cache
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 def prepare(
@@ -226,6 +229,7 @@ def prepare(
         dataset = Dataset.of_latents(references, concept)
     else:
         dataset = build_dataset(denoiser, references, concept, cache=cache, seed=seed, gap=gap, **options)
+    about = {} if isinstance(references, Tensor) else {"pictures": digests(references, dataset), "data": options}
     latents, class_latents, drift = of_one_size(dataset), None, None
     if options.get("resizes"):  # the probe's are the pictures themselves
         shape = references.pixels[0].shape
@@ -233,6 +237,7 @@ def prepare(
     if class_pictures is not None:
         begin("class_pictures")
         class_latents = class_pictures.latents(denoiser, concept, tuple(latents.shape[1:]), seed, gap)
+        about["class_pictures"] = {"count": len(class_latents), "latents": digest(class_latents)}
     if probe is not None:
         begin("measuring")
         # One of each picture is enough for the readings of Fig. 2.
@@ -240,4 +245,4 @@ def prepare(
         if samples is not None and samples.shape[1:] != latents.shape[1:]:
             samples = None
         drift = DriftProbe(denoiser, latents, concept, class_latents=samples, **probe)
-    return Material(concept, dataset, latents, class_latents, drift, cache)
+    return Material(concept, dataset, latents, class_latents, drift, cache, about)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.cache import Cache, digest, packed
+from ..data.cache import Cache, packed
+from ..data.digest import digest
 from ..denoiser import Condition, Denoiser, Step
 
 logger = logging.getLogger(__name__)

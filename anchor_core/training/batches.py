@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ..adapters.adapter import Adapter
 from ..concept import Concept
-from ..data.cache import Cache, digest
+from ..data.cache import Cache
 from ..data.dataset import Dataset, Rows
+from ..data.digest import digest
 from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
 from .bank import GB, Bank
 from .noise_levels import level_at, min_snr_weights, sample_levels

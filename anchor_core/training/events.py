@@ -48,6 +48,14 @@ class Resumed(Event):
 
 
 @dataclass(frozen=True)
+class Fitted(Event):
+    """`settings` that were chosen otherwise than given, so that a step fits in the memory, by name."""
+
+    event = "fitted"
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class StepMade(Event):
     """One finished step, counted from 1. `loss` is the sum of `terms`; `seconds` are those of the loop so far.
 
@@ -89,6 +97,14 @@ class Saved(Event):
     event = "saved"
     step: int
     files: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class Described(Event):
+    """What made the adapter that was kept, and its files' hashes: `provenance`."""
+
+    event = "described"
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,9 @@ class Record:
     def _phase(self, event) -> None:
         self._now["phase"] = event.phase
 
+    def _fitted(self, event) -> None:
+        self._now["chosen"] = {**self._now.get("chosen", {}), **event.settings}
+
     def _resumed(self, event) -> None:
         history = event.history
         for i in range(event.step):
@@ -158,6 +161,9 @@ class Record:
         if event.step not in [each["step"] for each in self._now["saved"]]:
             saved = {"step": event.step, "file": event.files[0].name}
             self._now["saved"] = [*self._now["saved"], saved]
+
+    def _described(self, event) -> None:
+        self._now["made_with"] = event.provenance
 
     def _ended(self, event) -> None:
         self._now |= {"phase": "ended", "how": event.how, "reason": event.reason, "kept": event.kept}

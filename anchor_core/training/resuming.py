@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 _MAY_CHANGE = {
     *"steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory".split(),
-    *"gradient_checkpointing bank".split(),
+    *"gradient_checkpointing bank preset".split(),
 }
 """Settings that a resumed training may have otherwise: they do not enter the steps already made, or nothing but the
 memory that a step takes."""
@@ -105,7 +105,7 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
         dataset.load_state_dict(saved)
     loop.candidates.load_state_dict(state["candidates"])
     loop.history = History.from_dict(state["history"])
-    _check_like(len(loop.history.losses) * [0.0], loop.history.losses, "losses")
+    _check_history(loop.history)
     loop.history.cancelled = loop.history.stopped = False
     planned = state.get("steps", loop.settings.steps)
     if loop.settings.schedule != "constant" and planned != loop.settings.steps:
@@ -162,6 +162,16 @@ def _check_like(own: Any, saved: Any, name: str) -> None:
         raise ValueError(f"its {name} is {_short(saved)}, and {_short(own)} here")
     for part in parts:
         _check_like(own[part], saved[part], f"{name} {part}")
+
+
+def _check_history(history: History) -> None:
+    """ValueError unless its curves are numbers, those of the losses and their terms one a step."""
+    made = len(history.losses) * [0.0]
+    for name, values in {"losses": history.losses, **history.terms}.items():
+        _check_like(made, values, name)
+    for name, values in history.distances.items():
+        _check_like(len(values) * [0.0], values, name)
+    _check_like(History().levels, history.levels, "levels")
 
 
 def _check_groups(own: Any, saved: Any) -> None:

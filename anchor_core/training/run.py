@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..data.prepare import ClassPictures, Material, prepare
 from ..denoiser import Denoiser
 from .bank import Bank
 from .checkpoint import Checkpoints
-from .events import Ended, Event, PhaseBegun, PictureMade, Saved, StepMade, Tell
+from .events import Described, Ended, Event, Fitted, PhaseBegun, PictureMade, Saved, StepMade, Tell
 from .history import History
 from .memory import check_memory
 from .methods import check_combination
@@ -29,6 +29,7 @@ from .orders import PICTURE, Orders
 from .parallel import ALONE, Workers
 from .precision import resolve
 from .preview import Preview
+from .provenance import provenance
 from .saving import Files, Trained
 from .settings import DataSettings, TrainSettings
 from .trainer import TrainingDiverged, train
@@ -38,12 +39,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended (of `events.ENDINGS`), and what is left of it: nothing, if it made no step."""
+    """How a training ended (of `events.ENDINGS`), and what is left of it: nothing, if it made no step.
+
+    `made_with` is the `provenance` of the files.
+    """
 
     how: str
     history: History
     trained: Trained | None
     files: tuple[Path, ...]
+    made_with: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _EndedEarly(Exception):
@@ -154,8 +159,11 @@ def fit(
     """
     orders = orders or Orders()
     with _told(tell):
-        settings = resolve(settings, denoiser)
+        wanted = settings = resolve(settings, denoiser)
         settings = check_memory(settings, denoiser, material.dataset, material.concept, material.cache)
+        if settings != wanted:
+            names = ("micro_batch", "gradient_checkpointing")
+            tell(Fitted({name: getattr(settings, name) for name in names}))
         orders.fix_steps(settings.fixed_length)
     going = _Going(denoiser, material, settings, files if workers.is_first else None, tell, orders, picture_every)
     try:
@@ -178,8 +186,13 @@ def fit(
         with _told(tell, going.made, going.kept):
             trained, written = going.take(orders.kept, written)
         history.kept = orders.kept
+    made_with: Mapping[str, Any] = {}
+    if written:
+        with _told(tell, going.made, history.kept):
+            made_with = provenance(denoiser, material, going.planned, workers.count, written)
+            tell(Described(made_with))
     tell(Ended(how, history.kept, len(history.losses)))
-    return Outcome(how, history, trained, written)
+    return Outcome(how, history, trained, written, made_with)
 
 
 def _failed(error: BaseException, made: int, kept: int = 0) -> Ended:
@@ -201,6 +214,11 @@ class _Going:
         self.saved: dict[int, tuple[Path, ...]] = {}
         shape = tuple(material.latents.shape[1:])
         self.preview = Preview(denoiser, self.concept, shape, settings.guidance, settings.seed)
+
+    @property
+    def planned(self) -> TrainSettings:
+        """The settings, with the steps that orders have added."""
+        return replace(self.settings, steps=self.settings.steps + self.orders.more)
 
     def begin(self) -> None:
         if self.every:
@@ -230,8 +248,7 @@ class _Going:
 
     def save(self, step: int, files: Files | None) -> tuple[Trained, tuple[Path, ...]]:
         """The adapter as it is, and the files it was written to: none without `files`."""
-        settings = replace(self.settings, steps=self.settings.steps + self.orders.more)
-        trained = Trained.of(self.denoiser, self.concept, settings, step)
+        trained = Trained.of(self.denoiser, self.concept, self.planned, step)
         if files is None:
             return trained, ()
         written = trained.save(files)

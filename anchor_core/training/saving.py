@@ -21,6 +21,7 @@ from ..adapters.tokens import to_embedding
 from ..concept import Concept
 from ..writing import claimed
 from .precision import resolve
+from .provenance import device_name, versions
 from .settings import TrainSettings
 
 _BASE_VERSIONS = {
@@ -71,6 +72,9 @@ def adapter_metadata(
         "steps": made,
         "base_model": base_fingerprint(denoiser),
         "version": __version__,
+        "versions": json.dumps(versions()),
+        "device": device_name(denoiser.device),
+        "dtype": str(denoiser.compute_dtype).removeprefix("torch."),
     }
     groups = {"modelspec.": modelspec, "ss_": kohya, "anchor.": anchor}
     return {

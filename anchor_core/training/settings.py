@@ -77,7 +77,7 @@ class TrainSettings:
     )
     learning_rate: float = option(
         1e-3,
-        "how far a step goes: about 1e-4 for SD1.5 and larger models, 2e-3 for the sandbox, 1 for prodigy; halve it "
+        "how far a step goes: about 1e-4 for SD1.5 and larger models, 1e-3 for the sandbox, 1 for prodigy; halve it "
         "if pictures turn garish or noisy",
         above=0,
     )
@@ -186,6 +186,8 @@ class TrainSettings:
     bank: float = option(
         1.0, "GB of anchors that are kept, in memory and in a cache folder: what is beyond is computed again", above=0
     )
+
+    preset: str = option("", "what chose the other options, for the file to say: it changes nothing by itself")
 
     def __post_init__(self):
         check_options(self)

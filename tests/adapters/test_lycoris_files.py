@@ -4,42 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 from anchor_core.adapters.attach import attach_tensors
 from tests.adapters.networks import Bare
+from tests.adapters.one_of_each import Layers, inputs, layers
 
 lycoris = pytest.importorskip("lycoris.modules", reason="lycoris-lora is not installed")
 
 LYCORIS = {"ss_network_module": "lycoris.kohya"}
-
-
-class Layers(nn.Module):
-    """One of each layer that LyCORIS adapts, the first of equal width and height."""
-
-    def __init__(self):
-        super().__init__()
-        self.square = nn.Linear(24, 24)
-        self.linear = nn.Linear(24, 16)
-        self.conv = nn.Conv2d(8, 12, 3, padding=1)
-        self.wide = nn.Conv2d(8, 16, 3, padding=1)
-        self.norm = nn.LayerNorm(24)
-        self.group = nn.GroupNorm(2, 8)
-
-
-def layers() -> Layers:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made = Layers()
-        for module in (made.norm, made.group):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
-        return made
-
-
-def inputs(module: nn.Module) -> torch.Tensor:
-    shape = (2, 8, 7, 7) if isinstance(module, (nn.Conv2d, nn.GroupNorm)) else (5, 24)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(5))
 
 
 CASES = {

@@ -122,7 +122,7 @@ def test_runs_without_a_cell_are_counted_and_left_out():
     told = judge(claim(of="a", against="b", expect="higher"), found)
     assert told.verdict == SHOWN and told.left_out == 2 and told.interval.runs == 6
     assert found.missing == ["a, pip, seed 0"]
-    assert "6 of 4 (-2)" in claims.markdown([told])
+    assert "| 6 of 4 subjects, 2 left out | shown |" in claims.markdown([told])
     assert judge(claim(of="a", against="b", expect="higher"), Cells(ROWS, SUBJECTS, [0], [])).verdict == UNKNOWN
 
 

@@ -82,7 +82,7 @@ class Window:
         """A graph with these trainings, nodes 4, 6, ..., each with `options` if it has some; gives the graph's id."""
         workflow = workflow or str(uuid.uuid4())
         usual = {"steps": 4, "probe_every": 2, "preview_every": 0, "batch_size": 1, "seed": 1, "name": "browser"}
-        usual["control_after_generate"] = "fixed"
+        usual |= {"control_after_generate": "fixed", "preset": "manual"}
         self.page.evaluate(GRAPH, [workflow, [{**usual, **each} for each in trainings]])
         self.until("(id) => (app.rootGraph ?? app.graph).id === id", workflow)
         self.page.keyboard.press(".")  # fit the graph into the view

@@ -113,6 +113,7 @@ def main() -> None:
             with torch.no_grad():
                 results["adapted"] = denoiser.predict(given["noisy"], given["timesteps"], conditions)
                 tensors = to_file_keys(adapter, denoiser.file_keys())
+                results |= {f"file.{key}": tensor for key, tensor in tensors.items()}
                 with denoiser.adapter_disabled():
                     results["disabled"] = denoiser.predict(given["noisy"], given["timesteps"], conditions)
         results["untouched.finished"] = torch.tensor(same(before, fingerprint(model)))

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from anchor_core import cli
@@ -211,7 +212,7 @@ def test_resume_needs_a_checkpoint_of_this_training(references, tmp_path, capsys
 
 
 def test_two_processes_train_what_one_trains_on_the_larger_batch(references, tmp_path):
-    """The losses are the means over the processes, so the whole training agrees to rounding."""
+    """The gradient is the mean over the processes, so the whole training agrees to rounding."""
     one = trained(references, tmp_path / "one", "--batch_size", "4")
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -222,6 +223,9 @@ def test_two_processes_train_what_one_trains_on_the_larger_batch(references, tmp
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], rel=1e-5)
     assert done.stdout.count("adapter.safetensors") == 1
+    files = [load_adapter(tmp_path / name / "adapter.safetensors")[0] for name in ("one", "two")]
+    first, second = (torch.cat([file[key].flatten().double() for key in sorted(file)]) for file in files)
+    assert torch.cosine_similarity(first, second, dim=0) > 0.99999
 
 
 def test_captions_buckets_masks_and_cache(references, tmp_path):

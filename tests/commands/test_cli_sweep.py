@@ -1,83 +1,86 @@
-"""`train --sweep`, and `bench speed` on the embedded model."""
+"""The verb `sweep`: one prompt at several strengths, or by several adapters, as a grid."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from torch import equal
+from PIL import Image
 
 from anchor_core import cli
-from anchor_core.bench import speed
-from tests.commands.test_cli import PROMPTS, refused
-
-QUICK = ["train", "--model", "sandbox", "--steps", "2", "--batch_size", "2", "--rank", "2", *PROMPTS]
+from anchor_core.evaluation.sweep import Column, best, parse_values, told
+from anchor_core.sandbox import subjects
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pip")
-    assert cli.main(["sandbox", "subject", "pip", "--out", str(folder)]) == 0
-    return str(folder)
+def trained(tmp_path_factory, weights):
+    """The folder of pictures of a subject, and two adapters of it that differ in w."""
+    folder = tmp_path_factory.mktemp("trained")
+    pictures = folder / "pip"
+    pictures.mkdir()
+    for i, picture in enumerate(subjects.get("pip").references()):
+        picture.save(pictures / f"{i}.png")
+    files = []
+    for w in ("0", "1"):
+        out = folder / f"w{w}"
+        words = ["--subject", "a photo of a sks star", "--class", "a photo of a star", "--learning_rate", "2e-2"]
+        given = ["train", "--model", str(weights), "--references", str(pictures), *words, "--steps", "3", "--w", w]
+        assert cli.main([*given, "--device", "cpu", "--out", str(out)]) == 0
+        files.append(str(out / "adapter.safetensors"))
+    return pictures, files
 
 
-def test_a_sweep_trains_each_as_alone_on_anchors_that_are_computed_once(references, tmp_path, capsys):
-    given = [*QUICK, "--references", references]
-    assert cli.main([*given, "--sweep", "w=0,.5,1", "--out", str(tmp_path / "swept")]) == 0
-    report = json.loads((tmp_path / "swept" / "report.json").read_text())
-    assert [row["variant"] for row in report["rows"]] == ["w=0", "w=0.5", "w=1"]
-    assert report["bank"] == {"computed": 2, "found": 2} and (tmp_path / "swept" / "report.png").exists()
-    assert "| w=0.5 |" in capsys.readouterr().out
-    assert cli.main([*given, "--w", "1", "--out", str(tmp_path / "alone"), "--cache", str(tmp_path / "cache")]) == 0
-    alone = load_file(tmp_path / "alone" / "adapter.safetensors")
-    swept = load_file(tmp_path / "swept" / "w=1" / "adapter.safetensors")
-    assert alone.keys() == swept.keys() and all(equal(alone[key], swept[key]) for key in alone)
-    assert len(list((tmp_path / "cache").glob("anchors-*"))) == 2
+def sweep(out: Path, weights, *options: str) -> int:
+    usual = ["--steps", "2", "--resolution", "64", "--device", "cpu"]
+    return cli.main(["sweep", "--model", str(weights), "--out", str(out), *usual, *options])
 
 
-def test_strengths_are_one_training(references, tmp_path):
-    given = [*QUICK, "--references", references, "--learning_rate", "0.05"]
-    assert cli.main([*given, "--sweep", "strength=0,.5,1", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert {row["adapter"] for row in rows} == {"adapter.safetensors"}
-    assert len({row["drift"] for row in rows}) == 3
+def test_strengths_of_one_adapter(tmp_path, weights, trained, capsys):
+    pictures, (_, file) = trained
+    judged = ["--references", str(pictures), "--judge", "sandbox"]
+    assert sweep(tmp_path, weights, "--adapter", file, "--strength", "0, 1", *judged) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["what"], [each["value"] for each in report["values"]]) == ("strength", ["0", "1"])
+    assert all(len(each["scores"]) == 2 and "clip_t" in each["means"] for each in report["values"])
+    assert report["prompts"] == ["a photo of a sks star"] and "| 0" in capsys.readouterr().out
+    made = {file.name: Image.open(file).tobytes() for file in tmp_path.glob("strength-*.png")}
+    assert set(made) == {f"strength-{value}-{i:03}.png" for value in (0, 1) for i in (0, 1)}
+    assert len(set(made.values())) == 4
+    assert Image.open(tmp_path / "report.png").width > 300
+
+
+def test_several_adapters_are_called_by_what_they_differ_in(tmp_path, weights, trained):
+    _, files = trained
+    assert sweep(tmp_path, weights, "--adapter", *files, "--by", "w", "--count", "1") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [each["value"] for each in report["values"]] == ["0.0", "1.0"] and report["best"] is None
 
 
 @pytest.mark.parametrize(
-    ("sweep", "message"),
+    "options, said",
     [
-        ("w", "--sweep: sweep is 'w', but w takes numbers with commas between"),
-        ("w=0.5", "it takes two different values at least; give one as --w"),
-        ("objective=1,2", "it takes NAME=VALUE,VALUE with one of w, "),
-        ("w=0,-1", "--w: w is -1.0, but it takes a finite number of at least 0"),
-        ("rank=4,many", "rank takes numbers with commas between"),
+        (["--strength", "x"], "--strength: strength is 'x', but it takes numbers with commas between"),
+        (["--judge", "sandbox"], "--references: scores take the real pictures"),
+        (["--strength", "0, 1", "--adapter", "one", "two"], "--strength: one thing is varied"),
     ],
 )
-def test_a_sweep_of_something_else_is_refused_before_anything_is_written(tmp_path, capsys, sweep, message):
-    given = [*QUICK, "--references", "nowhere", "--sweep", sweep, "--out", str(tmp_path / "out")]
-    assert message in refused(capsys, given)
-    assert not (tmp_path / "out").exists()
+def test_what_does_not_go_together_is_said(tmp_path, weights, capsys, options, said):
+    given = options if "--adapter" in options else ["--adapter", "one", *options]
+    assert sweep(tmp_path, weights, *given) == 2
+    assert said in capsys.readouterr().err
 
 
-def test_a_sweep_and_checkpoints_are_refused_together(tmp_path, capsys):
-    given = [*QUICK, "--references", "nowhere", "--sweep", "w=0,1", "--checkpoint_every", "1", "--out", str(tmp_path)]
-    assert "--sweep: sweep writes no checkpoints" in refused(capsys, given)
+def test_values_are_numbers_in_order_each_once():
+    assert parse_values("1, 0;0.5, 1,") == [0, 0.5, 1]
+    for wrong in ("", ",", "a", "nan", "1 2", ",".join(map(str, range(25)))):
+        with pytest.raises(ValueError, match="but it takes"):
+            parse_values(wrong)
 
 
-def test_speed_keeps_each_round_and_says_why_a_figure_is_missing(tmp_path, capsys):
-    given = ["bench", "speed", "--steps", "1", "--batch_size", "1", "--out", str(tmp_path), "--methods"]
-    assert cli.main([*given, "plain", "parts", "--rounds", "1"]) == 0
-    first = (tmp_path / "rounds.jsonl").read_text()
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert set(report["methods"]) == {"plain", "parts"}
-    assert report["ratios"]["bank_over_plain"] is None and report["reasons"]["bank_over_plain"]
-    assert "give --comfyui" in report["reasons"]["ours_over_stock"]
-    assert cli.main([*given, "plain", "anchored", "--rounds", "1"]) == 0
-    assert (tmp_path / "rounds.jsonl").read_text().startswith(first)  # what was measured is not measured again
-    report = json.loads((tmp_path / "report.json").read_text())
-    plain, anchored = (report["methods"][name]["seconds per step"] for name in ("plain", "anchored"))
-    assert report["ratios"]["anchored_over_plain"] == pytest.approx(anchored / plain, rel=0.05)
-    assert report["spread"]["anchored_over_parts"][0] <= report["ratios"]["anchored_over_parts"]
-    with pytest.raises(ValueError, match="holds measurements of"):
-        speed.run(tmp_path, speed.Spec(rank=3))
+def test_the_best_column_has_the_first_place_over_all_metrics():
+    columns = [Column(str(i), []) for i in range(3)]
+    for column, (clip, dino) in zip(columns, ((0.9, 0.2), (0.8, 0.8), (0.1, 0.7))):
+        column.scores.append({"clip_i": clip, "dino": dino})
+    assert best(columns) == 1 and best([Column("0", [])]) is None
+    assert told({"clip_i": 0.91234, "dino": 0.5}) == "CLIP-I 0.912\nDINO 0.500"

@@ -107,7 +107,7 @@ def test_a_prompt_set_has_two_hundred_prompts_with_the_keyword_in_each(name):
         first = [prompt.split("sks dog")[0] for prompt in prompts]
         assert len({len(each.split()) for each in first}) > 10  # it stands in many places
     else:
-        assert max(lengths) < 12
+        assert max(lengths) <= 13 and sum(lengths) / 200 < 9
     assert [prompt.replace("sks dog", "dog") for prompt in prompts] == prompt_set(name, "dog")
 
 

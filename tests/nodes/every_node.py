@@ -43,7 +43,10 @@ def prompts() -> dict[str, dict]:
 
 
 def all_prompts(server) -> dict[str, dict]:
-    """Prompts that run, in which every node of the pack stands once or more; they take a `plain.safetensors`."""
+    """Prompts in which every node of the pack stands once or more; they take a `plain.safetensors`.
+
+    Those with a short name run; one under a node's own is only connected, for want of one that is written here.
+    """
     found = prompts() | {"options": with_options(server, {"steps": 1, "preview_every": 0})}
     images = {**training(steps=1, preview_every=0), "5": node("PreviewAny", source=["4", 4])}
     images["6"] = node("AnchorImageReferences", images=["2", 0], size=64, buckets=False)
@@ -64,6 +67,13 @@ def all_prompts(server) -> dict[str, dict]:
     guider["32"] = node("BasicScheduler", model=["1", 0], scheduler="normal", steps=1, denoise=1.0)
     guider["5"] = node("SaveLatent", samples=["23", 0], filename_prefix="latents/guided")
     found["guider"] = guider
+    drawn = {"prompt": "", "count": 1, "size": 64, "seed": 0, "sampling_steps": 1, "guidance": 2.0, "judge": "sandbox"}
+    varied = {"sweep": "strength", "values": "0, 1", "preset": "auto", "name": "sweep", "lora": ["9", 0]}
+    given = {name: training()["4"]["inputs"][name] for name in ("model", "clip", "vae", "images", "concept")}
+    found["sweep"] = {key: value for key, value in training().items() if key != "4"} | {
+        "4": node("AnchorSweep", **given, **varied, **drawn), "5": node("PreviewAny", source=["4", 2]),
+        "9": node("AnchorLoadAdapter", file="plain.safetensors"),
+    }  # fmt: skip
     checked = {name: prompts()["drift"]["4"]["inputs"][name] for name in ("model", "clip", "vae", "lora", "images")}
     checked |= {"subject_prompt": "a photo of a sks star", "class_prompt": "a photo of a star", "name": "checked"}
     checked |= {"budget": 0.7, "timesteps": 1, "noises": 1, "count": 1, "steps": 1, "resolution": 64, "seed": 0}
@@ -73,7 +83,30 @@ def all_prompts(server) -> dict[str, dict]:
     for prompt in found.values():  # a LoRA that all take
         prompt |= {"9": node("AnchorLoadAdapter", file="plain.safetensors")} if "9" in prompt else {}
     found["load"]["4"]["inputs"]["file"] = "plain.safetensors"
-    return found
+    infos = server.get("/object_info")
+    missing = {each for each in infos if each.startswith("Anchor")} - {
+        each["class_type"] for prompt in found.values() for each in prompt.values()
+    }
+    return found | {name: _plain(infos, name) for name in missing}
+
+
+GIVEN = {
+    "MODEL": ["1", 0], "CLIP": ["1", 1], "VAE": ["1", 2], "IMAGE": ["2", 0], "ANCHOR_REFERENCES": ["2", 1],
+    "ANCHOR_CONCEPT": ["3", 0], "LORA_MODEL": ["9", 0], "CONDITIONING": ["20", 0],
+}  # fmt: skip
+"""What `_plain` connects to an input of a type."""
+
+
+def _plain(infos: dict, type_: str) -> dict[str, dict]:
+    """A prompt of a node that none is written for: its required inputs connected, or at their defaults."""
+    inputs = {}
+    for name, (kind, *more) in infos[type_]["input"].get("required", {}).items():
+        choices = kind if isinstance(kind, list) else more[0].get("options", [None])
+        inputs[name] = GIVEN.get(str(kind)) or more[0].get("default", choices[0])
+    prompt = {key: each for key, each in training().items() if key != "4"} | {"4": node(type_, **inputs)}
+    prompt["9"] = node("AnchorLoadAdapter", file="plain.safetensors")
+    prompt["20"] = node("CLIPTextEncode", clip=["1", 1], text="a photo of a sks star")
+    return prompt | ({} if infos[type_]["output_node"] else {"5": node("PreviewAny", source=["4", 0])})
 
 
 def declared(infos: dict, type_: str, given: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 
 import pytest
 from safetensors.torch import save_file
@@ -63,3 +64,28 @@ def test_every_input_of_every_node(server):
             wrong.append(f"{ours}.{name}, {value!r}: {message}")
     assert not wrong, "\n".join(wrong)
     assert len(cases) > 150
+
+
+def test_long_texts_and_control_characters_do_not_reach_messages(server):
+    prompt = all_prompts(server)["embedding"]
+    for text in ("x" * 100_000, "\x1b[2J\u202e\n" * 2000):
+        prompt["4"]["inputs"]["class_word"] = text
+        with pytest.raises(RuntimeError, match="^class_word is ") as caught:
+            server.run(prompt)
+        assert str(caught.value).isprintable() and len(str(caught.value)) < 1300
+
+
+@pytest.mark.parametrize(
+    ("target", "much"),
+    [("drift", {"timesteps": 100, "noises": 64}), ("selftest", {"resolution": 128, "batch_size": 8, "steps": 100})],
+)
+def test_what_takes_long_can_be_cancelled(server, target, much):
+    prompt = all_prompts(server)[target]
+    prompt["4"]["inputs"] |= much
+    ident = server.queue(prompt)
+    while not server.get("/queue")["queue_running"]:
+        time.sleep(0.05)
+    time.sleep(2)
+    server.post("/interrupt", {})
+    assert comfy_server.failure(server.wait(ident, 60)) == "interrupted"
+    assert server.run(all_prompts(server)["drift"])

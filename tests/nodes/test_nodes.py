@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 NODES = (
     "AnchorSandboxModel AnchorLoadReferences AnchorConcept AnchorTrainLoRA AnchorTrainOptions AnchorDriftReport "
     "AnchorCheckup AnchorCompare AnchorApplyAdapter AnchorSaveAdapter AnchorLoadAdapter AnchorAdjustConditioning "
-    "AnchorAdjustEmbedding AnchorGuidance AnchorGuider AnchorSelfTest"
+    "AnchorAdjustEmbedding AnchorGuidance AnchorGuider AnchorSelfTest AnchorSweep"
 ).split()
 
 

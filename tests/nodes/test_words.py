@@ -76,6 +76,19 @@ def test_every_node_has_a_help_page_and_no_page_is_left(object_info):
 
 def test_the_pictures_of_the_pages_are_there_and_small():
     shown = {name for page in PAGES for name in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text(encoding="utf-8"))}
-    kept = {file.name: file.stat().st_size for file in HELP.iterdir() if file.suffix != ".md"}
+    kept = {file.name: file.stat().st_size for file in HELP.iterdir() if file.suffix not in (".md", "")}
     assert shown == set(kept)
     assert max(kept.values()) < 60_000 and sum(kept.values()) < 600_000
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_help_page_is_there_in_every_language(language):
+    """With the node's name, the pictures, tables and lists of the English one."""
+    names = read(language)
+    for page in PAGES:
+        english_page = page.read_text(encoding="utf-8")
+        text = (HELP / page.stem / f"{language}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {names[page.stem]['display_name']}\n"), page.stem
+        for part in (r"!\[[^\]]+\]\(([^)]+)\)", r"^(\|)", r"^(- )", r"^(#+) ", r"^(```)"):
+            assert re.findall(part, text, re.M) == re.findall(part, english_page, re.M), (page.stem, part)
+    assert {folder.name for folder in HELP.iterdir() if folder.is_dir()} == {page.stem for page in PAGES}

@@ -22,7 +22,7 @@ found = comfy_server.find()
 pytestmark = [pytest.mark.long, pytest.mark.skipif(isinstance(found, str), reason=str(found))]
 
 SECONDS = 10
-CASES = 4  # of each input
+CASES = 8  # of each input
 ODD = (
     None, True, False, 0, 1, -1, 2, 3.5, 1e-9, 1e300, -1e300, 10**18, 2**63, 2**64, 10**30, float("nan"), float("inf"),
     "", " ", "0", "1e5", "nan", "None", "sks", "a star", "two words", "../../outside", "/etc/passwd", "/outside", "..",
@@ -38,6 +38,10 @@ def server(tmp_path_factory):
     server = comfy_server.ComfyServer(*found, install(tmp_path_factory.mktemp("comfyui")))
     yield server
     server.stop()
+
+
+def is_link(value) -> bool:
+    return isinstance(value, list) and len(value) == 2
 
 
 def targets(prompts: dict[str, dict], infos: dict) -> list[tuple[str, str, str]]:
@@ -58,6 +62,10 @@ def changed(prompt: dict, number: str, name: str, draw: random.Random) -> dict:
     """The input has another value, none, or one that a node of any type hands on."""
     prompt = {key: {**each, "inputs": dict(each["inputs"])} for key, each in prompt.items()}
     inputs, value = prompt[number]["inputs"], draw.choice(ODD)
+    if name == "rule" and is_link(value):
+        # ComfyUI compares no link with a dynamic combo, and its worker ends for good at one to an output that is not
+        # there (IndexError in add_strong_link), as it does with any input that a node does not declare.
+        value = "1"
     how = draw.choices(("constant", "handed on", "left out"), (12, 7, 1))[0]
     if how == "left out":
         inputs.pop(name, None)
@@ -71,8 +79,9 @@ def changed(prompt: dict, number: str, name: str, draw: random.Random) -> dict:
 
 def test_values(server, tmp_path):
     sent, infos = all_prompts(server), server.get("/object_info")
-    for prompt in sent.values():  # they run, and the model is loaded
-        server.run(prompt)
+    for name, prompt in sent.items():  # they run, and the model is loaded
+        if name not in infos:
+            server.run(prompt)
     places = targets(sent, infos)
     tally = Tally("workflow values", CASES * len(places))
 

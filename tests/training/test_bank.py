@@ -137,7 +137,7 @@ def test_damaged_files_are_computed_again_and_said(eps_denoiser, tmp_path, caplo
     second.write_bytes(second.read_bytes()[:-1] + b"!")
     from safetensors.torch import save
 
-    from anchor_core.data.cache import digest
+    from anchor_core.data.digest import digest
 
     wrong = {"anchors": torch.zeros(1)}
     third.write_bytes(save(wrong, {"layout": "", "sha256": digest("", *wrong.values())}))

@@ -68,13 +68,13 @@ def taken(monkeypatch):
 
 def test_the_command_line_takes_the_preset_of_the_model(taken):
     settings, config = taken()
-    assert (settings.learning_rate, settings.steps, config.rank) == (2e-3, 150, 8)
+    assert (settings.learning_rate, settings.steps, config.rank, config.layers) == (1e-3, 150, 8, "all_linear_conv")
 
 
 def test_what_is_given_wins_on_the_command_line_also_where_it_is_the_default(taken):
     assert taken("--learning_rate", "1e-3", "--steps", "7")[0].learning_rate == TrainSettings.learning_rate
     assert taken("--no-gradient-checkpointing", "--preset", "flux")[0].gradient_checkpointing is False
-    assert taken("--preset", "none")[0] == TrainSettings()
+    assert taken("--preset", "none")[0] == TrainSettings(preset="none")
 
 
 def test_a_methods_own_options_win_over_the_preset(taken):

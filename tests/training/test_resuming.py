@@ -37,6 +37,11 @@ TAMPERED = {
     "a deck of strangers": lambda state: {**state, "datasets": [{"8x8": [99]}]},
     "no history": lambda state: {**state, "history": {}},
     "a history of text": lambda state: {**state, "history": {**state["history"], "probes": ["x"]}},
+    "a course of dicts": lambda state: {**state, "history": {**state["history"], "levels": [{}] * 10}},
+    "terms of fewer steps": lambda state: {
+        **state,
+        "history": {**state["history"], "terms": {name: each[:1] for name, each in state["history"]["terms"].items()}},
+    },
     "no candidates": lambda state: {**state, "candidates": {}},
 }
 

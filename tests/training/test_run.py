@@ -14,7 +14,7 @@ from anchor_core.adapters.file import load_adapter
 from anchor_core.data.pictures import References
 from anchor_core.data.prepare import ClassPictures
 from anchor_core.drift import ProbeResult
-from anchor_core.training.events import PHASES, Ended, Measured, PhaseBegun, PictureMade, Saved, StepMade
+from anchor_core.training.events import PHASES, Described, Ended, Measured, PhaseBegun, PictureMade, Saved, StepMade
 from anchor_core.training.orders import Orders
 from anchor_core.training.run import run
 from anchor_core.training.saving import Files
@@ -66,14 +66,15 @@ def test_the_whole_story(train, tmp_path):
     outcome, events = train(picture_every=3)
     assert kinds(events) == [
         "preparing", "class_pictures", "measuring", "training", "measured", "step", "step", "measured", "step",
-        "picture", "step", "measured", "picture", "saving", "saved", "ended",
+        "picture", "step", "measured", "picture", "saving", "saved", "described", "ended",
     ]  # fmt: skip
     assert [event.step for event in events if isinstance(event, StepMade)] == [1, 2, 3, 4]
     assert [(e.step, e.result) for e in events if isinstance(e, Measured)] == outcome.history.probes
     pictures = [(event.step, tuple(event.pixels.shape)) for event in events if isinstance(event, PictureMade)]
     assert pictures == [(3, (3, 16, 16)), (4, (3, 16, 16))]
     assert events[-1] == Ended("finished", kept=4, made=4)
-    assert outcome.files == (tmp_path / "adapter.safetensors",) == events[-2].files
+    assert outcome.files == (tmp_path / "adapter.safetensors",) == events[-3].files
+    assert events[-2].provenance == outcome.made_with and outcome.made_with["settings"]["steps"] == 4
     tensors, metadata = load_adapter(outcome.files[0])
     assert metadata["anchor.steps"] == "4" and all(
         torch.equal(tensors[name], outcome.trained.tensors[name]) for name in tensors
@@ -85,10 +86,10 @@ def test_every_event_is_json_with_nan_as_null(tmp_path):
     events = [
         PhaseBegun("training"), StepMade(1, 4, math.nan, {"anchor": math.inf}), Measured(2, bad),
         PictureMade(2, "a sks dog", torch.zeros(3, 4, 5)), Saved(2, (tmp_path / "x.safetensors",)),
-        Ended("failed", 1, 2, "out of memory"),
+        Described({"versions": {}}), Ended("failed", 1, 2, "out of memory"),
     ]  # fmt: skip
     told = [json.loads(json.dumps(event.to_dict(), allow_nan=False)) for event in events]
-    assert [each["event"] for each in told] == ["phase", "step", "measured", "picture", "saved", "ended"]
+    assert [each["event"] for each in told] == ["phase", "step", "measured", "picture", "saved", "described", "ended"]
     assert told[1]["loss"] is None and told[1]["terms"] == {"anchor": None}
     assert told[2]["result"]["reconstruction"] is None and told[2]["result"]["by_timestep"] == [[0.5, None, 2.0]]
     assert told[3]["pixels"] == [3, 4, 5] and told[4]["files"] == [str(tmp_path / "x.safetensors")]

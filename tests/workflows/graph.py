@@ -11,7 +11,7 @@ GROWS = {
     "PreviewImage": 300, "SaveImage": 280, "PreviewAny": 180, "LoadImage": 300,
     "AnchorTrainLoRA": 420, "AnchorDriftReport": 100, "AnchorCompare": 100, "AnchorLoadReferences": 160,
     "AnchorSaveAdapter": 60, "AnchorAdjustEmbedding": 60, "AnchorAdjustConditioning": 80,
-    "AnchorSelfTest": 100, "AnchorCheckup": 100,
+    "AnchorSelfTest": 100, "AnchorCheckup": 100, "AnchorSweep": 450,
 }  # fmt: skip
 """What a node is higher than its rows: its picture, text or chart."""
 

@@ -10,7 +10,7 @@ from tests.workflows.graph import Graph, Out
 from tests.workflows.parts import PICKED, drawn, pictures, prompt, star
 
 HUB = "https://huggingface.co"
-ON_TRAINING = ("learning_rate", "steps", "w")
+ON_TRAINING = ("preset", "w", "run")
 
 
 def model_file(name: str, repository: str, directory: str, path: str = "") -> dict[str, str]:
@@ -63,8 +63,8 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
     """Training on a model of one's own by the preset of its family, for five pictures. `how`: of the sampler."""
     preset = dict(PRESETS[family].options)
     size = preset.pop("resolution")
-    given = {name: preset.pop(name) for name in ON_THE_NODE} | {"steps": 500, "preview_every": 100}
-    options = {name: value for name, value in preset.items() if name != "steps"}
+    given = {name: preset.pop(name) for name in ON_THE_NODE}
+    given |= {"steps": 500, "preview_every": 100, "preset": "subject"}
 
     def write(g: Graph) -> None:
         g.note(
@@ -73,15 +73,17 @@ def subject(load, family: str, latent: str, how: dict[str, Any]) -> Callable[[Gr
             "**Mask** you paint what is learnt.\n"
             "2. Write what it is as `class_word`: dog, backpack, person.\n"
             "3. Press **Run**. The LoRA lies in `output/loras` under `name` when it ends; a cancelled training keeps "
-            f"what it has learnt.\n\n**Steps**: about 100 for each picture. **w**: 0.5 to begin with; more if the "
-            f"surroundings of your pictures come along, less if the subject is not met.\n\n{MEMORY}",
+            "what it has learnt.\n\n**preset**: *subject* takes what suits the model, and 100 steps for each picture; "
+            "*quick try* a quarter; *low memory* where it does not fit; *manual* what the node says. **w**: 0.5 to "
+            "begin with; more if the surroundings of your pictures come along, less if the subject is not met.\n\n"
+            f"{MEMORY}",
             380,
         )
         model, clip, vae = load(g)[:3]
         concept = star(g, class_word="dog")
         loaded = pictures(g, size=size, buckets=True, **PICKED)  # last of its column: it grows with the pictures
         g.column(380)
-        more = g.add("AnchorTrainOptions", "More settings", **options)
+        more = g.add("AnchorTrainOptions", "More settings")
         g.column(380)
         trained = g.add(
             "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=loaded[1], concept=concept[0],
@@ -119,6 +121,7 @@ def as_an_app(g: Graph) -> None:
     loaded = pictures(g, size=512, buckets=True, **PICKED)
     g.column(380)
     settings = {name: PRESETS["sd1"].options[name] for name in ON_THE_NODE} | {"steps": 400, "preview_every": 50}
+    settings["preset"] = "subject"
     trained = g.add(
         "AnchorTrainLoRA", model=model, clip=clip, vae=vae, references=loaded[1], concept=concept[0],
         name="subject", **settings,

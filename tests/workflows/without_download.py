@@ -7,6 +7,7 @@ from tests.workflows.parts import NEW_PLACE, SAMPLING, drawn, pictures, prompt, 
 
 QUICKSTART_LORA = "quickstart_00001_.safetensors"
 STAR = "star_00001_"
+SWEPT = {"count": 2, "size": 64, "seed": 1, "sampling_steps": 30, "guidance": 4.0, "judge": "sandbox"}
 
 
 def quickstart(g: Graph) -> None:
@@ -21,7 +22,7 @@ def quickstart(g: Graph) -> None:
     model, clip, vae = sandbox(g)
     loaded, concept = pictures(g), star(g)
     g.column(380)
-    trained = train(g, model, clip, vae, loaded[0], concept[0])
+    trained = train(g, model, clip, vae, loaded[0], concept[0], preset="auto")
     g.column()
     text = g.add("PrimitiveStringMultiline", "The prompt, with the subject's word", value=NEW_PLACE)
     g.add("CLIPTextEncode", "The prompt", clip=clip, text=text[0])
@@ -35,8 +36,8 @@ def quickstart(g: Graph) -> None:
     links = {"model": model, "clip": clip, "vae": vae, "images": loaded[0], "concept": concept[0]}
     report = g.add("AnchorDriftReport", lora=trained[1], history=trained[3], timesteps=6, noises=1, **links)
     g.add("PreviewImage", "What the training changed", images=report[0])
-    shown = [(loaded, "references"), (concept, "class_word"), (text, "value"), (trained, "w"), (trained, "steps")]
-    g.app(*shown, outputs=[node for _, node in results])
+    shown = [(loaded, "references"), (concept, "class_word"), (text, "value"), (trained, "w"), (trained, "preset")]
+    g.app(*shown, (trained, "run"), outputs=[node for _, node in results])
 
 
 def check_a_lora(g: Graph) -> None:
@@ -46,6 +47,7 @@ def check_a_lora(g: Graph) -> None:
         "Model* and its subject's pictures and words.\n2. Press **Run**.\n\n**Drift** is the distance from what the "
         "model itself predicts for the class: 0 is untouched. **Reconstruction** is the error on the pictures: lower "
         "is nearer to the subject. A LoRA that moved far without a lower error does harm: try a lower `strength`.\n\n"
+        "**Strengths side by side** draws one prompt at each; *Use this* writes yours into *Apply Adapter*.\n\n"
         "*LoRA Check-up* needs no pictures, and no words for a LoRA that says its prompts: it writes a page with a "
         "verdict under output/checkups. For your own model set its `resolution`.\n\n"
         "*Save Adapter* writes the two prompts into a LoRA that has none.",
@@ -75,14 +77,16 @@ def check_a_lora(g: Graph) -> None:
     positive = prompt(g, clip, NEW_PLACE, "The prompt")
     negative = prompt(g, clip, "", "Nothing")
     latents = g.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=4)[0]
-    rows = [("Without the LoRA", model, positive)]
-    applied = []
-    for strength in (0.5, 1.0):
-        applied.append(g.add("AnchorApplyAdapter", model=model, clip=clip, file=QUICKSTART_LORA, strength=strength))
-        rows.append((f"Strength {strength:g}", applied[-1][0], positive))
+    applied = g.add("AnchorApplyAdapter", "At the chosen strength", model=model, clip=clip, file=QUICKSTART_LORA)
+    rows = [("Without the LoRA", model, positive), ("At the chosen strength", applied[0], positive)]
     results = drawn(g, rows, negative, latents, vae, "check")
-    shown = [(lora, "file"), (applied[0], "strength"), (loaded, "references"), (concept, "class_word")]
-    g.app(*shown, outputs=[page, drift, *(node for _, node in results)])
+    g.column(560)
+    how = SWEPT | {"values": "0, 0.5, 0.75, 1", "prompt": NEW_PLACE}
+    swept = g.add("AnchorSweep", "Strengths side by side", lora=lora[0], **links, **how)
+    g.add("PreviewImage", "All strengths", images=swept[0])
+    outputs = [page, drift, *(node for _, node in results), g.last]
+    shown = [(lora, "file"), (swept, "values"), (swept, "prompt"), (loaded, "references"), (concept, "class_word")]
+    g.app(*shown, (applied, "strength"), (swept, "grid"), outputs=outputs)
 
 
 def guidance_compared(g: Graph) -> None:
@@ -141,28 +145,27 @@ def ranked(g: Graph, loaded: list[Out], results: list, names: list[str], prompts
 
 def w_sweep(g: Graph) -> None:
     g.note(
-        "# w sweep\n\nThree trainings that differ in `w` alone, drawn from the same noise and ranked. It takes three "
-        "times as long as the quickstart.\n\n**w = 0** is plain DreamBooth: nearest to the pictures, and their "
+        "# w sweep\n\nThree trainings that differ in `w` alone, drawn from the same noise, with their scores. It takes "
+        "three times as long as the quickstart.\n\n**w = 0** is plain DreamBooth: nearest to the pictures, and their "
         "surroundings come along. **w = 1** keeps more of the model. Take the smallest at which the prompt is "
-        "met.\n\nFor your own subject replace *Sandbox Model* by your loader, as in *Train a subject*.",
-        280,
+        "met: **Use this** writes it into *Train Anchored LoRA*.\n\n**Change next**: `sweep` to *steps*, with `values` "
+        "50, 100, 150.\n\nFor your own subject replace *Sandbox Model* by your loader, as in *Train a subject*.",
+        330,
     )
     model, clip, vae = sandbox(g)
     loaded, concept = pictures(g), star(g)
-    trained = []
-    for w in (0.0, 0.5, 1.0):
-        g.column(380)
-        settings = {"w": w, "name": f"w {w:g}", "preview_every": 0, "probe_every": 0, "steps": 100}
-        trained.append(train(g, model, clip, vae, loaded[0], concept[0], f"w = {w:g}", **settings))
-    g.column()
-    positive = prompt(g, clip, NEW_PLACE, "The prompt")
-    negative = prompt(g, clip, "", "Nothing")
-    latents = g.add("EmptyLatentImage", "How many pictures", width=64, height=64, batch_size=4)[0]
-    names = [f"w = {w:g}" for w in (0.0, 0.5, 1.0)]
-    results = drawn(g, [(n, out[0], positive) for n, out in zip(names, trained)], negative, latents, vae, "w sweep")
-    ranked(g, loaded, results, names, NEW_PLACE)
-    shown = [(loaded, "references"), (concept, "class_word"), *((each, "w") for each in trained)]
-    g.app(*shown, outputs=[node for _, node in results])
+    g.column(620)
+    links = {"model": model, "clip": clip, "vae": vae, "references": loaded[1], "concept": concept[0]}
+    how = SWEPT | {"sweep": "w", "values": "0, 0.5, 1", "prompt": NEW_PLACE, "preset": "auto", "name": "w"}
+    swept = g.add("AnchorSweep", "w side by side", **links, **how)
+    g.column(620)
+    g.add("PreviewImage", "All of them", images=swept[0])
+    grid = g.last
+    g.add("PreviewAny", "Their scores", source=swept[2])
+    g.column(380)
+    train(g, model, clip, vae, loaded[0], concept[0], "Takes the value", preset="auto", name="chosen")
+    shown = [(loaded, "references"), (concept, "class_word"), (swept, "sweep"), (swept, "values"), (swept, "prompt")]
+    g.app(*shown, (swept, "grid"), outputs=[grid])
 
 
 def textual_inversion(g: Graph) -> None:

@@ -52,6 +52,10 @@ class ComfyDenoiser(Encoding, NoiseProcess):
     MODEL already carries are part of the pretrained network. Latents are (B, C, h, w), for video models too: a picture
     is one frame.
 
+    Attributes:
+        cancellable: `predict` ends by ComfyUI's own exception once Cancel was pressed. Off in a training, which looks
+            between its steps and keeps them.
+
     Raises:
         ValueError: the model cannot be trained through; one sentence says why.
     """
@@ -61,6 +65,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
         check_trainable(model)
         register_kernels()
         self.model, self.clip, self.vae = model, clip, vae
+        self.cancellable = False
         self.adapter: Adapter | None = None
         self.prediction_type = families.prediction_type(model.get_model_object("model_sampling"))
         self._video = families.takes_frames(model.model)
@@ -235,6 +240,8 @@ class ComfyDenoiser(Encoding, NoiseProcess):
                 f"predict got {len(noisy)} latents, {len(timesteps)} timesteps and {len(conditions)} conditions, "
                 "but it takes one of each a row"
             )
+        if self.cancellable:
+            comfy.model_management.throw_exception_if_processing_interrupted()
         noisy = noisy.to(self.device)
         x, sigma = self._as_comfy(self._frames(noisy), timesteps)
         encoded = [self._encoded(condition, x) for condition in conditions]

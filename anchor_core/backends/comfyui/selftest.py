@@ -126,6 +126,7 @@ def self_test(model, resolution: int = 512, batch_size: int = 1, rank: int = 8, 
         check_count(name, value)
     found, before = SelfTest(), _digest(model)
     with ComfyDenoiser(model, _RandomPrompts(TextInput.of(model.model)), None) as denoiser:
+        denoiser.cancellable = True
         found.machine, found.rounds = _machine(denoiser), any(map(_rounds_its_input, denoiser.network.modules()))
         batch = _Batch.draw(denoiser, resolution, batch_size)
         prediction = _prediction(denoiser, batch)

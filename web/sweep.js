@@ -1,0 +1,65 @@
+// Semantic Anchor in ComfyUI's page: the sweep node shows its grid, and gives a value on to the node that takes it.
+
+import { api } from "../../scripts/api.js"
+import { app } from "../../scripts/app.js"
+import { addFold, fold } from "./fold.mjs"
+import { SweepView } from "./sweep_view.mjs"
+import { take, targets } from "./targets.mjs"
+import { WORDS } from "./words.mjs"
+
+const NODE = "AnchorSweep"
+
+function addressOf({ filename, subfolder = "", type = "temp" }) {
+  return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
+}
+
+function follow(node) {
+  addFold(node, WORDS)
+  const view = new SweepView({
+    addressOf,
+    use: (value) => {
+      const { what } = view.sweep
+      const places = targets(node.graph?.nodes ?? [], node, what)
+      for (const place of places) take(place, value)
+      app.canvas?.setDirty?.(true, true)
+      const names = [...new Set(places.map(([{ title }]) => title))].join(", ")
+      return places.length ? `${what} ${value} → ${names}` : WORDS.sweep[what === "strength" ? "no_strength" : "no_training"]
+    },
+    grown: () => {
+      node.setSize?.([Math.max(node.size[0], 460), Math.max(node.size[1], node.computeSize()[1])])
+      node.setDirtyCanvas?.(true, true)
+    },
+  })
+  const widget = node.addDOMWidget("grid", "anchor_sweep", view.root, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => view.height,
+  })
+  widget.serialize = false
+  const show = (kept) => {
+    if (kept?.sweep?.values?.length && Array.isArray(kept.files)) view.show(kept.sweep, kept.files)
+  }
+  const { onExecuted, onConfigure, onDrawForeground } = node
+  node.onDrawForeground = function () {
+    onDrawForeground?.apply(this, arguments)
+    fold(this, WORDS) // for a change of the way that nodes are drawn
+  }
+  node.onExecuted = function (output) {
+    onExecuted?.apply(this, arguments)
+    const [sweep] = output?.anchor_sweep ?? []
+    if (!sweep) return
+    node.properties.anchor_sweep = { sweep, files: output.anchor_pictures } // a reload after the end restores nothing else
+    show(node.properties.anchor_sweep)
+  }
+  node.onConfigure = function () {
+    onConfigure?.apply(this, arguments)
+    show(this.properties?.anchor_sweep)
+  }
+}
+
+app.registerExtension({
+  name: "semantic_anchor.sweep",
+  nodeCreated(node) {
+    if (node.comfyClass === NODE) follow(node)
+  },
+})
