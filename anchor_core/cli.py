@@ -299,7 +299,8 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
         actions, "report", "tables, claims and plots from a benchmark's stored cells", commands.bench_report, None
     )
     told.add_argument("folder", metavar="DIR", help="the --out of `bench run`")
-    _add_speed(actions)
+    text = "time and memory of a step against a plain one, ComfyUI's trainer and diffusers' loop"
+    commands.add_speed_options(_verb(actions, "speed", text, commands.speed, "out/speed"))
 
     test = _verb(verbs, "selftest", "whether training is right on this machine's card", commands.selftest, out=None)
     test.add_argument("--comfyui", required=True, metavar="DIR", help="the ComfyUI to start")
@@ -321,26 +322,6 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     subject = _verb(actions, "subject", "write a subject's reference pictures", commands.subject)
     subject.add_argument("name", metavar="NAME")
     return parser
-
-
-def _add_speed(actions) -> None:
-    text = "time and memory of a step against a plain one, ComfyUI's trainer and diffusers' loop"
-    speed = _verb(actions, "speed", text, commands.speed, "out/speed")
-    speed.add_argument(
-        "--model", default="sandbox", choices=("sandbox", "sd15"), help="sd15: full size, random weights"
-    )
-    speed.add_argument("--rounds", type=int, default=3, help="in which all methods take a turn (default 3)")
-    speed.add_argument("--steps", type=int, default=6, help="timed in a measurement, after a first one (default 6)")
-    speed.add_argument("--batch_size", "--batch-size", type=int, default=4, help="(default 4)")
-    speed.add_argument("--rank", type=int, default=8, help="(default 8)")
-    speed.add_argument("--latents", type=int, default=16, help="their edge (default 16, pictures of 64 in the sandbox)")
-    speed.add_argument("--dtype", default="fp32", choices=PRECISIONS[1:], help="of the weights (default fp32)")
-    speed.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    speed.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="these alone")
-    speed.add_argument(
-        "--comfyui", metavar="DIR", help="against this ComfyUI's trainer and CFG too, on SD1.5's network"
-    )
-    speed.add_argument("--comfyui_python", "--comfyui-python", metavar="FILE", help="(default: its .venv)")
 
 
 def _verb(parent, name: str, text: str, run, out: str | None = "") -> argparse.ArgumentParser:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from ..checks import check_choice, check_count
+from ..training.settings import PRECISIONS
 from .shared import check_writable
+
+
+def add_speed_options(speed: ArgumentParser) -> None:
+    speed.add_argument("--model", default="sandbox", choices=("sandbox", "sd15"), help="sd15: at random weights")
+    speed.add_argument("--rounds", type=int, default=3, help="in which all methods take a turn (default 3)")
+    speed.add_argument("--steps", type=int, default=6, help="timed in a measurement, after a first one (default 6)")
+    speed.add_argument("--batch_size", "--batch-size", type=int, default=4, help="(default 4)")
+    speed.add_argument("--rank", type=int, default=8, help="(default 8)")
+    speed.add_argument("--latents", type=int, default=16, help="their edge (default 16, pictures of 64 in the sandbox)")
+    speed.add_argument("--dtype", default="fp32", choices=PRECISIONS[1:], help="of the weights (default fp32)")
+    speed.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    speed.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="these alone")
+    speed.add_argument("--comfyui", metavar="DIR", help="against this ComfyUI's trainer and CFG too, at SD1.5's size")
+    speed.add_argument("--comfyui_python", "--comfyui-python", metavar="FILE", help="(default: its .venv)")
 
 
 def speed(options: Namespace) -> None:
