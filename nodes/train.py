@@ -18,7 +18,7 @@ from ..anchor_core.data.pictures import from_images
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
-from .presets import MANUAL, check_w, chosen_options, preset_input, said, settings_of, w_input
+from .presets import MANUAL, chosen_options, preset_input, said, settings_of, w_input
 from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
@@ -230,10 +230,6 @@ class AnchorTrainLoRA(io.ComfyNode):
                 ),
             ],
         )
-
-    @classmethod
-    def validate_inputs(cls, w=None):
-        return check_w(w)
 
     @classmethod
     def fingerprint_inputs(cls, **inputs):

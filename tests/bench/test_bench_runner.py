@@ -109,7 +109,7 @@ def test_a_second_start_makes_what_is_missing_and_nothing_else(made):
     gone.unlink()
     runner.run(config, out, jobs=1)  # by the adapter's file
     again = cells(out)
-    assert again["plain + mixed"]["scores"] == pytest.approx(first["plain + mixed"]["scores"])
+    assert again["plain + mixed"]["scores"]["2"] == pytest.approx(first["plain + mixed"]["scores"]["2"])
     changed = {file for file, time in times(out).items() if before.get(file) != time and file.name != "config.json"}
     assert changed == {gone}
 
