@@ -207,6 +207,7 @@ def _by_training(sweep, values, concept, prompt, pictures, *, model, clip, vae, 
     """The same material for every training; `steps` is one training that is looked at as it goes."""
     from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
     from ..anchor_core.data.prepare import ClassPictures, prepare
+    from ..anchor_core.training.bank import GB, Bank
     from ..anchor_core.training.methods import check_combination
     from ..anchor_core.training.precision import resolve
     from ..anchor_core.training.run import fit
@@ -225,6 +226,7 @@ def _by_training(sweep, values, concept, prompt, pictures, *, model, clip, vae, 
     check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
     classes, material = ClassPictures(folder=Path(folder_paths.get_temp_directory()) / "anchor_class_pictures"), None
     with ComfyDenoiser(model, clip, vae) as denoiser:
+        bank = Bank(denoiser, limit=GB * settings.bank) if len(trainings) > 1 else None  # every w has the same anchors
         watch = _Watch(denoiser, prompt, how, sum(each.steps for each in trainings))
         for each in trainings:
             each = resolve(each, denoiser)
@@ -237,7 +239,7 @@ def _by_training(sweep, values, concept, prompt, pictures, *, model, clip, vae, 
             )  # fmt: skip
             watch.begin(f"{each.w:g}" if sweep == W else None, values if sweep == STEPS else ())
             files = new_files(how["name"], config)
-            outcome = fit(denoiser, material, each, files=files, tell=watch, orders=watch.orders)
+            outcome = fit(denoiser, material, each, files=files, tell=watch, orders=watch.orders, bank=bank)
             denoiser.detach()
             if outcome.how == "cancelled":
                 comfy.model_management.interrupt_current_processing(False)

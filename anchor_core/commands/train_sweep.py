@@ -11,6 +11,8 @@ from ..concept import Concept
 from ..training.bank import Bank
 from ..training.settings import DataSettings
 
+PICTURES, SAMPLING_STEPS = 4, 25
+
 
 def sweep(
     options: Namespace, out: Path, denoiser, several, references, concept: Concept, data: DataSettings, classes,
@@ -24,16 +26,17 @@ def sweep(
     from ..data.cache import Cache
     from ..data.prepare import prepare
     from ..evaluation import report
-    from ..evaluation.compare import contact_sheet
+    from ..evaluation.sweep import Column, draw, grid, noises
     from ..training.sweep import sweep
 
-    first, rows, shown = several[0].settings, [], {}
+    first, rows, columns = several[0].settings, [], []
     reads_class = any(each.settings.make_objective().reads_class_pictures for each in several)
     material = prepare(
         denoiser, references, concept, class_pictures=classes if reads_class else None,
         probe={"noises": 2, "seed": first.seed}, seed=first.seed, cache=Cache(denoiser, options.cache),
         **data.build,
     )  # fmt: skip
+    noise = noises(tuple(material.latents.shape[1:]), PICTURES, first.seed)
     out.mkdir(parents=True, exist_ok=True)
     status = 0
     with ExitStack() as stack:
@@ -61,10 +64,13 @@ def sweep(
                     "how": swept.outcome.how,
                 }
             )
-            shown[swept.variant.label] = list(swept.pictures)
+            drawn = draw(
+                denoiser, concept.subject_prompt, noise, steps=SAMPLING_STEPS, guidance=swept.variant.settings.guidance
+            )
+            columns.append(Column(f"{swept.variant.label}\ndrift {swept.probe.drift:.3g}", drawn))
             status = 130 if swept.outcome.how == "cancelled" else 0
             # At each, so that what there is stays if a later one fails.
-            contact_sheet(references.pixels, shown, len(swept.pictures)).savefig(out / "report.png")
+            grid(columns, "").savefig(out / "report.png")
             told = {"settings": asdict(first), "data": asdict(data), "rows": rows}
             told["bank"] = {"computed": bank.computed, "found": bank.found}
             report.write_json(out / "report.json", told)

@@ -7,9 +7,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..adapters.config import AdapterConfig
 from ..data.prepare import Material
 from ..denoiser import Denoiser
@@ -24,12 +21,11 @@ from .settings import TrainSettings
 
 STRENGTH = "strength"
 """Of one adapter, which is trained once and sampled at each."""
-SAMPLING_STEPS, COLUMNS = 25, 4
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One value of the option: what is trained with it, and the strength that its pictures are made at."""
+    """One value of the option: what is trained with it, and the strength that it is looked at with."""
 
     label: str
     settings: TrainSettings
@@ -39,11 +35,10 @@ class Variant:
 
 @dataclass(frozen=True)
 class Swept:
-    """A variant after its training: its pictures (N, 3, H, W) in [0, 1], and the probe of what they were made with."""
+    """A variant after its training, and what the probe says of it at its strength."""
 
     variant: Variant
     outcome: Outcome
-    pictures: Tensor
     probe: ProbeResult | None
 
 
@@ -87,14 +82,6 @@ def variants(text: str, settings: TrainSettings, config: AdapterConfig, prompts:
     return found
 
 
-@torch.no_grad()
-def _pictures(denoiser: Denoiser, material: Material, noise: Tensor, guidance: float) -> Tensor:
-    prompts = [material.concept.subject_prompt, ""]
-    subject, negative = denoiser.encode_prompts(prompts, adapted=denoiser.adapter.config.trains_text)
-    latents = denoiser.sample([subject] * len(noise), negative, noise, steps=SAMPLING_STEPS, guidance=guidance)
-    return denoiser.decode_latents(latents).cpu()
-
-
 def sweep(
     denoiser: Denoiser,
     material: Material,
@@ -104,9 +91,8 @@ def sweep(
     folder: Path | None = None,
     orders: Callable[[], Orders] = Orders,
     tell: Callable[[Variant], Tell] = lambda variant: lambda event: None,
-    count: int = COLUMNS,
 ) -> Iterator[Swept]:
-    """Train and sample each, one after the other; the adapter of one is detached before the next.
+    """Train each, one after the other; a variant's adapter is attached, at its strength, until the next is asked for.
 
     Each is equal in every bit to its training alone, with `bank` or without. Variants that differ in their strength
     alone are one training. It ends with a training that is cancelled.
@@ -115,9 +101,7 @@ def sweep(
         folder: of a folder for each training, with its `adapter.safetensors`; None to write none.
         orders: gives those of the next training.
         tell: gives the listener of a variant's training.
-        count: pictures of each, from the same noise.
     """
-    noise = torch.randn((count, *material.latents.shape[1:]), generator=torch.Generator().manual_seed(0))
     trained: tuple[TrainSettings, AdapterConfig] | None = None
     outcome: Outcome | None = None
     try:
@@ -133,9 +117,7 @@ def sweep(
                 if outcome.trained is None:
                     return
             with denoiser.adapter.scaled(variant.strength):
-                pictures = _pictures(denoiser, material, noise, variant.settings.guidance)
-                probe = None if material.probe is None else material.probe.measure()
-            yield Swept(variant, outcome, pictures, probe)
+                yield Swept(variant, outcome, None if material.probe is None else material.probe.measure())
             if outcome.how == "cancelled":
                 return
     finally:
