@@ -93,9 +93,9 @@ def _with_option(message: str, parser: argparse.ArgumentParser) -> str:
     known = {field.name for part in (TrainSettings, DataSettings, AdapterConfig) for field in fields(part)}
     known |= {"prompt", "strength", "rule", *RULE_OPTIONS}
     known |= {"model", "references", "subject", "class", "seed", "steps", "guidance", "count", "out", "adapter"}
-    known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset"}
+    known |= {"lambda", "class_word", "class_pictures", "embedding", "method", "preset", "sweep"}
     known |= {"pictures", "prompts", "clip", "dino", "encoder_batch", "adapters", "jobs", "subjects", "seeds", "rows"}
-    known |= {"ray", "noises", "timesteps", "budget"}
+    known |= {"ray", "comfyui", "methods", "noises", "timesteps", "budget"}
     return f"--{name}: {message}" if name in known and not message.startswith("--") else " ".join(message.split())
 
 
@@ -137,7 +137,12 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
         help="train once more what a report.json tells of, but for the options given besides: to the same bits",
     )  # fmt: skip
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in OUT")
-    train.add_argument("--cache", metavar="DIR", help="keep latents and encoded prompts here for further trainings")
+    train.add_argument(
+        "--cache", metavar="DIR", help="keep latents, encoded prompts and anchors here for further trainings"
+    )
+    train.add_argument(
+        "--sweep", metavar="NAME=V,V", help="one training for each value, such as w=0,.25,.5 or rank=4,8"
+    )
     train.set_defaults(**(defaults or {}))
 
     sample = _verb(verbs, "sample", "make pictures, with or without an adapter", commands.sample)
@@ -294,6 +299,8 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
         actions, "report", "tables, claims and plots from a benchmark's stored cells", commands.bench_report, None
     )
     told.add_argument("folder", metavar="DIR", help="the --out of `bench run`")
+    text = "time and memory of a step against a plain one, ComfyUI's trainer and diffusers' loop"
+    commands.add_speed_options(_verb(actions, "speed", text, commands.speed, "out/speed"))
 
     test = _verb(verbs, "selftest", "whether training is right on this machine's card", commands.selftest, out=None)
     test.add_argument("--comfyui", required=True, metavar="DIR", help="the ComfyUI to start")

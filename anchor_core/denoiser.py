@@ -51,6 +51,10 @@ class Denoiser(Protocol):
     def make_room(self, needed: int) -> int:
         """Bytes free on the device, after models of others have made way if less than `needed` were."""
 
+    def encoding(self) -> AbstractContextManager[None]:
+        """While it is open, pictures and prompts are encoded, for one change of the model that is loaded; nothing is
+        predicted."""
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], shape (B, 3, H, W), to scaled latents (B, C, h, w)."""
 
@@ -160,6 +164,7 @@ class Step:
         weights: factor of each row's errors, (B,), the same for every term (min-SNR).
         masks: where errors count, (B, 1, h, w) in [0, 1]; each row's error is the mean over what its mask covers.
         texts: for objectives that read `class_prediction`, `current_anchor`, `unconditional` or `text_distance`.
+        known: gives the anchor from elsewhere, equal in every bit to what `pretrained` computes.
     """
 
     def __init__(
@@ -174,6 +179,7 @@ class Step:
         weights: Tensor | None = None,
         masks: Tensor | None = None,
         texts: Texts | None = None,
+        known: Callable[[Step], Tensor] | None = None,
     ):
         self.denoiser = denoiser
         self.latents = latents
@@ -185,6 +191,7 @@ class Step:
         self.weights = weights
         self.masks = masks
         self._texts = texts
+        self._known = known
 
     @cached_property
     def noisy(self) -> Tensor:
@@ -204,7 +211,12 @@ class Step:
     @cached_property
     def anchor(self) -> Tensor:
         """Adapter off, class prompt, same z_t and t, no graph: eps_theta'(z_t, c_cls, t)."""
-        with torch.no_grad(), self.denoiser.adapter_disabled():
+        return self.pretrained() if self._known is None else self._known(self)
+
+    @torch.no_grad()
+    def pretrained(self) -> Tensor:
+        """The anchor by a pass of the network."""
+        with self.denoiser.adapter_disabled():
             return self.denoiser.predict(self.noisy, self.timesteps, self.class_conditions)
 
     @cached_property

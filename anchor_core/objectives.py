@@ -182,6 +182,12 @@ class Objective:
         return self.option("prior_weight") > 0
 
     @property
+    def reads_anchor(self) -> bool:
+        """Whether what the pretrained network predicts of the class is read."""
+        pretrained = self.option("w") > 0 and self.option("anchor") != "current"
+        return pretrained or self.option("class_weight") > 0
+
+    @property
     def trains_class(self) -> bool:
         """Whether a prediction of the class prompt is trained too."""
         return self.reads_class_pictures or self.option("class_weight") > 0

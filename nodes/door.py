@@ -108,16 +108,17 @@ def _is_none(value: Any, lists: bool) -> bool:
 
 
 def _input(declared: io.Input, value: Any, lists: bool, name: str) -> Any:
-    if isinstance(value, Mapping) and isinstance(declared, io.Autogrow.Input | io.DynamicCombo.Input):
+    combo, kind = isinstance(declared, io.DynamicCombo.Input), declared.get_io_type()
+    if isinstance(value, Mapping) and (isinstance(declared, io.Autogrow.Input) or (combo and declared.id in value)):
         return _checked(declared.get_all(), value, lists, f"{name}.")
-    kind = declared.get_io_type()
+    bare = combo and "." not in name  # what a link brings: the choice itself stands inside
     for each in value if lists else (value,):
         if each is None:
             raise ValueError(
                 f"{name} is empty, but it takes {_words(declared)}; connect one, from a file of its own if a "
                 "checkpoint holds none"
             )
-        if not TYPES[kind](each) or not _in_range(declared, each):
+        if bare or not TYPES[kind](each) or not _in_range(declared, each):
             plain = isinstance(each, str | int | float)
             said = shown(repr(each), 60) if plain else f"of the type {type(each).__name__}"
             raise ValueError(f"{name} is {said}, but it takes {_words(declared)}; connect or choose one")

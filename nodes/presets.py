@@ -18,20 +18,12 @@ _DEFAULTS = {field.name: field.default for kind in (TrainSettings, AdapterConfig
 
 
 def w_input() -> io.Float.Input:
-    """A slider over what is useful; `check_w` takes what a saved workflow or the API has beyond it."""
+    """A slider; the page's script has it end at 2, unless a saved workflow has more."""
     (w,) = inputs_of(TrainSettings, ("w",))
     return io.Float.Input(
-        "w", default=w.default, min=0.0, max=2.0, step=0.05, round=1e-6, tooltip=w.tooltip,
+        "w", default=w.default, min=0.0, max=100.0, step=0.05, round=1e-6, tooltip=w.tooltip,
         display_mode=io.NumberDisplay.slider,
     )  # fmt: skip
-
-
-def check_w(w: list[float] | None) -> bool | str:
-    """True, or what is wrong: for `validate_inputs` of a node with `is_input_list`, in place of the slider's limits."""
-    try:
-        return w is None or None in w or TrainSettings(w=w[0]) is not None
-    except ValueError as error:
-        return str(error)
 
 
 def preset_input() -> io.Combo.Input:

@@ -18,7 +18,7 @@ from ..anchor_core.data.pictures import from_images
 from ..anchor_core.training.settings import DataSettings, TrainSettings
 from . import runs
 from .checkpoints import CHECKPOINTS, NEW_TRAINING, checkpoint_names, open_checkpoints
-from .presets import MANUAL, check_w, chosen_options, preset_input, said, settings_of, w_input
+from .presets import MANUAL, chosen_options, preset_input, said, settings_of, w_input
 from .references import MASK_TOOLTIP, invert_masks_input
 from .types import (
     CATEGORY,
@@ -95,7 +95,7 @@ class AnchorTrainOptions(io.ComfyNode):
                     tooltip="The subject's share in place of the node's w, which is then (1 - lambda) / lambda: 1 is w "
                     "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
-                *inputs_of(TrainSettings, ("micro_batch", "memory"), optional=True),
+                *inputs_of(TrainSettings, ("micro_batch", "memory", "draws", "bank"), optional=True),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
         )
@@ -232,10 +232,6 @@ class AnchorTrainLoRA(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, w=None):
-        return check_w(w)
-
-    @classmethod
     def fingerprint_inputs(cls, **inputs):
         return WRITTEN.fingerprint(_training(one_each(inputs, LISTS)))
 
@@ -270,7 +266,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                 outcome = run(
                     denoiser, pictures, concept, settings, config, data, files=files, class_pictures=classes,
                     probe={"timesteps": 5, "noises": 2} if probe_every else None, tell=going.tell, orders=orders,
-                    checkpoints=checkpoints, picture_every=preview_every,
+                    checkpoints=checkpoints, picture_every=preview_every, bank=_bank(denoiser, settings),
                 )  # fmt: skip
             if outcome.how == "cancelled":
                 comfy.model_management.interrupt_current_processing(False)
@@ -319,6 +315,14 @@ def _class_pictures(settings: TrainSettings, class_images, class_count: int):
     # ComfyUI empties its temporary folder when it starts.
     folder = Path(folder_paths.get_temp_directory()) / "anchor_class_pictures"
     return ClassPictures(check_count("class_count", class_count), folder=folder)
+
+
+def _bank(denoiser, settings: TrainSettings):
+    """Of the anchors of fixed draws, which serve the next training of the same pictures too."""
+    from ..anchor_core.training.bank import GB, Bank
+
+    folder = Path(folder_paths.get_temp_directory()) / "anchor_bank"  # emptied when ComfyUI starts
+    return Bank(denoiser, folder, GB * settings.bank) if settings.draws else None
 
 
 def new_files(name: str, config: AdapterConfig):

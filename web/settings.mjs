@@ -7,6 +7,7 @@ import { WORDS } from "./words.mjs"
 
 const LOOK = "/semantic_anchor/look"
 const EVERY = 500 // ms between two glances at the graph
+const W_MAX = 2 // of the slider
 const CALM = 2 // glances without a change before the server is asked
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
@@ -25,8 +26,10 @@ export function prepare(node, defaults) {
     onConfigure?.apply(this, arguments)
     if (preset && !isSaved(this, info)) preset.value = MANUAL
     const w = widgetOf(this, "w")
-    if (w?.options && w.value > w.options.max) w.options.max = w.value
+    if (w?.options) w.options.max = Math.max(W_MAX, w.value)
   }
+  const w = widgetOf(node, "w")
+  if (w?.options) w.options.max = W_MAX
   addFold(node, WORDS)
 }
 

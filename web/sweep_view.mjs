@@ -5,7 +5,7 @@ import { WORDS } from "./words.mjs"
 const STYLE = `
 .sa-sweep { display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%; box-sizing: border-box;
   color: var(--input-text); font: 11px sans-serif; overflow: hidden; }
-.sa-sweep .sa-said { color: var(--descrip-text); min-height: 14px; white-space: nowrap; overflow: hidden;
+.sa-sweep .sa-taken { color: var(--descrip-text); min-height: 14px; white-space: nowrap; overflow: hidden;
   text-overflow: ellipsis; }
 .sa-columns { display: flex; gap: 6px; overflow: auto; justify-content: safe center; flex: 1 1 auto; min-height: 0; }
 .sa-columns:empty { display: none; }
@@ -50,7 +50,7 @@ export class SweepView {
     this.root = element("div", null, { className: "sa-sweep" })
     this.root.style.minHeight = `${EMPTY}px`
     element("style", this.root, { textContent: STYLE })
-    this.line = element("div", this.root, { className: "sa-said", textContent: WORDS.sweep.none })
+    this.line = element("div", this.root, { className: "sa-taken", textContent: WORDS.sweep.none })
     this.columns = element("div", this.root, { className: "sa-columns" })
     this.dialog = element("dialog", this.root)
     this.frame = element("div", this.dialog, { className: "sa-frame" })

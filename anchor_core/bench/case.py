@@ -23,6 +23,7 @@ from ..data.cache import Cache
 from ..data.pictures import as_picture, read_picture
 from ..data.prepare import ClassPictures, Material, prepare
 from ..drift import DriftProbe, ProbeResult
+from ..training.bank import Bank
 from ..training.events import Event
 from ..training.history import History
 from ..training.run import fit
@@ -99,13 +100,18 @@ class Case:
         options = {"timesteps": probe.timesteps, "noises": probe.noises, "seed": self.seed, "latents_are": "class"}
         return DriftProbe(self.denoiser, latents, self.concept, **options)
 
+    @cached_property
+    def bank(self) -> Bank:
+        """Every row with this seed sees the same draws, and a bank changes no bit."""
+        return Bank(self.denoiser)
+
     # Rows
 
     def train(self, training: Training, tell: Callable[[Event], None]) -> History:
         """Train an adapter, which stays attached."""
         self.denoiser.attach(training.for_class(self.subject.class_word), seed=self.seed)
         settings = replace(training.settings, seed=self.seed)
-        return fit(self.denoiser, self.material(training), settings, tell=tell).history
+        return fit(self.denoiser, self.material(training), settings, tell=tell, bank=self.bank).history
 
     def drifts(self) -> Scores:
         """Of the adapter that is attached."""

@@ -28,11 +28,7 @@ def run(
 
     out.mkdir(parents=True, exist_ok=True)
     weights = write_weights(out / "sd15-random.safetensors")
-    command = [python, _WORKER, comfyui, Path(__file__).parents[2], weights, rounds, steps, side, device]
-    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError("the measurement failed; its messages are above")
-    timed = json.loads(done.stdout.splitlines()[-1])
+    timed = measure(comfyui, python, weights, rounds, steps, side, device)
     result = {
         "rounds": rounds,
         "steps": steps,
@@ -43,6 +39,17 @@ def run(
     }
     write_json(out / "report.json", result)
     return result
+
+
+def measure(
+    comfyui: Path, python: Path, weights: Path, rounds: int, steps: int, side: int, device: str
+) -> dict[str, list[list[float]]]:
+    """Method -> rounds of seconds of steps."""
+    command = [python, _WORKER, comfyui, Path(__file__).parents[2], weights, rounds, steps, side, device]
+    done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError("the measurement failed; its messages are above")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _summary(rounds: list[list[float]], stock: list[list[float]]) -> dict:

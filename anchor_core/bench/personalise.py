@@ -21,6 +21,7 @@ from ..embeddings import Adjustment
 from ..evaluation.metrics import mean_pairwise_cosine, text_alignment
 from ..sandbox.judge import Judge
 from ..sandbox.subjects import Subject
+from ..training.bank import Bank
 from ..training.events import Event, Tell
 from ..training.history import History
 from ..training.run import fit
@@ -91,6 +92,7 @@ class Personalisation:
             denoiser, self.latents, self.concept, seed=seed, probe={"noises": 2, "seed": seed},
             class_pictures=ClassPictures(CLASS_PICTURES, sampling=SAMPLING),
         )  # fmt: skip
+        self.bank = Bank(denoiser)  # every method with this seed sees the same draws
         self.class_latents, self.probe = self.material.class_latents, self.material.probe
         self.class_probe = DriftProbe(
             denoiser, self.class_latents[:6], self.concept, noises=2, seed=seed, latents_are="class"
@@ -127,7 +129,8 @@ class Personalisation:
     ) -> History:
         """Train an adapter with this seed; it stays attached."""
         self.denoiser.attach(adapter, seed=self.seed)
-        return fit(self.denoiser, self.material, replace(settings, seed=self.seed), files=files, tell=tell).history
+        settings = replace(settings, seed=self.seed)
+        return fit(self.denoiser, self.material, settings, files=files, tell=tell, bank=self.bank).history
 
     @torch.no_grad()
     def sample(

@@ -33,8 +33,8 @@ def run(
     runs: dict[str, list[dict]] = {method: [] for method in METHODS}
     for number in range(rounds):
         for method in METHODS:
-            command = [python, _WORKER, comfyui, Path(__file__).parents[2], weights, method, steps, side, device]
-            done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+            told = command(comfyui, python, weights, method, steps, side, device)
+            done = subprocess.run([str(part) for part in told], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{method} failed: {done.stderr[-2000:]}")
             runs[method].append(json.loads(done.stdout.splitlines()[-1]))
@@ -48,6 +48,11 @@ def run(
     }
     write_json(out / "report.json", result)
     return result
+
+
+def command(comfyui: Path, python: Path, weights: Path, method: str, steps: int, side: int, device: str) -> list:
+    """The process of one measurement."""
+    return [python, _WORKER, comfyui, Path(__file__).parents[2], weights, method, steps, side, device]
 
 
 def _summary(runs: list[dict], stock: list[dict]) -> dict:

@@ -8,10 +8,11 @@ from .measuring import compare, inspect
 from .repeating import with_report
 from .sampling import adjust, sample
 from .sandbox import demo, pretrain, subject, subjects
+from .speed import add_speed_options, speed
 from .sweeping import sweep
 from .training import train
 
 __all__ = [
-    "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo", "inspect", "pretrain",
-    "sample", "selftest", "subject", "subjects", "sweep", "train", "with_report",
+    "add_speed_options", "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo",
+    "inspect", "pretrain", "sample", "selftest", "speed", "subject", "subjects", "sweep", "train", "with_report",
 ]  # fmt: skip

@@ -22,13 +22,16 @@ from ..training.parallel import Workers
 from ..training.precision import resolve
 from ..training.presets import AUTO, preset_options
 from ..training.settings import DataSettings, TrainSettings
+from ..training.sweep import variants
 from .repeating import Repeat, command
 from .shared import check_writable, given, open_model, resolution
+from .train_sweep import sweep
 
 
 def train(options: Namespace) -> int:
     from ..data.cache import Cache
     from ..data.prepare import ClassPictures
+    from ..training.bank import GB, Bank
     from ..training.run import run
     from ..training.saving import Files
 
@@ -38,7 +41,12 @@ def train(options: Namespace) -> int:
     concept = Concept(options.subject, options.class_prompt)
     classes = ClassPictures(check_count("class_pictures", options.class_pictures), folder=options.cache)
     _check_precision(settings, options.dtype)
-    check_combination(settings, config, [(concept.subject_prompt, concept.class_prompt)], data.caption_dropout)
+    prompts = [(concept.subject_prompt, concept.class_prompt)]
+    check_combination(settings, config, prompts, data.caption_dropout)
+    if options.sweep:
+        variants(options.sweep, settings, config, prompts)
+        if options.resume or settings.checkpoint_every:
+            raise ValueError("sweep writes no checkpoints; leave --resume and --checkpoint_every out, and give --cache")
     repeat = None if options.from_report is None else Repeat(options.from_report)
     out, workers = check_writable(options.out), Workers.launched(int(os.environ.get("WORLD_SIZE", "1")))
     options.device = options.device or workers.device
@@ -46,6 +54,12 @@ def train(options: Namespace) -> int:
     settings, config = with_preset(options, denoiser.family, workers.is_first)
     settings = resolve(settings, denoiser)
     references = _references(options, denoiser, data)
+    bank = Bank(denoiser, options.cache, GB * settings.bank)
+    if options.sweep:
+        several = variants(options.sweep, settings, config, prompts)
+        return sweep(
+            options, out, denoiser, several, references, concept, data, classes, bank, _bar, _signals,
+        )  # fmt: skip
     if repeat is not None:
         repeat.check(references)
         for each in repeat.differences(denoiser.device) if workers.is_first else ():
@@ -57,6 +71,7 @@ def train(options: Namespace) -> int:
             denoiser, references, concept, settings, config, data, files=Files.beside(out / "adapter.safetensors"),
             class_pictures=classes, probe={"noises": 2, "seed": settings.seed}, tell=show, orders=orders,
             checkpoints=_checkpoints(options, out, settings), cache=Cache(denoiser, options.cache), workers=workers,
+            bank=bank if options.cache else None,
         )  # fmt: skip
     if workers.is_first:
         options.device, size = str(denoiser.device), resolution(options, denoiser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..denoiser import Condition, Denoiser
 from ..writing import try_folder, whole
-from .digest import digest as _digest
+from .digest import digest
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,8 @@ class Cache:
     On disk, an entry's name is the sha256 of its content and of the encoder's fingerprint: what the encoder makes of a
     fixed picture, or prompt, in every bit. So other weights, settings, dtypes and patches are other entries, whatever
     the backend. An entry that cannot be read, or whose content is not what was written, is made again. Conditions are
-    kept on disk if they are a tensor, or a dict or dataclass of tensors and plain values; others in memory only. A
+    kept on disk if they are made of tensors and plain values, in tuples, lists, dicts or a dataclass; others in memory
+    only. A
     prompt that names an embedding file is known by its text alone.
 
     Args:
@@ -57,40 +58,45 @@ class Cache:
         Raises:
             ValueError: if the autoencoder makes NaN or infinite latents, as some do in fp16.
         """
-        names = [_digest("picture", picture) for picture in pictures]
-        for name, picture in zip(names, pictures):
-            if name in self._latents:
-                continue
-            known = self._load(self._latent_file(name)) if self.folder is not None else None
-            if known is not None:
-                self._latents[name] = known[0]["latents"]
-                continue
-            gap()
-            # Alone: its last bits depend on what is encoded beside it, which would depend on what is known already.
-            (latents,) = self.denoiser.encode_images(picture.unsqueeze(0)).detach().to("cpu", torch.float32)
-            self._keep_latents(name, latents.clone(memory_format=torch.contiguous_format))
+        names = [digest("picture", picture) for picture in pictures]
+        with ExitStack() as stack:
+            encoding = False
+            for name, picture in zip(names, pictures):
+                if name in self._latents:
+                    continue
+                known = self.load(self._latent_file(name)) if self.folder is not None else None
+                if known is not None:
+                    self._latents[name] = known[0]["latents"]
+                    continue
+                if not encoding:
+                    encoding = True
+                    stack.enter_context(self.denoiser.encoding())
+                gap()
+                # Alone: its last bits depend on what is encoded beside it, which would depend on what is known already.
+                (latents,) = self.denoiser.encode_images(picture.unsqueeze(0)).detach().to("cpu", torch.float32)
+                self._keep_latents(name, latents.clone(memory_format=torch.contiguous_format))
         return [self._latents[name] for name in names]
 
     def _keep_latents(self, name: str, latents: Tensor) -> None:
         if not bool(torch.isfinite(latents).all()):
             raise ValueError("the autoencoder makes NaN or infinite latents; load it in float32 or bfloat16")
         if self.folder is not None:
-            self._save(self._latent_file(name), {"latents": latents})
+            self.save(self._latent_file(name), {"latents": latents})
         self._latents[name] = latents
 
     def _latent_file(self, name: str) -> str:
-        return f"latents-{_digest(self._image_fingerprint, name)}.safetensors"
+        return f"latents-{digest(self._image_fingerprint, name)}.safetensors"
 
     def made(self, kind: str, parts: Sequence[str | Tensor], make: Callable[[], Tensor]) -> Tensor:
         """What `make` gives, float32 on the CPU, by what it depends on: made once for good where there is a folder."""
         if self.folder is None:
             return make().detach().to("cpu", torch.float32)
-        name = f"{kind}-{_digest(*parts)}.safetensors"
-        known = self._load(name)
+        name = f"{kind}-{digest(*parts)}.safetensors"
+        known = self.load(name)
         if known is not None:
             return known[0]["made"]
         tensor = make().detach().to("cpu", torch.float32).contiguous()
-        self._save(name, {"made": tensor})
+        self.save(name, {"made": tensor})
         return tensor
 
     def condition(self, prompt: str) -> Condition:
@@ -109,9 +115,9 @@ class Cache:
         """sha256 of what each prompt that was asked for became, by prompt; without those that are no tensors."""
         made = {}
         for prompt, condition in sorted(self._conditions.items()):  # one at a time on the CPU
-            packed = _pack(condition)
-            if packed is not None:
-                made[prompt] = _digest(*packed[0].values())
+            parts = packed(condition)
+            if parts is not None:
+                made[prompt] = digest(*parts[0].values())
         return made
 
     def _encoded(self, prompt: str) -> Condition:
@@ -121,14 +127,14 @@ class Cache:
         model, fingerprint = self._text_fingerprint
         if fingerprint is None:
             return self._encoded(prompt)
-        name = f"condition-{_digest(fingerprint, prompt)}.safetensors"
-        known = self._load(name)
+        name = f"condition-{digest(fingerprint, prompt)}.safetensors"
+        known = self.load(name)
         if known is not None:
             return _unpack(known[1], known[0], model, self.denoiser.device)
         condition = self._encoded(prompt)
-        packed = _pack(condition)
-        if packed is not None:
-            self._save(name, *packed)
+        parts = packed(condition)
+        if parts is not None:
+            self.save(name, *parts)
         return condition
 
     @cached_property
@@ -136,18 +142,18 @@ class Cache:
         # A ramp of every colour and direction, at a size that every autoencoder takes.
         line = torch.linspace(0, 1, 64)
         ramp = torch.stack([line.expand(64, 64), line.flip(0).view(64, 1).expand(64, 64), line.outer(line)])
-        return _digest("image encoder", self.denoiser.encode_images(ramp.unsqueeze(0)))
+        return digest("image encoder", self.denoiser.encode_images(ramp.unsqueeze(0)))
 
     @cached_property
     def _text_fingerprint(self) -> tuple[Condition, str | None]:
         """A condition as a model for others, and the fingerprint; None if such conditions cannot be stored."""
         condition = self._encoded(_PROBE_PROMPT)
-        packed = _pack(condition)
-        if packed is None:
+        parts = packed(condition)
+        if parts is None:
             logger.info("conditions of type %s are cached in memory only", type(condition).__name__)
             return condition, None
-        tensors, layout = packed
-        return condition, _digest("text encoder", layout, *tensors.values())
+        tensors, layout = parts
+        return condition, digest("text encoder", layout, *tensors.values())
 
     # --- files ------------------------------------------------------------------------------------------------
 
@@ -161,16 +167,16 @@ class Cache:
                 "free space, give another folder, or train without one"
             ) from error
 
-    def _save(self, name: str, tensors: Mapping[str, Tensor], layout: str = "") -> None:
+    def save(self, name: str, tensors: Mapping[str, Tensor], layout: str = "") -> None:
         from safetensors.torch import save
 
-        check = _digest(layout, *(tensors[key] for key in sorted(tensors)))
+        check = digest(layout, *(tensors[key] for key in sorted(tensors)))
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with whole(self.folder / name) as part:
                 part.write_bytes(save(dict(tensors), {"layout": layout, "sha256": check}))
 
-    def _load(self, name: str) -> tuple[dict[str, Tensor], str] | None:
+    def load(self, name: str) -> tuple[dict[str, Tensor], str] | None:
         """Tensors and layout of an entry; None if there is none, or none that can be used."""
         from safetensors import SafetensorError, safe_open
 
@@ -185,13 +191,13 @@ class Cache:
             logger.warning("the cache's %s cannot be read (%s), and is made again", path, error)
             return None
         layout = metadata.get("layout", "")
-        if metadata.get("sha256") != _digest(layout, *tensors.values()):
+        if metadata.get("sha256") != digest(layout, *tensors.values()):
             logger.warning("the cache's %s is damaged, and is made again", path)
             return None
         return tensors, layout
 
 
-def _pack(condition: Condition) -> tuple[dict[str, Tensor], str] | None:
+def packed(condition: Condition) -> tuple[dict[str, Tensor], str] | None:
     """A condition as tensors by name and a JSON layout; None if it holds anything but tensors and plain values."""
     tensors: dict[str, Tensor] = {}
 
@@ -202,6 +208,8 @@ def _pack(condition: Condition) -> tuple[dict[str, Tensor], str] | None:
             return {"tensor": name, "on_device": value.device.type != "cpu"}
         if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
             return {"dict": {key: pack(part) for key, part in value.items()}}
+        if type(value) in (tuple, list):
+            return {type(value).__name__: [pack(part) for part in value]}
         if value is None or type(value) in (bool, int, float, str):
             return {"plain": value}
         raise TypeError(type(value).__name__)
@@ -225,9 +233,12 @@ def _unpack(layout: str, tensors: Mapping[str, Tensor], model: Condition, device
             return tensor.to(device) if part["on_device"] else tensor
         if "dict" in part:
             return {key: unpack(value) for key, value in part["dict"].items()}
+        for kind in (tuple, list):
+            if kind.__name__ in part:
+                return kind(unpack(value) for value in part[kind.__name__])
         return part["plain"]
 
-    packed = json.loads(layout)
-    if "fields" in packed:
-        return type(model)(**{name: unpack(value) for name, value in packed["fields"].items()})
-    return unpack(packed)
+    read = json.loads(layout)
+    if "fields" in read:
+        return type(model)(**{name: unpack(value) for name, value in read["fields"].items()})
+    return unpack(read)

@@ -91,7 +91,7 @@ class Dataset:
         self._buckets: dict[str, list[Example]] = {}
         for example in self.examples:
             self._buckets.setdefault(_bucket(example), []).append(example)
-        self._decks: dict[str, list[int]] = {name: [] for name in self._buckets}
+        self.begin()
 
     @classmethod
     def of_latents(cls, latents: Tensor, concept: Concept) -> Dataset:
@@ -101,6 +101,10 @@ class Dataset:
         own = latents.detach().to("cpu", torch.float32, copy=True)
         prompts = (concept.subject_prompt,), (concept.class_prompt,)
         return cls([Example(row, *prompts, name=f"picture {number}") for number, row in enumerate(own, 1)])
+
+    def begin(self) -> None:
+        """Draw from new epochs from now on, as if nothing had been drawn yet."""
+        self._decks: dict[str, list[int]] = {name: [] for name in self._buckets}
 
     def prompts(self) -> list[str]:
         """Every prompt that can be drawn, once, in order; the empty one last if captions are dropped."""

@@ -15,12 +15,22 @@ def sample_levels(count: int, generator: torch.Generator, settings: TrainSetting
     s u / (1 + (s - 1) u) of a uniform u (Eq. 23).
     """
     if settings.timestep_sampling == "logit_normal":
-        normal = torch.randn(count, generator=generator, dtype=torch.float64)
-        levels = torch.sigmoid(settings.timestep_mean + settings.timestep_std * normal)
-    else:
-        levels = torch.rand(count, generator=generator, dtype=torch.float64)
-        if settings.timestep_sampling == "shifted":
-            levels = settings.timestep_shift * levels / (1 + (settings.timestep_shift - 1) * levels)
+        return _levels(torch.randn(count, generator=generator, dtype=torch.float64), settings)
+    return _levels(torch.rand(count, generator=generator, dtype=torch.float64), settings)
+
+
+def level_at(shares: Tensor, settings: TrainSettings) -> Tensor:
+    """The levels below which these shares of all samples lie, (B,) in (0, 1): quantiles of `sample_levels`."""
+    return _levels(torch.special.ndtri(shares) if settings.timestep_sampling == "logit_normal" else shares, settings)
+
+
+def _levels(drawn: Tensor, settings: TrainSettings) -> Tensor:
+    """From standard normal values for `logit_normal`, else from uniform ones."""
+    levels = drawn
+    if settings.timestep_sampling == "logit_normal":
+        levels = torch.sigmoid(settings.timestep_mean + settings.timestep_std * drawn)
+    elif settings.timestep_sampling == "shifted":
+        levels = settings.timestep_shift * drawn / (1 + (settings.timestep_shift - 1) * drawn)
     low, high = settings.timestep_min, settings.timestep_max
     # A sigmoid may round to 1, which is past the schedule's end.
     return (low + (high - low) * levels).clamp(max=high - 1e-9)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ..checks import check_count
+from .events import PhaseBegun, Tell
 
 POLL = 0.1
 """Seconds between two looks at `cancelled` while the training is paused."""
@@ -114,6 +115,19 @@ class Orders:
         with self._changed:
             if self._paused and not self._wanted and self._ending is None:
                 self._changed.wait(POLL)
+
+    def gap(self, tell: Tell, phase: str) -> Iterator[None]:
+        """Once, and while it is paused again at each change; a pause is told, and the phase that goes on after it."""
+        yield
+        if not self.paused:
+            return
+        tell(PhaseBegun("paused"))
+        while True:
+            self.wait()
+            yield
+            if not self.paused:
+                break
+        tell(PhaseBegun(phase))
 
     @property
     def kept(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
@@ -16,15 +16,19 @@ from ..adapters.torch_file import read_sealed
 from .events import Resumed
 from .history import History
 from .optimizers import make_optimizer
+from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
-_MAY_CHANGE = (
-    "steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory gradient_checkpointing "
-    "preset".split()
-)
+_MAY_CHANGE = {
+    *"steps checkpoint_every probe_every keep stop_on_drift guidance micro_batch memory".split(),
+    *"gradient_checkpointing bank preset".split(),
+}
 """Settings that a resumed training may have otherwise: they do not enter the steps already made, or nothing but the
 memory that a step takes."""
+
+
+_DEFAULTS = {field.name: field.default for field in fields(TrainSettings)}
 
 
 def state_of(loop: Any) -> dict[str, Any]:
@@ -38,9 +42,9 @@ def state_of(loop: Any) -> dict[str, Any]:
         "schedule": loop.schedule.state_dict(),
         "average": loop.average.state_dict(),
         "scaler": loop.scaler.state_dict(),
-        "generator": loop.generator.get_state(),
+        "generator": loop.batches.generator.get_state(),
         "random": [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in devices)],
-        "datasets": [dataset.state_dict() for dataset in loop.datasets],
+        "datasets": [dataset.state_dict() for dataset in loop.batches.datasets],
         "history": loop.history.to_dict(),
         "candidates": loop.candidates.state_dict(),
     }
@@ -93,11 +97,11 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
         loop.scaler.load_state_dict(state["scaler"])
     else:
         logger.info("the checkpoint has no scale of the loss, from before fp16 models had one; it starts anew")
-    loop.generator.set_state(state["generator"])
+    loop.batches.generator.set_state(state["generator"])
     torch.set_rng_state(state["random"][0])
     for random in state["random"][1:]:
         torch.cuda.set_rng_state(random, loop.denoiser.device)
-    for dataset, saved in zip(loop.datasets, state["datasets"], strict=True):
+    for dataset, saved in zip(loop.batches.datasets, state["datasets"], strict=True):
         dataset.load_state_dict(saved)
     loop.candidates.load_state_dict(state["candidates"])
     loop.history = History.from_dict(state["history"])
@@ -114,18 +118,22 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
 
 def _about(loop: Any) -> dict[str, Any]:
     """What a checkpoint must agree in with the training that goes on from it."""
+    references = loop.batches.datasets[0]
     settings = {name: value for name, value in asdict(loop.settings).items() if name not in _MAY_CHANGE}
     return {
         "base model": base_fingerprint(loop.denoiser),
         "adapter": asdict(loop.adapter.config),
         "number of processes": loop.workers.count,
-        "pictures": [[list(e.latents.shape), float(e.latents.double().sum())] for e in loop.datasets[0].examples],
-        "prompts": loop.datasets[0].prompts(),
+        "pictures": [
+            [list(e.latents.shape), float(e.latents.double().sum())] for e in loop.batches.datasets[0].examples
+        ],
+        "prompts": references.prompts(),
         **settings,
     }
 
 
 def _check_about(loop: Any, about: dict[str, Any]) -> None:
+    about = {**_DEFAULTS, **about}  # of a checkpoint from before there was a setting
     for name, value in _about(loop).items():
         if about.get(name) != value:
             raise _OfAnotherTraining(

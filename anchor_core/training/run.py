@@ -19,6 +19,7 @@ from ..data.cache import Cache
 from ..data.pictures import References
 from ..data.prepare import ClassPictures, Material, prepare
 from ..denoiser import Denoiser
+from .bank import Bank
 from .checkpoint import Checkpoints
 from .events import Described, Ended, Event, Fitted, PhaseBegun, PictureMade, Saved, StepMade, Tell
 from .history import History
@@ -71,6 +72,7 @@ def run(
     cache: Cache | None = None,
     workers: Workers = ALONE,
     picture_every: int = 0,
+    bank: Bank | None = None,
 ) -> Outcome:
     """Check, attach, prepare, train, keep and save; the adapter stays attached.
 
@@ -80,6 +82,7 @@ def run(
         probe: options of the `DriftProbe` that is measured, None for none.
         orders: answered before each step, and in every gap of the preparation.
         picture_every: steps between two `PictureMade`; 0 for those that are ordered alone.
+        bank: of anchors, as in `train`.
 
     Raises:
         TrainingDiverged: the loss or its gradient is not finite; says where the steps before are.
@@ -103,7 +106,7 @@ def run(
         return Outcome(orders.ending, History(), None, ())
     return fit(
         denoiser, material, settings, files=files, tell=tell, orders=orders, checkpoints=checkpoints, workers=workers,
-        picture_every=picture_every,
+        picture_every=picture_every, bank=bank,
     )  # fmt: skip
 
 
@@ -123,17 +126,16 @@ class _Gaps:
     """What a preparation does between two of its calls of the model: tell the phase, wait out a pause, or end."""
 
     def __init__(self, tell: Tell, orders: Orders):
-        self.tell, self.orders = tell, orders
+        self.tell, self.orders, self.phase = tell, orders, "preparing"
 
     def begin(self, phase: str) -> None:
         self.pass_by()
+        self.phase = phase
         self.tell(PhaseBegun(phase))
 
     def pass_by(self) -> None:
-        if self.orders.paused:
-            self.tell(PhaseBegun("paused"))
-        while self.orders.paused:
-            self.orders.wait()
+        for _ in self.orders.gap(self.tell, self.phase):
+            pass
         if self.orders.ending:
             raise _EndedEarly
 
@@ -149,6 +151,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     workers: Workers = ALONE,
     picture_every: int = 0,
+    bank: Bank | None = None,
 ) -> Outcome:
     """Train the adapter that is attached, keep what the settings or orders say, and save it; see `run`.
 
@@ -169,6 +172,7 @@ def fit(
             denoiser, denoiser.adapter, material.dataset, material.concept, settings,
             class_latents=material.class_latents, probe=material.probe, tell=going.tell, orders=orders,
             answer=going.answer, checkpoints=checkpoints, cache=material.cache, workers=workers,
+            bank=bank,
         )  # fmt: skip
         going.made, going.kept = len(history.losses), history.kept
         how = next((how for how in ("cancelled", "stopped", "over_budget") if getattr(history, how)), "finished")

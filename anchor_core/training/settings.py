@@ -177,6 +177,15 @@ class TrainSettings:
         "fit: micro_batch and gradient_checkpointing as the memory takes; refuse what exceeds it; or off",
         choices=MEMORIES,
     )
+    draws: int = option(
+        0,
+        "noise of each picture: 0 draws it anew at each step; 64 keeps 64 draws of each, whose anchors are then "
+        "computed once and not at each step: faster in a long training on few pictures",
+        minimum=0,
+    )
+    bank: float = option(
+        1.0, "GB of anchors that are kept, in memory and in a cache folder: what is beyond is computed again", above=0
+    )
 
     preset: str = option("", "what chose the other options, for the file to say: it changes nothing by itself")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,16 +16,17 @@ from ..adapters.adapter import Adapter
 from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
-from ..denoiser import Condition, Denoiser, PriorBatch, Step, Texts
+from ..denoiser import Denoiser
 from ..devices import own_random_state
 from ..drift import LEVELS, DriftProbe, tally
+from .bank import Bank
+from .batches import Batches
 from .checkpoint import Checkpoints
-from .events import Measured, PhaseBegun, StepMade, Tell
+from .events import Measured, StepMade, Tell
 from .gradient_checkpointing import checkpointed
 from .history import History
 from .keeping import Candidates
 from .methods import check_combination
-from .noise_levels import min_snr_weights, sample_levels
 from .optimizers import AveragedWeights, make_optimizer, make_schedule
 from .orders import Orders
 from .parallel import ALONE, Workers
@@ -56,6 +57,7 @@ def train(
     checkpoints: Checkpoints | None = None,
     cache: Cache | None = None,
     workers: Workers = ALONE,
+    bank: Bank | None = None,
 ) -> History:
     """Train `adapter`, which is attached to `denoiser`, in place.
 
@@ -76,6 +78,8 @@ def train(
             training goes on from there.
         cache: of encoded prompts.
         workers: the processes that train together.
+        bank: of anchors, to take those that are known from and to put others into; without it they are computed at each
+            step, or with `settings.draws` kept until the end.
 
     Raises:
         TrainingDiverged: if the loss or its gradient is not finite; the weights stay as they were before that step.
@@ -103,8 +107,9 @@ def train(
     with _set_up(denoiser, settings):
         datasets = [references] if classes is None else [references, classes]
         cache = cache or Cache(denoiser)
-        run = _Run(denoiser, adapter, datasets, concept, settings, probe, checkpoints, cache, workers)
-        run.tell, run.orders, run.answer = tell or (lambda *_: None), orders or Orders(), answer or (lambda *_: None)
+        batches = Batches(denoiser, adapter, datasets, concept, settings, cache, workers, bank)
+        batches.check_bank()
+        run = _Run(batches, probe, checkpoints, tell, orders, answer)
         if checkpoints is not None:
             resume(run)
         try:
@@ -126,7 +131,7 @@ def one_pass(
     """Compute the gradient of the first pass of a training inside `watching`, and throw it away."""
     settings = resolve(settings, denoiser)
     with _set_up(denoiser, settings):
-        run = _Run(denoiser, denoiser.adapter, datasets, concept, settings, None, None, cache, ALONE)
+        run = _Run(Batches(denoiser, denoiser.adapter, datasets, concept, settings, cache, ALONE))
         for parameter in run.parameters:
             parameter.grad = torch.zeros_like(parameter)
         try:
@@ -154,35 +159,27 @@ class _Run:
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        adapter: Adapter,
-        datasets: list[Dataset],
-        concept: Concept,
-        settings: TrainSettings,
-        probe: DriftProbe | None,
-        checkpoints: Checkpoints | None,
-        cache: Cache,
-        workers: Workers,
+        batches: Batches,
+        probe: DriftProbe | None = None,
+        checkpoints: Checkpoints | None = None,
+        tell: Tell | None = None,
+        orders: Orders | None = None,
+        answer: Callable[[str, int], None] | None = None,
     ):
-        self.denoiser, self.adapter, self.settings, self.workers = denoiser, adapter, settings, workers
-        self.objective, self.probe, self.checkpoints = settings.make_objective(), probe, checkpoints
-        self.datasets, self.concept = datasets, concept
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.parameters = adapter.parameters()
-        groups = adapter.parameter_groups(settings.token_learning_rate, settings.norm_learning_rate)
-        self.optimizer = make_optimizer(groups, settings)
-        self.schedule = make_schedule(self.optimizer, settings)
-        self.average = AveragedWeights(self.parameters, settings.ema, self.optimizer)
-        self.scaler = make_scaler(settings, denoiser)
-        self.autocast_dtype = autocast_dtype(settings, denoiser)
+        self.batches, self.denoiser, self.adapter = batches, batches.denoiser, batches.adapter
+        self.settings, self.workers = batches.settings, batches.workers
+        self.tell, self.orders, self.answer = tell or _ignore, orders or Orders(), answer or _ignore
+        self.objective, self.probe, self.checkpoints = self.settings.make_objective(), probe, checkpoints
+        self.parameters = self.adapter.parameters()
+        rates = self.settings.token_learning_rate, self.settings.norm_learning_rate
+        self.optimizer = make_optimizer(self.adapter.parameter_groups(*rates), self.settings)
+        self.schedule = make_schedule(self.optimizer, self.settings)
+        self.average = AveragedWeights(self.parameters, self.settings.ema, self.optimizer)
+        self.scaler = make_scaler(self.settings, self.denoiser)
+        self.autocast_dtype = autocast_dtype(self.settings, self.denoiser)
         self.history, self.started = History(), time.perf_counter()
-        self.candidates = Candidates(settings.keep)  # of the probes within the budget
-        self.tally = torch.zeros(3, LEVELS, device=denoiser.device)
-        prompts = list(dict.fromkeys(prompt for dataset in datasets for prompt in dataset.prompts()))
-        prompts += [""] if self.objective.reads_unconditional else []
-        self.conditions = dict(zip(prompts, cache.conditions(prompts)))
-        reads_pooled = self.objective.reads_pooled
-        self.class_pooled = denoiser.encode_pooled([concept.class_prompt]) if reads_pooled else None
+        self.candidates = Candidates(self.settings.keep)  # of the probes within the budget
+        self.tally = torch.zeros(3, LEVELS, device=self.denoiser.device)
 
     @property
     def made(self) -> int:
@@ -224,19 +221,11 @@ class _Run:
 
     def _attend(self) -> None:
         """Answer the orders of the time since the last step, and wait while it is paused, which counts no time."""
-        began, paused = time.perf_counter(), False
-        while True:
+        began = time.perf_counter()
+        for _ in self.orders.gap(self.tell, "training") if self.made != self.steps else [None]:
             for what in self.orders.take():
                 with self.average:
                     self.answer(what, self.made)
-            if not self.orders.paused or self.made == self.steps:
-                break
-            if not paused:
-                self.tell(PhaseBegun("paused"))
-            paused = True
-            self.orders.wait()
-        if paused:
-            self.tell(PhaseBegun("training"))
         self.started += time.perf_counter() - began
 
     def _optimize(self) -> tuple[dict[str, float], list[float]]:
@@ -257,26 +246,27 @@ class _Run:
         told = torch.cat([torch.stack([*sums.values(), norm]), self.tally.flatten()])
         *terms, norm = (told := told.tolist())[: len(sums) + 1]  # the step's one wait for the device
         self._check_finite("loss", sum(terms))
+        fits = math.isfinite(norm)
         if not self.scaler.is_enabled():  # else the scaler leaves the step out and lowers its scale
             self._check_finite("gradient", norm)
-        scale = self.scaler.get_scale()
         with self.average.whole():
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if self.scaler.get_scale() >= scale:
+            if fits:
                 self.schedule.step()
                 self.average.update()
             elif self.scaler.get_scale() < LOWEST_SCALE:
                 raise TrainingDiverged(
                     f"the gradient overflows fp16 at step {self.made + 1} of {self.steps}, even with the loss times "
-                    f"{scale:g}; take a learning_rate below {settings.learning_rate:g}, or the model in bf16 or fp32"
+                    f"{self.scaler.get_scale() / self.scaler.get_backoff_factor():g}; take a learning_rate below "
+                    f"{settings.learning_rate:g}, or the model in bf16 or fp32"
                 )
         return dict(zip(sums, terms, strict=True)), told[len(sums) + 1 :]
 
     def pass_(self) -> dict[str, Tensor]:
         """Add the gradient of one pass to the parameters'; gives its part of the terms of a step's loss."""
         sums: dict[str, Tensor] = {}
-        for part in self._draw():
+        for part in self.batches.parts():
             share = self.settings.accumulation * self.settings.batch_size / len(part.latents)
             with self.adapter.dropout(), self._autocast():
                 terms = self.objective(part)
@@ -289,55 +279,6 @@ class _Run:
     def _autocast(self):
         dtype = self.autocast_dtype
         return torch.autocast(self.denoiser.device.type, dtype, enabled=dtype is not None)
-
-    def _draw(self) -> Iterator[Step]:
-        """The rows of a pass, drawn at once and computed in parts of `micro_batch` rows."""
-        drawn, rows, mine = self._rows(self.datasets[0])
-        classes = [self._rows(dataset) for dataset in self.datasets[1:]]
-        masks = None if rows.masks is None else rows.masks[mine].to(drawn[0])
-        encode = partial(self._encoded, adapted=True)
-        at_once = self.settings.micro_batch or self.settings.batch_size
-        for first in range(0, self.settings.batch_size, at_once):
-            part = slice(first, first + at_once)
-            latents, noise, timesteps, weights = _part_of(drawn, part)
-            prior = None
-            for class_drawn, class_rows, share in classes:
-                prior = PriorBatch(*_part_of(class_drawn, part), encode(class_rows.class_prompts[share][part]))
-            class_prompts = rows.class_prompts[mine][part]
-            yield Step(
-                self.denoiser,
-                latents,
-                noise,
-                timesteps,
-                encode(rows.subject_prompts[mine][part]),
-                self._encoded(class_prompts),
-                prior,
-                weights,
-                None if masks is None else masks[part],
-                Texts(class_prompts, encode, self.concept.subject_prompt, self.class_pooled),
-            )
-
-    def _rows(self, dataset: Dataset):
-        """Latents, noise (B, C, h, w), timesteps (B,), weights (B,) or None: of all workers, then this one's share."""
-        count, device = self.settings.batch_size * self.workers.count, self.denoiser.device
-        rows = dataset.draw(count, self.generator)
-        levels = sample_levels(count, self.generator, self.settings)
-        noise = torch.randn(rows.latents.shape, generator=self.generator)
-        mine = self.workers.share(count)
-        timesteps = self.denoiser.timesteps(levels[mine]).to(device)
-        weights = None
-        if self.settings.min_snr:
-            snr = self.denoiser.snr(timesteps)
-            weights = min_snr_weights(snr, self.settings.min_snr, self.denoiser.prediction_type)
-        return (rows.latents[mine].to(device), noise[mine].to(device), timesteps, weights), rows, mine
-
-    def _encoded(self, prompts: Sequence[str], adapted: bool = False) -> list[Condition]:
-        """A condition a prompt: the pretrained encoder's, or that of the adapter on it if there is one."""
-        if not (adapted and self.adapter.config.trains_text):
-            return [self.conditions[prompt] for prompt in prompts]
-        different = list(dict.fromkeys(prompts))
-        encoded = dict(zip(different, self.denoiser.encode_prompts(different, adapted=True)))
-        return [encoded[prompt] for prompt in prompts]
 
     def _check_finite(self, what: str, value: float) -> None:
         if not math.isfinite(value):
@@ -382,8 +323,8 @@ class _Run:
             self.checkpoints.save(self.made, state_of(self))
 
 
-def _part_of(drawn: Sequence[Tensor | None], part: slice) -> list[Tensor | None]:
-    return [None if tensor is None else tensor[part] for tensor in drawn]
+def _ignore(*_: Any) -> None:
+    pass
 
 
 def _check_latents(name: str, latents: Tensor) -> None:

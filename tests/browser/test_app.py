@@ -44,4 +44,4 @@ def test_the_form_shows_a_sweep_to_choose_from(window):
     here.page.locator(".sa-column:visible").nth(1).wait_for()
     # ComfyUI's welcome to its apps lies above.
     here.page.locator(".sa-column:visible button").first.evaluate("(button) => button.click()")
-    assert here.page.locator(".sa-said").first.inner_text().startswith("steps 2 → ")
+    assert here.page.locator(".sa-taken").first.inner_text().startswith("steps 2 → ")

@@ -63,7 +63,7 @@ def test_a_sweep_is_looked_through_taken_from_and_found_again(window):
     assert here.page.evaluate(STRENGTH, applied) == 0.5
     grid.locator(".sa-column button").nth(1).evaluate("(button) => button.click()")
     assert here.page.evaluate(STRENGTH, applied) == 1
-    assert grid.locator(".sa-said").inner_text() == "strength 1 → Apply Adapter"
+    assert grid.locator(".sa-taken").inner_text() == "strength 1 → Apply Adapter"
 
     here.keep()
     here.open()

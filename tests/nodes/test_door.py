@@ -43,7 +43,7 @@ def sent(server):
             if not ours.startswith("Anchor") or number == "9":  # which not every prompt asks for
                 continue
             for name, (kind, *_) in declared(infos, ours, each["inputs"]).items():
-                if (ours, name) in seen or kind == "COMFY_DYNAMICCOMBO_V3":  # takes no link
+                if (ours, name) in seen:
                     continue
                 seen.add((ours, name))
                 constants = [] if isinstance(kind, list) or kind in WIDGETS else ["text", {"__value__": [{}, {}]}]

@@ -62,8 +62,8 @@ def check_a_lora(g: Graph) -> None:
     report = g.add("AnchorDriftReport", lora=lora[0], **links)
     saved = g.add("AnchorSaveAdapter", "Keep it with its prompts", lora=lora[0], concept=concept[0], name="checked")
     g.column()
-    links = {"model": model, "clip": clip, "vae": vae, "subject_prompt": concept[1], "class_prompt": concept[2]}
-    checked = g.add("AnchorCheckup", lora=lora[0], resolution=64, **links)
+    words = {"model": model, "clip": clip, "vae": vae, "subject_prompt": concept[1], "class_prompt": concept[2]}
+    checked = g.add("AnchorCheckup", lora=lora[0], resolution=64, **words)
     g.add("PreviewAny", "The verdict", source=checked[1])
     g.column(620)
     g.add("PreviewImage", "The check-up's page", images=checked[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ class ComfyCondition:
 
     cross_attention: Tensor
     extras: dict[str, Any]
-    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict)
+    encoded: dict[tuple[int, ...], dict[str, comfy.conds.CONDRegular]] = field(default_factory=dict, init=False)
 
 
 class Encoding:
@@ -40,6 +40,9 @@ class Encoding:
         if height % self.downscale or width % self.downscale:
             raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {self.downscale}")
         return self.model.model.latent_format.latent_channels, height // self.downscale, width // self.downscale
+
+    def encoding(self) -> AbstractContextManager[None]:
+        return self._weights.away()
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[-2:]

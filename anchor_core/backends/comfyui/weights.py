@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,7 +51,7 @@ class TrainableWeights:
     def __init__(self, *models: comfy.model_patcher.ModelPatcher):
         self._models = models
         self._changes = Replaced()
-        self._moved, self._reserved = False, 0
+        self._moved, self._away, self._reserved = False, False, 0
         self._held: dict[nn.Module, tuple[torch.dtype, torch.device]] = {}
         self._copies = ExitStack()
 
@@ -89,10 +89,19 @@ class TrainableWeights:
 
         Tensors that are made meanwhile are inference tensors: clone them afterwards.
         """
+        with nullcontext() if self._away else self.away(), torch.inference_mode():
+            yield
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The models as ComfyUI knows them for several `released`, which change nothing then."""
         with self._layers_out():
             self.restore()
-            with torch.inference_mode():
+            self._away = True
+            try:
                 yield
+            finally:
+                self._away = False
             self.load()
 
     def hold(self, layers: Iterable[nn.Module], dtype: torch.dtype, device: torch.device) -> None:

@@ -145,6 +145,9 @@ class DiffusersDenoiser:
             raise ValueError(f"resolution is {width}x{height}, but it takes multiples of {multiple}")
         return self.vae.config.latent_channels, height // self.downscale, width // self.downscale
 
+    def encoding(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Pictures in [0, 1], (B, 3, H, W), to scaled latents (B, C, h, w): the posterior's mode, so repeatable."""
         multiple = self.downscale * self._family.patch

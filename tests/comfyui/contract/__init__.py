@@ -5,6 +5,7 @@ an `AdapterConfig.layers`. Nothing but torch and anchor_core is imported, and wh
 the checks also run inside ComfyUI, whose scripts call this package `contract`.
 """
 
+from .bank import check_bank_changes_no_bit
 from .network import (
     check_adapter_off_is_untouched,
     check_blocks,
@@ -47,6 +48,7 @@ CHECKS = (
     check_prompts_ignore_the_adapter,
     check_objectives,
     check_memorises,
+    check_bank_changes_no_bit,
     check_detach_restores,
     check_file_keys,
     check_blocks,
