@@ -32,7 +32,7 @@ def test_a_cluster_that_loses_a_worker_makes_every_cell_once(cluster, tmp_path):
     cluster.wait_for_nodes()
     raw = SMALL | {
         "subjects": ["bolt", "pip"],
-        "training": {**SMALL["training"], "steps": 60},
+        "training": {**SMALL["training"], "steps": 12},
         "trainings": {f"w = {w}": {"objective": "anchor", "w": w} for w in (0.25, 0.5, 1.0)},
     }
     config, out = parse(raw), tmp_path / "out"
