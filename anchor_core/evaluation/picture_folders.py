@@ -101,7 +101,7 @@ def gather_tree(folder: Path, token: str, left_out: list[str]) -> tuple[dict[str
     references = parts.pop(REFERENCES, None)
     if references is None:
         raise ValueError(
-            f"folder is {shown(folder.name)!r}, which holds no folder {REFERENCES!r}; put the real ones there"
+            f"folder is {shown(folder.name)!r}, which has no folder {REFERENCES!r}; put the real pictures there"
         )
     prompts = next((file for name in PROMPT_FILES if (file := folder / name).is_file()), None)
     subjects = gather(references, {name: str(path) for name, path in parts.items()}, prompts, token, left_out)

@@ -152,7 +152,7 @@ def means(row: dict) -> list[float]:
 
 
 def test_a_folder_without_references_is_one_line(by_node):
-    with pytest.raises(RuntimeError, match="^folder is 'ours', which has no folder 'references' in it; put"):
+    with pytest.raises(RuntimeError, match="^folder is 'ours', which has no folder 'references'; put"):
         by_node(folder=f"{FOLDER}/ours")
 
 
