@@ -197,7 +197,7 @@ def first_step() -> list[float]:
     cache = Cache(opened)
     cache.conditions([CONCEPT.subject_prompt, CONCEPT.class_prompt])
     moments = []
-    began = time.perf_counter()
+    began = now()
     opened.attach(AdapterConfig(rank=SPEC["rank"]), seed=0)
     probe = DriftProbe(opened, latents, CONCEPT, timesteps=5, noises=2)
     material = Material(CONCEPT, Dataset.of_latents(latents, CONCEPT), latents, None, probe, cache)
@@ -221,7 +221,7 @@ def references() -> list[float]:
 
 def _note(event, moments: list[float]) -> None:
     if event.event == "step":
-        moments.append(time.perf_counter())
+        moments.append(now())
 
 
 opened = denoiser()
