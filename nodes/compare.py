@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
+import comfy.model_management
+import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
 from ..anchor_core.checks import shown
+from ..anchor_core.training.settings import PRECISIONS
+from .references import input_subfolder
 from .types import CATEGORY, ReferencesType, one_each
 
 CONNECTED, SANDBOX = "[connected]", "sandbox"
@@ -25,7 +31,7 @@ class AnchorCompare(io.ComfyNode):
     def define_schema(cls):
         encoders = [CONNECTED, SANDBOX, *_folders()]
         pictures = io.Autogrow.TemplatePrefix(
-            io.Image.Input("pictures", tooltip="The pictures that one system made of the subject."), "system", 1, 12
+            io.Image.Input("pictures", tooltip="The pictures that one system made of the subject."), "system", 0, 12
         )
         return io.Schema(
             node_id="AnchorCompare",
@@ -45,7 +51,7 @@ class AnchorCompare(io.ComfyNode):
                     "pictures",
                     pictures,
                     tooltip="A batch, or a list, of pictures of each system. Take the same noise for all: one seed and "
-                    "size.",
+                    "size. Without any, the references with one another tell whether the encoders are the papers'.",
                 ),
                 io.String.Input(
                     "names",
@@ -88,12 +94,56 @@ class AnchorCompare(io.ComfyNode):
                     optional=True,
                     tooltip="A DINOv2 or DINOv3 of Load CLIP Vision, for likeness in detail (DINO).",
                 ),
+                io.String.Input(
+                    "class_word",
+                    default="",
+                    optional=True,
+                    advanced=True,
+                    tooltip="The class's word in the prompts, such as dog: CLIP-T is told of the subject alone and of "
+                    "its surroundings alone too, which a subject that has taken over the prompt loses. Empty for "
+                    "CLIP-T of whole prompts.",
+                ),
+                io.Combo.Input(
+                    "encoder_dtype",
+                    options=list(PRECISIONS[1:]),
+                    default="fp32",
+                    optional=True,
+                    advanced=True,
+                    tooltip="What the encoders of a folder compute in: bf16 and fp16 are faster on a card and take "
+                    "half of the memory; a score is then off by about 0.001.",
+                ),
+                io.Int.Input(
+                    "encoder_batch",
+                    default=32,
+                    min=1,
+                    max=4096,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Pictures in a pass of the encoders of a folder: fewer if memory runs out.",
+                ),
+                io.Combo.Input(
+                    "folder",
+                    options=[CONNECTED, *folder_paths.get_input_subfolders()],
+                    default=CONNECTED,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Several subjects: a folder under input/ (press R after adding one) that holds "
+                    "references/subject and system/subject for each, and perhaps prompts.txt. Connected pictures are "
+                    "one subject more, of systems of the same names.",
+                ),
             ],
             outputs=[
                 io.String.Output(display_name="table", tooltip="The table, as markdown."),
                 io.Image.Output(display_name="sheet", tooltip="The references and the first pictures of each system."),
+                io.String.Output(
+                    display_name="report", tooltip="Everything in the table, and the scores by subject, as JSON."
+                ),
             ],
         )
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return _state(one_each(inputs, ("pictures",)).get("folder"))
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
@@ -101,22 +151,48 @@ class AnchorCompare(io.ComfyNode):
 
     @classmethod
     def _compare(
-        cls, references, pictures, names, prompts, token, clip, dino, clip_vision=None, dino_vision=None
-    ) -> io.NodeOutput:
+        cls, references, names, prompts, token, clip, dino, pictures=None, clip_vision=None, dino_vision=None,
+        class_word="", encoder_dtype="fp32", encoder_batch=32, folder=CONNECTED,
+    ) -> io.NodeOutput:  # fmt: skip
         from ..anchor_core.evaluation.compare import Comparison, contact_sheet, markdown
-        from ..anchor_core.evaluation.picture_folders import class_only, in_order
+        from ..anchor_core.evaluation.picture_folders import class_only, gather_tree, in_order
         from .plot import figure_image
 
-        named = _named(list(pictures.values()), names)
-        comparison = Comparison(_encoders(clip, dino, clip_vision, dino_vision))
-        comparison.add_references("", references.pixels)
-        asked = [class_only(line, token.strip()) for line in prompts.splitlines() if line.strip()]
+        token, class_word, left_out = token.strip(), class_word.strip(), []
+        named = _named(list((pictures or {}).values()), names)
+        subjects, classes = ({}, {}) if folder == CONNECTED else gather_tree(_folder_of(folder), token, left_out)
+        encoders = _encoders(clip, dino, clip_vision, dino_vision, encoder_dtype, encoder_batch)
+        comparison, first = Comparison(encoders, left_out), {}
+        bar = comfy.utils.ProgressBar(len(subjects) + 1)
+        for subject, found in subjects.items():
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            first = {**comparison.add_files(subject, found, class_word or classes.get(subject)), **first}
+            bar.update(1)
+        if named or folder == CONNECTED:
+            comparison.left_out += [f"{name} of the references" for name in references.left_out]
+            comparison.add_references(CONNECTED, references.pixels)
+            first = {"": references.pixels, **named, **first}
+        asked = [class_only(line, token) for line in prompts.splitlines() if line.strip()]
         for name, made in named.items():
-            told = in_order(asked, len(made), f"prompts of {name}:") if comparison.encoders.text else None
-            comparison.add(name, "", made, told)
-        table = markdown(comparison.result())
-        sheet = figure_image(contact_sheet(references.pixels, named))
-        return io.NodeOutput(table, sheet, ui={"text": [table]})
+            told = in_order(asked, len(made), f"prompts of {name}:") if encoders.text else None
+            comparison.add(name, CONNECTED, made, told, class_word or None)
+        result = comparison.result()
+        table = markdown(result)
+        sheet = figure_image(contact_sheet(first.pop(""), first))
+        return io.NodeOutput(table, sheet, json.dumps(result, indent=1, allow_nan=False), ui={"text": [table]})
+
+
+def _folder_of(name: str) -> Path:
+    return input_subfolder(name, "folder")
+
+
+def _state(folder: str | None) -> str:
+    """What changes when a file of the chosen folder does."""
+    digest = hashlib.sha256()
+    for file in sorted(_folder_of(folder).rglob("*")) if folder not in (None, CONNECTED) else ():
+        state = file.lstat()
+        digest.update(f"{file}:{state.st_size}:{state.st_mtime_ns}".encode(errors="replace"))
+    return digest.hexdigest()
 
 
 def _named(batches: list, names: str) -> dict[str, list]:
@@ -124,20 +200,20 @@ def _named(batches: list, names: str) -> dict[str, list]:
     from ..anchor_core.data.pictures import from_images
 
     lines = [shown(line.strip(), 100) for line in names.splitlines() if line.strip()]
-    lines = lines or [f"system {number + 1}" for number in range(len(batches))]
+    lines = lines if lines and batches else [f"system {number + 1}" for number in range(len(batches))]
     if len(set(lines)) != len(batches) or len(lines) != len(batches):
         raise ValueError(f"names has {len(set(lines))} lines that differ, but it takes one for each of {len(batches)}")
     return {name: from_images(batch, name=f"pictures of {name}").pixels for name, batch in zip(lines, batches)}
 
 
-def _encoders(clip: str, dino: str, clip_vision, dino_vision):
+def _encoders(clip: str, dino: str, clip_vision, dino_vision, dtype: str = "fp32", batch: int = 32):
     from ..anchor_core.evaluation.encoders import open_encoders, sandbox_encoders
-    from ..anchor_core.evaluation.metrics import Encoders
+    from ..anchor_core.evaluation.metrics import METRICS, Encoders
 
     sandbox = sandbox_encoders() if SANDBOX in (clip, dino) else None
     chosen = {"clip": clip, "dino": dino}
     folders = [None if name in (CONNECTED, SANDBOX) else _folder(input, name) for input, name in chosen.items()]
-    own = open_encoders(*folders, _device()) if any(folders) else None
+    own = open_encoders(*folders, _device(), dtype, batch) if any(folders) else None
     first = {CONNECTED: None, SANDBOX: sandbox}.get(clip, own)
     second = {CONNECTED: None, SANDBOX: sandbox}.get(dino, own)
     connected = {
@@ -146,12 +222,11 @@ def _encoders(clip: str, dino: str, clip_vision, dino_vision):
     }
     if not any(connected.values()):
         raise ValueError("clip and dino are [connected], but neither is; connect clip_vision or dino_vision, or choose")
-    return Encoders(**connected, text=None if first is None else first.text)
+    names = {metric: chosen["dino" if metric == "dino" else "clip"] for metric in METRICS}
+    return Encoders(**connected, text=None if first is None else first.text, names=names)
 
 
 def _device():
-    import comfy.model_management
-
     return comfy.model_management.text_encoder_device()
 
 

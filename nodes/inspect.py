@@ -59,6 +59,16 @@ class AnchorDriftReport(io.ComfyNode):
                     optional=True,
                     tooltip="A training's history, to plot its loss and drift over the steps as well.",
                 ),
+                io.Int.Input(
+                    "class_pictures",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    advanced=True,
+                    tooltip="How many pictures of the class the model makes, for the other two readings of the paper's "
+                    "Fig. 2: the subject's prediction against the class's on a picture of its own. 0 for none.",
+                ),
             ],
             outputs=[
                 io.Image.Output(display_name="plot", tooltip="Drift and error by timestep, and over the training."),
@@ -71,10 +81,13 @@ class AnchorDriftReport(io.ComfyNode):
         return cls._measure(**one_each(inputs, ("images",)))
 
     @classmethod
-    def _measure(cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None) -> io.NodeOutput:
+    def _measure(
+        cls, model, clip, vae, images, concept, lora, timesteps, noises, seed, history=None, class_pictures=0
+    ) -> io.NodeOutput:
         from ..anchor_core.adapters.attach import attach_tensors
         from ..anchor_core.backends.comfyui.denoiser import ComfyDenoiser
         from ..anchor_core.data.pictures import from_images
+        from ..anchor_core.data.prepare import sample_class_latents
         from ..anchor_core.drift import DriftProbe
         from .plot import drift_plot
 
@@ -83,7 +96,11 @@ class AnchorDriftReport(io.ComfyNode):
         with ComfyDenoiser(model, clip, vae) as denoiser:
             denoiser.cancellable = True
             latents = denoiser.encode_images(pictures)
-            probe = DriftProbe(denoiser, latents, concept, timesteps=timesteps, noises=noises, seed=seed)
+            how = {"timesteps": timesteps, "noises": noises, "seed": seed}
+            if class_pictures:
+                shape = tuple(latents.shape[1:])
+                how["class_latents"] = sample_class_latents(denoiser, concept, class_pictures, shape, seed=seed)
+            probe = DriftProbe(denoiser, latents, concept, **how)
             before = probe.measure()
             try:
                 attach_tensors(denoiser, lora, getattr(lora, "metadata", None), getattr(lora, "embedding", None))
@@ -100,6 +117,9 @@ def _numbers(before, after) -> str:
         ("drift (RMS)", before.drift_rms, after.drift_rms),
         ("reconstruction", before.reconstruction, after.reconstruction),
     ]
+    if after.paired is not None:
+        rows.append(("B, same noise", before.paired, after.paired))
+        rows.append(("C, other noise", before.independent, after.independent))
     for (timestep, drift, _), (_, drift_after, _) in zip(before.by_timestep, after.by_timestep, strict=True):
         rows.append((f"drift, t = {timestep:4.0f}", drift, drift_after))
     # Narrow enough for a preview node.

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 
 def drift_plot(before, after, history: dict[str, Any] | None) -> torch.Tensor:
-    """IMAGE (1, H, W, 3): two `ProbeResult`s by timestep and, with a training's history, its loss and drift by step."""
-    from ..anchor_core.evaluation.report import draw_by_timestep, new_figure
+    """IMAGE (1, H, W, 3): two `ProbeResult`s by timestep, with class samples the readings of Fig. 2, and by step the
+    loss, the drift and the steps' own distances of a training's history."""
+    from ..anchor_core.evaluation import report
+    from ..anchor_core.training.history import History
 
-    figure = new_figure(12 if history else 8, 4)
-    panels = figure.subplots(1, 3 if history else 2)
-    for panel, quantity in zip(panels, ("drift", "reconstruction")):
-        draw_by_timestep(panel, {"without LoRA": before, "with LoRA": after}, quantity)
+    two = {"without LoRA": before, "with LoRA": after}
+    draws = [partial(report.draw_by_timestep, results=two, quantity=each) for each in ("drift", "reconstruction")]
+    if after.paired is not None:
+        draws.append(partial(report.draw_readings, result=after))
     if history:
-        _course(panels[2], history)
+        draws.append(partial(_course, history=history))
+    if history and history.get("distances"):
+        draws.append(partial(report.draw_distances, history=History.from_dict(history)))
+    figure = report.new_figure(4 * len(draws), 4)
+    for draw, panel in zip(draws, figure.subplots(1, len(draws))):
+        draw(panel)
     return figure_image(figure)
 
 

@@ -107,8 +107,8 @@ class AnchorLoadReferences(io.ComfyNode):
             digest.update(str(pictures).encode())
             for pair in input_folder.files_of(parse(pictures or "")):
                 digest.update("".join(input_folder.sha256_of(file) for file in pair if file).encode())
-        elif not references.startswith(SANDBOX) and _folder(references).is_dir():
-            for file in sorted(_folder(references).iterdir()):
+        elif not references.startswith(SANDBOX) and input_subfolder(references).is_dir():
+            for file in sorted(input_subfolder(references).iterdir()):
                 state = file.lstat()  # links that lead out are not read, and others are files of the folder themselves
                 digest.update(f"{file.name}:{state.st_size}:{state.st_mtime_ns}".encode(errors="replace"))
         return digest.hexdigest()
@@ -129,18 +129,19 @@ class AnchorLoadReferences(io.ComfyNode):
             picked = parse(pictures)
             read = partial(load_picked, picked, input_folder.files_of(picked), masks=masks)
         else:
-            read = partial(load_references, _folder(references), captions=captions, masks=masks)
+            read = partial(load_references, input_subfolder(references), captions=captions, masks=masks)
         own = read(bucket_sizes(size) if buckets else size)
         squares = read(size) if buckets else own
         told = [f"left out: {listed(list(own.left_out))}"] if own.left_out else []
         return io.NodeOutput(squares.stack().movedim(1, -1), own, ui={"text": told})
 
 
-def _folder(name: str) -> Path:
+def input_subfolder(name: str, input: str = "references") -> Path:
+    """A folder under input/; ValueError, naming the node's input, if it is not."""
     root = folder_paths.get_input_directory()
     folder = Path(root) / name
     if not folder_paths.is_within_directory(root, str(folder)):
-        raise ValueError(f"references is {name!r}, but it takes a folder inside input/")
+        raise ValueError(f"{input} is {name!r}, but it takes a folder inside input/")
     return folder
 
 

@@ -96,6 +96,9 @@ class AnchorTrainOptions(io.ComfyNode):
                     "= 0, 2/3 is w = 0.5. 0 for w.",
                 ),
                 *inputs_of(TrainSettings, ("micro_batch", "memory", "draws", "bank"), optional=True),
+                *inputs_of(DataSettings, ("templates", "resizes"), optional=True),
+                *inputs_of(AdapterConfig, ("coft",), optional=True),
+                *inputs_of(TrainSettings, ("norm_learning_rate",), optional=True),
             ],
             outputs=[OptionsType.Output(display_name="options", tooltip="For Train Anchored LoRA.")],
         )

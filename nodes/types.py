@@ -86,7 +86,7 @@ def _input(field: Field, text: str | None, options: dict[str, Any]) -> io.Input:
     if isinstance(field.default, str):
         return io.String.Input(field.name, **options)
     lowest = field.metadata.get("minimum", 0.0 if "above" in field.metadata else -100.0)
-    step = 1e-6 if field.name.endswith("learning_rate") else 0.05
+    step = 1e-6 if field.name.endswith(("learning_rate", "coft")) else 0.05
     return io.Float.Input(
         field.name, min=lowest, max=field.metadata.get("below", 1e6), step=step, round=1e-6, **options
     )

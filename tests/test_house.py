@@ -137,6 +137,11 @@ def test_nothing_that_ships_would_hold_a_version_back():
     assert not wrong
 
 
+def test_the_nodes_leave_the_threads_to_comfyui():
+    calls = ("set_num_threads(", "set_num_interop_threads(", "OMP_")
+    assert not [(name, call) for name in shipped() for call in calls if call in MODULES[name].read_text("utf-8")]
+
+
 def test_no_file_is_long():
     files = [
         path

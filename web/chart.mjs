@@ -25,11 +25,13 @@ export function prepare(record) {
   const curves = Object.entries(record.losses.values).map(([name, values]) => {
     return { name, steps: record.losses.step, values, smoothed: smooth(values), axis: "left" }
   })
-  const drift = record.probes.values.drift
+  // Without measurements the steps' own predictions tell it, from whatever pictures and noise they had.
+  const course = [record.probes, record.distances].find((each) => each?.values.drift)
+  const drift = course?.values.drift
   if (drift) {
     // A few measurements are shown as they are; many get the strong line from what is smooth, which is cheaper too.
     const smoothed = drift.length > FEW ? smooth(drift) : drift
-    curves.push({ name: "drift", steps: record.probes.step, values: drift, smoothed, axis: "right" })
+    curves.push({ name: "drift", steps: course.step, values: drift, smoothed, axis: "right" })
   }
   const of = (axis) => curves.filter((curve) => curve.axis === axis).flatMap(({ values, smoothed }) => [values, smoothed])
   return { curves, left: range(...of("left")), right: drift ? range(drift) : null }

@@ -142,7 +142,7 @@ def _run_here(todo: Sequence[Job], given: tuple, devices: Sequence[str], jobs: i
     if count == 1:
         yield from (run_job(*given, job, devices[0], 0) for job in todo)
         return
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores // count)
+    threads = 0 if "OMP_NUM_THREADS" in os.environ else max(1, cores // count)  # it holds for each of them
     # Not forked: a process that is cannot use a GPU that its parent has looked at, and inherits its locks.
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()

@@ -173,13 +173,17 @@ def _measures(out: Path, spec: Spec, comfyui: Path | None, python: Path | None) 
     found |= {f"plain, {name}": own("plain", **{name: by * getattr(spec, name)}) for name, by in GROWTH.items()}
     if comfyui is None:
         return found
-    weights = stock.write_weights(out / "sd15-random.safetensors")
+
+    def weights() -> Path:
+        return stock.write_weights(out / "sd15-random.safetensors")
 
     def theirs(method: str) -> Callable[[], dict]:
-        return lambda: _measured(stock.command(comfyui, python, weights, method, spec.steps, spec.side, spec.device))
+        return lambda: _measured(stock.command(comfyui, python, weights(), method, spec.steps, spec.side, spec.device))
 
     found |= {f"comfyui, {method}": theirs(method) for method in stock.METHODS}
-    found[GUIDED] = lambda: {"rules": guidance.measure(comfyui, python, weights, 1, spec.steps, spec.side, spec.device)}
+    found[GUIDED] = lambda: {
+        "rules": guidance.measure(comfyui, python, weights(), 1, spec.steps, spec.side, spec.device)
+    }
     found[IMPORT] = lambda: _measured([python, _WORKER.with_name("import_worker.py"), comfyui, _ROOT])
     return found
 

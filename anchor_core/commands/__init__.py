@@ -1,4 +1,12 @@
-"""What the verbs of the command line do, each given its parsed options."""
+"""What the verbs of the command line do, each given its parsed options.
+
+OpenMP reads its wait policy when torch loads. By default a thread that waits for the others of its process spins, and
+takes the core from those whom another process's threads wait for in turn; so it sleeps, unless the user says otherwise.
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from .benching import bench, bench_report, bench_run
 from .checking import selftest

@@ -129,52 +129,22 @@ def compare(options: Namespace) -> None:
         options.clip, options.dino, device(options), options.encoder_dtype, options.encoder_batch
     )  # fmt: skip
     classes = read_prompt_file(options.prompts).classes if options.prompts else {}
-    comparison, shown = Comparison(encoders), {}
-    for subject, found in tqdm(list(subjects.items()), desc="subjects"):
-        references, _ = _read(found.references, [], "the references", left_out)
-        made = {name: _read(*pictures, name, left_out) for name, pictures in found.made.items()}
-        empty = [] if references else ["the references"]
-        empty += [name for name, (pictures, _) in made.items() if not pictures]
-        if empty:
-            left_out.append(f"{subject}: no picture of {empty[0]} can be read")
-            del subjects[subject]
-            continue
-        comparison.add_references(subject, references)
-        for name, (pictures, prompts) in made.items():
-            comparison.add(name, subject, pictures, prompts, options.class_word or classes.get(subject))
-            shown.setdefault(name, pictures[:6])
-        shown.setdefault("", references[:6])
-    if not subjects:
-        raise ValueError(f"--references: of no subject there is anything to compare: {'; '.join(left_out)}")
+    comparison, shown = Comparison(encoders, left_out), {}
+    for subject, found in tqdm(subjects.items(), desc="subjects"):
+        for name, pictures in comparison.add_files(subject, found, options.class_word or classes.get(subject)).items():
+            shown.setdefault(name, pictures)
     denoiser = open_model(options) if files else None
-    for (name, subject), file in ((key, file) for key, file in files.items() if key[1] in subjects):
+    for (name, subject), file in ((key, file) for key, file in files.items() if key[1] in comparison.subjects):
         probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
         attach_file(denoiser, file)
         comparison.add_drift(name, probe.measure().drift)
         denoiser.detach()
-    comparison.left_out[:0] = left_out
     result = comparison.result()
     out.mkdir(parents=True, exist_ok=True)
     contact_sheet(shown.pop(""), shown).savefig(out / "report.png")
     report.write_json(out / "report.json", result)
     (out / "report.md").write_text(markdown(result) + "\n", encoding="utf-8")
     print(markdown(result))
-
-
-def _read(files, prompts: list[str], system: str, left_out: list[str]):
-    """The pictures that can be read, with their prompts; the others are told to `left_out`."""
-    from ..checks import reason, shown
-    from ..data.pictures import read_picture
-
-    pictures, told = [], []
-    for number, file in enumerate(files):
-        try:
-            pictures.append(read_picture(file))
-        except ValueError as error:
-            left_out.append(f"{shown(file)} of {system}: {reason(error)}")
-        else:
-            told += prompts[number : number + 1]
-    return pictures, told
 
 
 def _concept(file, metadata: dict[str, str], subject: str | None = None, class_prompt: str | None = None):

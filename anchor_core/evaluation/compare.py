@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..checks import shown
+from ..checks import reason, shown
 from ..concept import word_pattern
+from ..data.pictures import read_picture
 from . import report
 from .metrics import (
     METRICS,
@@ -21,11 +23,14 @@ from .metrics import (
     real_against_real,
     text_alignment,
 )
+from .picture_folders import SubjectFiles
 from .prompt_sets import split_prompts
 
 PARTS = ("full", "subject", "context")
 """Of a prompt, in the split of CLIP-T."""
 REAL = "real pictures, each with the others"
+COLUMNS = 6
+"""Of a contact sheet."""
 
 
 class Comparison:
@@ -35,13 +40,13 @@ class Comparison:
     its pictures with their prompts; the table has the mean over subjects (DreamBooth's protocol, arXiv 2208.12242).
     """
 
-    def __init__(self, encoders: Encoders):
+    def __init__(self, encoders: Encoders, left_out: Iterable[str] = ()):
         self.encoders = encoders
         self._references: dict[str, dict[str, Tensor]] = {}
         self._scores: dict[str, dict[str, dict[str, tuple[float, int]]]] = {}
         self._drifts: dict[str, list[float]] = {}
         self._parts: dict[str, dict[str, dict[str, float]]] = {}
-        self.left_out: list[str] = []
+        self.left_out = list(left_out)
         """What was found and is in no figure, each with the reason."""
 
     def add_references(self, subject: str, pictures: Sequence[Tensor]) -> None:
@@ -84,6 +89,40 @@ class Comparison:
                 self._parts.setdefault(system, {})[subject] = self._split(system, embedded["clip"], prompts, class_word)
         self._scores.setdefault(system, {})[subject] = scores
 
+    def add_files(self, subject: str, found: SubjectFiles, class_word: str | None = None) -> dict[str, list[Tensor]]:
+        """The pictures of a subject's files that can be read, for CLIP-T each with its prompt.
+
+        A subject of which the references, or a system's pictures, cannot be read is left out.
+
+        Returns:
+            The first of the references ("") and of each system, for a `contact_sheet`; none of a subject left out.
+
+        Raises:
+            ValueError: as `add`.
+        """
+        references, _ = self._read(found.references, [], "the references")
+        made = {name: self._read(*pictures, name) for name, pictures in found.made.items()}
+        empty = [] if references else ["the references"]
+        empty += [name for name, (pictures, _) in made.items() if not pictures]
+        if empty:
+            self.left_out.append(f"{shown(subject)}: no picture of {empty[0]} can be read")
+            return {}
+        self.add_references(subject, references)
+        for name, (pictures, prompts) in made.items():
+            self.add(name, subject, pictures, prompts, class_word)
+        return {"": references[:COLUMNS], **{name: pictures[:COLUMNS] for name, (pictures, _) in made.items()}}
+
+    def _read(self, files: Sequence[Path], prompts: Sequence[str], system: str) -> tuple[list[Tensor], list[str]]:
+        pictures, told = [], []
+        for number, file in enumerate(files):
+            try:
+                pictures.append(read_picture(file))
+            except ValueError as error:
+                self.left_out.append(f"{shown(file)} of {system}: {reason(error)}")
+            else:
+                told += prompts[number : number + 1]
+        return pictures, told
+
     def _split(self, system: str, pictures: Tensor, prompts: Sequence[str], class_word: str) -> dict[str, float]:
         """CLIP-T with the full prompts, the subject alone and the context alone, of prompts that name the class."""
         named = [number for number, prompt in enumerate(prompts) if word_pattern(class_word).search(prompt)]
@@ -102,14 +141,21 @@ class Comparison:
         """The drift of a system's adapter for one of the subjects."""
         self._drifts.setdefault(system, []).append(drift)
 
+    @property
+    def subjects(self) -> list[str]:
+        """Those that count."""
+        return list(self._references)
+
     def result(self) -> dict[str, Any]:
         """Everything in the table, and the scores by subject, for `report.json`; systems in the order of their places.
 
         Without a system it is of real pictures with one another alone: a calibration of the encoders.
 
         Raises:
-            ValueError: if a system lacks a subject that another has.
+            ValueError: if there is no subject, or a system lacks one that another has.
         """
+        if not self._references:
+            raise ValueError(f"references: of no subject there is anything to compare: {'; '.join(self.left_out)}")
         wanted = list(next(iter(self._scores.values()), self._references))
         for system, scores in self._scores.items():
             if scores.keys() != set(wanted):
@@ -203,7 +249,7 @@ def _cell(average: Mapping[str, float | None] | None, digits: int) -> str:
     return f"{average['mean']:.{digits}f}{spread}{interval}"
 
 
-def contact_sheet(references: Sequence[Tensor], pictures: Mapping[str, Sequence[Tensor]], columns: int = 6):
+def contact_sheet(references: Sequence[Tensor], pictures: Mapping[str, Sequence[Tensor]], columns: int = COLUMNS):
     """A matplotlib figure: the first references, and below them the first pictures of each system."""
     rows = {"references": references, **pictures}
     figure = report.new_figure(1.5 * columns, 1.7 * len(rows))

@@ -15,6 +15,8 @@ from ..data.folder import contents, is_inside, picture_files, read_text
 
 MAX_BYTES = 2**22
 """Of a file of prompts, and of a report."""
+REFERENCES, PROMPT_FILES = "references", ("prompts_and_classes.txt", "prompts.txt")
+"""Of a folder that holds a whole comparison."""
 _LIVE = ("cat", "dog")
 _NUMBERED = re.compile(r"(\d+)[_-]\d+")
 _SUBJECT_ROW = re.compile(r"^(\w+),([\w ]+)$", re.MULTILINE)
@@ -81,6 +83,29 @@ def gather(
             made[name] = files, [class_only(text, token) for text in texts]
         gathered[subject] = SubjectFiles(folders[subject], picture_files(folders[subject]), made)
     return gathered
+
+
+def gather_tree(folder: Path, token: str, left_out: list[str]) -> tuple[dict[str, SubjectFiles], Mapping[str, str]]:
+    """As `gather`, of one folder: `references`, and a folder for each system, laid out in the same way.
+
+    Its `prompts_and_classes.txt` or `prompts.txt` is read as `read_prompts` does.
+
+    Returns:
+        The files by subject, and subject -> class word where DreamBench's file tells it.
+
+    Raises:
+        ValueError: as `gather`, and for a folder without `references`.
+    """
+    inside = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    parts = {path.name: path for path in inside if not path.name.startswith(".") and is_inside(folder, path)}
+    references = parts.pop(REFERENCES, None)
+    if references is None:
+        raise ValueError(
+            f"folder is {shown(folder.name)!r}, which has no folder {REFERENCES!r}; put the real pictures there"
+        )
+    prompts = next((file for name in PROMPT_FILES if (file := folder / name).is_file()), None)
+    subjects = gather(references, {name: str(path) for name, path in parts.items()}, prompts, token, left_out)
+    return subjects, {} if prompts is None else read_prompt_file(prompts).classes
 
 
 def _subject_folders(folder: Path, option: str) -> dict[str, Path]:

@@ -20,7 +20,8 @@ def prompts() -> dict[str, dict]:
     measured |= {"lora": ["9", 0], "timesteps": 1, "noises": 1, "seed": 0}
     pictures = {
         "references": ["2", 1], "pictures.system0": ["2", 0], "names": "one", "prompts": "a star", "token": "sks",
-        "clip": "sandbox", "dino": "sandbox",
+        "clip": "sandbox", "dino": "sandbox", "class_word": "star", "encoder_dtype": "fp32", "encoder_batch": 1,
+        "folder": "[connected]",
     }  # fmt: skip
     shown = {"5": node("PreviewAny", source=["4", 0])}
     base = {key: value for key, value in training().items() if key != "4"} | lora
