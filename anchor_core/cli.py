@@ -17,7 +17,7 @@ from .adapters.config import AdapterConfig
 from .adapters.formats import FORMATS
 from .checks import check_count
 from .embeddings import ALIGNMENTS, NORM_MIX, Adjustment
-from .evaluation.checkup import CheckupSettings
+from .evaluation.settings import CheckupSettings
 from .guidance import RULE_OPTIONS, RULES
 from .training.methods import METHODS, method_options
 from .training.presets import AUTO, NONE, PRESETS

@@ -9,7 +9,7 @@ import comfy.utils
 import folder_paths
 from comfy_api.latest import io
 
-from ..anchor_core.evaluation.checkup import CheckupSettings
+from ..anchor_core.evaluation.settings import CheckupSettings
 from ..anchor_core.writing import claimed
 from .types import CATEGORY, LoraModel, checked_lora, inputs_of, one_each
 from .written import WRITTEN

@@ -16,7 +16,8 @@ def checkup(options: Namespace) -> None:
     from ..adapters.stated import prompts_of
     from ..data.pictures import load_references
     from ..evaluation import checkup_page
-    from ..evaluation.checkup import CheckupSettings, about_file, check_up
+    from ..evaluation.checkup import about_file, check_up
+    from ..evaluation.settings import CheckupSettings
 
     check_embedding(options)
     settings = given(options, CheckupSettings)

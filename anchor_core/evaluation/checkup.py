@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from statistics import median
 from typing import Any
 
@@ -19,11 +19,12 @@ from ..adapters.adapter import Adapter
 from ..adapters.changes import Change, changes, place
 from ..adapters.metadata import recommended_guidance
 from ..adapters.stated import Prompts
-from ..checks import check_options, option, shown
+from ..checks import shown
 from ..data.prepare import sample_latents
 from ..denoiser import Denoiser
 from ..drift import ProbePoints
-from .verdict import BUDGET, words
+from .settings import CheckupSettings
+from .verdict import words
 
 HIGHEST = 2.0
 """The highest strength that is tried."""
@@ -35,28 +36,6 @@ WEAKS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Tick = Callable[[int, int], None]
 """Told how much of the work is done, and of how much; what it raises ends the check-up."""
-
-
-@dataclass(frozen=True)
-class CheckupSettings:
-    """What a check-up measures on, and the change of the class that it allows."""
-
-    timesteps: int = option(
-        8, "how many noise levels, evenly over the schedule; more is a finer curve and takes longer"
-    )
-    noises: int = option(1, "noises for each picture and level; more is less chance and takes longer")
-    count: int = option(4, "class pictures to measure on, which the untouched model makes where none are given")
-    steps: int = option(20, "sampling steps of those pictures")
-    budget: float = option(
-        BUDGET,
-        "how far a LoRA may move the class prompt's prediction, over what that prompt's own words do; the strength at "
-        "which it passes this is looked for",
-        above=0.0,
-    )
-    seed: int = option(0, "seed of the pictures and noises: keep it to compare LoRAs", minimum=0)
-
-    def __post_init__(self):
-        check_options(self)
 
 
 def check_up(

@@ -13,7 +13,8 @@ from typing import Any
 from ..checks import shown
 from ..writing import whole
 from . import report as files
-from .verdict import BUDGET, HARM
+from .settings import BUDGET
+from .verdict import HARM
 
 _LINES = 3
 _LONGEST = 40

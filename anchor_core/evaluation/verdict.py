@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adapters.stated import ESTIMATED
+from .settings import BUDGET
 
-BUDGET, HARM = 0.7, 1.0
-"""Of `of_prompt`: up to the first the class is kept; above the second it is harmed."""
+HARM = 1.0
+"""Of `of_prompt`: above it the class is harmed, up to `BUDGET` it is kept."""
 
 CALLED, ALWAYS = 0.5, 0.8
 """Of `of_trigger`: up to the first the trigger word does most of it; above the second it hardly matters."""

@@ -122,6 +122,8 @@ def preset_options(
         return {}
     options = dict(preset.options)
     options["learning_rate"] = learning_rate(options["learning_rate"], kind, optimizer)
+    if kind == "oft" and options.get("layers") == "all_linear_conv":  # it turns no convolution but 1 x 1
+        options["layers"] = "all_linear"
     return {option: value for option, value in options.items() if option not in given}
 
 

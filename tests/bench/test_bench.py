@@ -26,7 +26,9 @@ def test_text_alignment_pairs_row_with_row():
         metrics.text_alignment(pictures, prompts[:1])
 
 
-def test_demo_writes_what_it_promises(tmp_path):
+def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
+    monkeypatch.setitem(personalise.SAMPLING, "steps", 2)
+    monkeypatch.setattr(personalise, "CLASS_PICTURES", 4)
     result = demo.run(tmp_path, "bolt", seed=1, steps=2)
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written["methods"]) == {"dreambooth", "prior_preservation", "anchored"}

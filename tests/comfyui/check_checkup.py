@@ -31,7 +31,8 @@ from anchor_core.adapters.attach import attach_tensors  # noqa: E402
 from anchor_core.adapters.file import load_adapter  # noqa: E402
 from anchor_core.adapters.stated import prompts_of  # noqa: E402
 from anchor_core.backends.comfyui.denoiser import ComfyDenoiser  # noqa: E402
-from anchor_core.evaluation.checkup import CheckupSettings, check_up  # noqa: E402
+from anchor_core.evaluation.checkup import check_up  # noqa: E402
+from anchor_core.evaluation.settings import CheckupSettings  # noqa: E402
 
 FOLDER = Path(folder)
 

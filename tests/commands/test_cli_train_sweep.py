@@ -10,9 +10,16 @@ from torch import equal
 
 from anchor_core import cli
 from anchor_core.bench import speed
+from anchor_core.commands import train_sweep
 from tests.commands.test_cli import PROMPTS, refused
 
 QUICK = ["train", "--model", "sandbox", "--steps", "2", "--batch_size", "2", "--rank", "2", *PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    monkeypatch.setattr(train_sweep, "PICTURES", 1)
+    monkeypatch.setattr(train_sweep, "SAMPLING_STEPS", 2)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import to_file_keys
 from anchor_core.adapters.stated import Prompts, prompts_of
 from anchor_core.evaluation import checkup_page
-from anchor_core.evaluation.checkup import WEAKS, CheckupSettings, about_file, check_up
-from anchor_core.evaluation.verdict import BUDGET, CHANGES, HARM, HARMS, KEEPS
+from anchor_core.evaluation.checkup import WEAKS, about_file, check_up
+from anchor_core.evaluation.settings import BUDGET, CheckupSettings
+from anchor_core.evaluation.verdict import CHANGES, HARM, HARMS, KEEPS
 
 PROMPTS = prompts_of({}, "a photo of a sks dog", "a photo of a dog")
 ALONE = prompts_of({}, "", "a photo of a dog")

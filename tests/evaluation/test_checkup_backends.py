@@ -14,7 +14,8 @@ from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import load_adapter, save_adapter, to_file_keys
 from anchor_core.adapters.formats import convert
 from anchor_core.adapters.stated import prompts_of
-from anchor_core.evaluation.checkup import CheckupSettings, check_up
+from anchor_core.evaluation.checkup import check_up
+from anchor_core.evaluation.settings import CheckupSettings
 from tests.comfyui import comfy_server
 from tests.evaluation import twin_models
 

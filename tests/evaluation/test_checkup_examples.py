@@ -12,8 +12,9 @@ from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
 from anchor_core.bench.personalise import SAMPLING
 from anchor_core.concept import Concept
 from anchor_core.data.prepare import sample_latents
-from anchor_core.evaluation.checkup import CheckupSettings, check_up
-from anchor_core.evaluation.verdict import BUDGET, HARM, HARMS, KEEPS
+from anchor_core.evaluation.checkup import check_up
+from anchor_core.evaluation.settings import BUDGET, CheckupSettings
+from anchor_core.evaluation.verdict import HARM, HARMS, KEEPS
 from anchor_core.sandbox import model, subjects
 from anchor_core.sandbox.judge import pixels
 from anchor_core.training.settings import TrainSettings

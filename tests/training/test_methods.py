@@ -21,7 +21,7 @@ from tests.training.parts import CONCEPT
     [
         ({"kind": "none"}, "^kind is 'none' and vectors is 0"),
         ({"kind": "none", "vectors": 1, "text_encoder": True}, "^text_encoder is True, but with kind 'none'"),
-        ({"kind": "svdiff", "layers": "everything"}, "^layers is 'everything', which has norms too, but kind 'svdiff'"),
+        ({"kind": "loha", "layers": "everything"}, "^layers is 'everything', which has norms too, but kind 'loha'"),
         ({"kind": "full", "dropout": 0.5}, "^dropout is 0.5, but with kind 'full' it takes 0"),
         ({"vectors": -1}, "^vectors is -1"),
         ({"vectors": 1, "token": " "}, "^token is ' ', but it takes a word"),
