@@ -104,7 +104,8 @@ class Clip(_Network):
         told, embedded = list(prompts), []
         for start in range(0, len(told), self.batch):
             part = told[start : start + self.batch]
-            tokens = self.tokenizer(part, padding=True, truncation=True, max_length=77, return_tensors="pt")
+            # All of one length: in half precision a row's rounding goes with it, and so would a score with its batch.
+            tokens = self.tokenizer(part, padding="max_length", truncation=True, max_length=77, return_tensors="pt")
             tokens = {name: tokens[name].to(self.device) for name in ("input_ids", "attention_mask")}
             embedded.append(self.network.text_projection(self.network.text_model(**tokens).pooler_output).float().cpu())
         return torch.cat(embedded)

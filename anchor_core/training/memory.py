@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from ..concept import Concept
 from ..data.cache import Cache
 from ..data.dataset import Dataset, Example
+from .optimizers import on_gpu
 from .settings import TrainSettings
 from .trainer import one_pass
 
@@ -128,6 +129,9 @@ def optimizer_bytes(adapter: Any, settings: TrainSettings) -> int:
 
 def step_bytes(adapter: Any, settings: TrainSettings) -> int:
     """Of what `AveragedWeights.whole` copies while the optimizer steps, when what the passes took is free again."""
+    groups = adapter.parameter_groups(settings.token_learning_rate, settings.norm_learning_rate)
+    if settings.optimizer == "adamw" and on_gpu(groups) and len(groups) == 1:
+        return 0
     each = 4 + (4 if settings.ema else 0) + (_STATE["schedule_free"] if settings.optimizer == "schedule_free" else 0)
     return each * sum(parameter.numel() for parameter in adapter.parameters())
 

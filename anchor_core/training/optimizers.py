@@ -28,7 +28,15 @@ def make_optimizer(groups: Sequence[Any], settings: TrainSettings) -> torch.opti
     options: dict[str, Any] = {"weight_decay": settings.weight_decay, "betas": (settings.beta1, settings.beta2)}
     if settings.optimizer == "schedule_free":
         options["warmup_steps"] = settings.warmup
+    if kind is torch.optim.AdamW and on_gpu(groups):
+        options["fused"] = True  # otherwise a GPU takes as much again as the weights in the middle of a step
     return kind(groups, lr=settings.learning_rate, **options)
+
+
+def on_gpu(groups: Sequence[Any]) -> bool:
+    """Whether parameters, or groups of them, are on a card of NVIDIA's or AMD's."""
+    first = groups[0]["params"][0] if isinstance(groups[0], dict) else groups[0]
+    return first.device.type == "cuda"
 
 
 def _optimizer_class(name: str) -> type[torch.optim.Optimizer]:
@@ -120,12 +128,13 @@ class AveragedWeights:
         """A step of the optimizer and the update after it count in the block, or else, by an error, neither does.
 
         The error ends the training, so that only what is kept of it is put back: the weights and their average. The
-        copies live as long as the step, when what its passes took is free again.
+        copies live as long as the step, when what its passes took is free again. Fused AdamW needs none: it takes no
+        memory once a weight is changed, and beside the weights of a whole network their copies would be missed.
         """
         updates, state = self._updates, self._optimizer.state
         own_average = dict(state) if hasattr(self._optimizer, "eval") else {}  # is made of the state
         own = [each for values in own_average.values() for each in values.values() if torch.is_tensor(each)]
-        put_back = _remembered([*self._parameters, *self._average, *own])
+        put_back = _remembered([] if self._changes_all_at_once() else [*self._parameters, *self._average, *own])
         try:
             yield
         except BaseException:
@@ -134,6 +143,13 @@ class AveragedWeights:
             if not own_average:  # there was none before a first step
                 state.clear()
             raise
+
+    def _changes_all_at_once(self) -> bool:
+        """Whether a step of the optimizer takes no memory when a weight is changed already."""
+        groups, state = self._optimizer.param_groups, self._optimizer.state
+        # The state of a second group is made when the first is changed.
+        later = [p for group in groups[1:] for p in group["params"] if p.grad is not None]
+        return all(group.get("fused") for group in groups) and all(p in state for p in later)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self._average, "updates": self._updates}

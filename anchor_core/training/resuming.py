@@ -84,6 +84,9 @@ def _restore(loop: Any, state: dict[str, Any]) -> None:
     own = state_of(loop)
     for name in ("adapter", "average", "schedule", "generator", "random"):
         _check_like(own[name], state[name], name)
+    for group, saved in zip(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"]):
+        if "fused" in group:  # the device's, not the training's
+            saved["fused"] = group["fused"]
     _check_groups(own["optimizer"]["param_groups"], state["optimizer"]["param_groups"])
     for held in state["candidates"]["held"]:
         _check_like(own["adapter"], held["weights"], "kept adapter")

@@ -258,9 +258,16 @@ def check_preview_in_low_vram(name: str, model, clip, vae, shape) -> None:
 
 
 def check_attention_for_sampling_alone(name: str, denoiser: ComfyDenoiser, shape) -> None:
-    """Where ComfyUI's own attention has no gradient, as Sage's has none, training has it all the same."""
+    """Where ComfyUI's own attention or that of a node has no gradient, as Sage's, training has it all the same."""
     step, attend = contract.make_step(denoiser, shape), attention.efficient_dot_product_attention
-    wanted = gradients(denoiser, step)
+    wanted, options = gradients(denoiser, step), denoiser.model.model_options["transformer_options"]
+    denoiser.model.set_model_optimized_attention(
+        lambda *given, **own: attention.attention_split(*given, **own).detach()
+    )
+    try:
+        assert_near(gradients(denoiser, step), wanted)
+    finally:
+        del options["optimized_attention_override"]
     attention.efficient_dot_product_attention = lambda *arguments, **options: attend(*arguments, **options).detach()
     try:
         assert_near(gradients(denoiser, step), wanted)

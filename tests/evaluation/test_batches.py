@@ -9,7 +9,7 @@ import torch
 
 from anchor_core import cli
 from anchor_core.evaluation.compare import Comparison
-from anchor_core.evaluation.encoders import open_encoders
+from anchor_core.evaluation.encoders import DTYPES, open_encoders
 from tests.evaluation.folders import write
 from tests.evaluation.tiny_encoders import save_encoders
 
@@ -30,12 +30,13 @@ def scores(folders, order: list[int], batch_size: int, dtype: str = "fp32") -> d
     return {metric: found["systems"]["ours"][metric]["mean"] for metric in ("clip_i", "clip_t", "dino")}
 
 
-def test_scores_depend_on_neither_batch_nor_order(folders):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_depend_on_neither_batch_nor_order(folders, dtype):
     order = list(range(9))
-    wanted = scores(folders, order, 32)
+    wanted = scores(folders, order, 32, dtype)
     for batch_size in (1, 2, 9):
-        assert scores(folders, order, batch_size) == pytest.approx(wanted, abs=1e-5)
-    assert scores(folders, [3, 1, 0, 2, 8, 6, 7, 4, 5], 4) == pytest.approx(wanted, abs=1e-5)
+        assert scores(folders, order, batch_size, dtype) == pytest.approx(wanted, abs=1e-5)
+    assert scores(folders, [3, 1, 0, 2, 8, 6, 7, 4, 5], 4, dtype) == pytest.approx(wanted, abs=1e-5)
 
 
 def test_half_precision_is_near(folders):

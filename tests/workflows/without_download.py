@@ -137,7 +137,7 @@ def ranked(g: Graph, loaded: list[Out], results: list, names: list[str], prompts
     g.column(420)
     pictures = {f"pictures__system{number}": made for number, (made, _) in enumerate(results)}
     how = {"names": "\n".join(names), "prompts": prompts, "clip": "sandbox", "dino": "sandbox"}
-    table, sheet = g.add("AnchorCompare", references=loaded[1], **pictures, **how)
+    table, sheet, _ = g.add("AnchorCompare", references=loaded[1], **pictures, **how)
     g.column(620)
     g.add("PreviewAny", "The table", source=table)
     g.add("PreviewImage", "References and pictures", images=sheet)

@@ -32,7 +32,7 @@ from .encoding import ComfyCondition, Encoding
 from .gradients import copied_where_overwritten, register_kernels
 from .layers import is_plain, plain_values
 from .noise import NoiseProcess
-from .patches import told_apart, training_options, without_compiling
+from .patches import tell_of_attention, told_apart, training_options, without_compiling
 from .tokens import word_ids
 from .trainable import check_trainable
 from .weights import TrainableWeights
@@ -90,6 +90,7 @@ class ComfyDenoiser(Encoding, NoiseProcess):
             for block in families.find_blocks(self.network):
                 stack.callback(block.register_forward_pre_hook(with_own_options, with_kwargs=True).remove)
             self._weights.load()
+            tell_of_attention(self.model)
             self._stack = stack.pop_all()
         return self
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from torch import Tensor
 
+logger = logging.getLogger(__name__)
+
+ATTENTION = "optimized_attention_override"
 AROUND_A_SAMPLING = (WrappersMP.OUTER_SAMPLE, WrappersMP.SAMPLER_SAMPLE, WrappersMP.PREPARE_SAMPLING)
 IN_A_STEP = (WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
@@ -32,13 +36,22 @@ def training_options(model: comfy.model_patcher.ModelPatcher) -> dict[str, Any]:
     for kind in IN_A_STEP:
         wrappers[kind] = {key: each for key, each in wrappers.get(kind, {}).items() if key not in for_sampling}
     patches = {name: [_guarded(each) for each in patches] for name, patches in options.get("patches", {}).items()}
-    return {"optimized_attention_override": _with_gradient} | options | {"wrappers": wrappers, "patches": patches}
+    return options | {"wrappers": wrappers, "patches": patches, ATTENTION: _with_gradient}
 
 
 def _with_gradient(_: Callable, *arguments, **options) -> Tensor:
-    """Attention by PyTorch, whatever ComfyUI was started with: Sage's and, as it is called there, Flash's have no
-    gradient, and ComfyUI's own for want of others keeps the square of the tokens for it."""
+    """Attention by PyTorch, whatever ComfyUI was started with and whatever a node chose: Sage's, Comfy Kitchen's and,
+    as it is called there, Flash's have no gradient, and that which passes by the attention would be a wrong one;
+    ComfyUI's own for want of others keeps the square of the tokens for it."""
     return attention_pytorch(*arguments, **options)
+
+
+def tell_of_attention(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Says in the log that training leaves out what a node put in the place of the attention."""
+    override = model.model_options["transformer_options"].get(ATTENTION)
+    if override is not None:
+        logger.info("attention: PyTorch's in training; %s is left to sampling, as it may have no gradient",
+                    origin(override))  # fmt: skip
 
 
 def without_compiling(model: comfy.model_patcher.ModelPatcher) -> Callable[[], None]:
