@@ -69,7 +69,7 @@ def check_objectives(denoiser: Denoiser, shape: Shape) -> None:
 def check_memorises(denoiser: Denoiser, shape: Shape, layers: str = LAYERS) -> None:
     """Thirty steps of training on one picture bring down its loss at fixed noise and timesteps."""
     latents = draw(denoiser, shape, 1, seed=5)
-    settings = TrainSettings(objective="reconstruction", steps=30, learning_rate=4e-2, batch_size=3)
+    settings = TrainSettings(objective="reconstruction", steps=30, learning_rate=4e-2, batch_size=3, schedule="cosine")
     adapter = denoiser.attach(AdapterConfig(rank=4, layers=layers), seed=1)
     try:
         step = make_step(denoiser, shape)
