@@ -1,12 +1,14 @@
 """What the verbs of the command line do, each given its parsed options.
 
-OpenMP reads its wait policy when torch loads. By default a thread that waits for the others of its process spins, and
-takes the core from those whom another process's threads wait for in turn; so it sleeps, unless the user says otherwise.
+OpenMP reads how its threads wait when torch loads. By default one that waits for the others of its process spins for
+long, and takes the core from those whom another process's threads wait for in turn. So it spins briefly and then sleeps,
+unless the user says otherwise (docs/SPEED.md has the figures).
 """
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from .benching import bench, bench_report, bench_run
 from .checking import selftest
