@@ -1,8 +1,8 @@
 """What the verbs of the command line do, each given its parsed options.
 
 OpenMP reads how its threads wait when torch loads. By default one that waits for the others of its process spins for
-long, and takes the core from those whom another process's threads wait for in turn. So it spins briefly and then sleeps,
-unless the user says otherwise (docs/SPEED.md has the figures).
+long, and takes the core from those whom another process's threads wait for in turn. So it spins briefly and then
+sleeps, unless the user says otherwise (docs/SPEED.md has the figures).
 """
 
 import os
