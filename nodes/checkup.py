@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..anchor_core.evaluation.settings import CheckupSettings
 from ..anchor_core.writing import claimed
-from .types import CATEGORY, LoraModel, checked_lora, inputs_of, one_each
+from .types import CATEGORY, LoraModel, checked_lora, inputs_of, one_each, seed_input
 from .written import WRITTEN
 
 
@@ -55,14 +55,7 @@ class AnchorCheckup(io.ComfyNode):
                     step=8,
                     tooltip="Size of the class pictures that the model makes to measure on: the one it draws best at.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the pictures and noises: keep it to compare LoRAs.",
-                ),
+                seed_input("Seed of the pictures and noises: keep it to compare LoRAs."),
                 io.String.Input(
                     "name", default="checkup", tooltip="Name of the report inside output/checkups; a number is added."
                 ),

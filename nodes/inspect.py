@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .types import CATEGORY, ConceptType, HistoryType, LoraModel, checked_lora, one_each
+from .types import CATEGORY, ConceptType, HistoryType, LoraModel, checked_lora, one_each, seed_input
 
 
 class AnchorDriftReport(io.ComfyNode):
@@ -46,14 +46,7 @@ class AnchorDriftReport(io.ComfyNode):
                     max=64,
                     tooltip="Noises for each picture and level; more is less chance and takes longer.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the noises: keep it to compare LoRAs.",
-                ),
+                seed_input("Seed of the noises: keep it to compare LoRAs."),
                 HistoryType.Input(
                     "history",
                     optional=True,

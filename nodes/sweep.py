@@ -25,6 +25,7 @@ from .types import (
     ReferencesType,
     checked_lora,
     one_each,
+    seed_input,
 )
 
 STRENGTH, W, STEPS = "strength", "w", "steps"
@@ -83,14 +84,7 @@ class AnchorSweep(io.ComfyNode):
                     step=8,
                     tooltip="Side of the pictures: 512 for SD1.5, 1024 for SDXL and later, 64 for the sandbox.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="Seed of the noises, and of the trainings.",
-                ),
+                seed_input("Seed of the noises, and of the trainings."),
                 io.Int.Input(
                     "sampling_steps", default=25, min=1, max=200, advanced=True, tooltip="Steps of a picture."
                 ),

@@ -36,6 +36,7 @@ from .types import (
     new_embedding_file,
     new_lora_file,
     one_each,
+    seed_input,
 )
 from .written import WRITTEN
 
@@ -155,14 +156,7 @@ class AnchorTrainLoRA(io.ComfyNode):
                     tooltip="What of the network learns: attention for most; attention_feed_forward or all_linear for "
                     "finer detail and larger files; cross_attention_kv only what is read from the prompt.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=2**63 - 1,
-                    control_after_generate=True,
-                    tooltip="The same seed trains the same LoRA; another one is another try.",
-                ),
+                seed_input("The same seed trains the same LoRA; another one is another try."),
                 io.String.Input(
                     "name",
                     default="anchor",

@@ -75,6 +75,10 @@ def inputs_of(
     return [_input(declared[name], texts.get(name), options) for name in names]
 
 
+def seed_input(tooltip: str) -> io.Input:
+    return io.Int.Input("seed", default=0, min=0, max=2**63 - 1, control_after_generate=True, tooltip=tooltip)
+
+
 def _input(field: Field, text: str | None, options: dict[str, Any]) -> io.Input:
     options = {"default": field.default, "tooltip": _sentence(text or field.metadata["help"])} | options
     if "choices" in field.metadata:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..checks import shown
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Image, Transpose
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +87,24 @@ def is_turned(file: Path) -> bool:
     from PIL import Image
 
     with Image.open(file, formats=formats()) as opened:
-        try:
-            return opened.getexif().get(_EXIF_ORIENTATION, 1) != 1
-        except Exception:  # a damaged EXIF, as in `_upright`, turns nothing
-            return False
+        return _turn(opened, file) is not None
 
 
 def _upright(picture: Image, file: Path) -> Image:
     """Turned as the EXIF orientation says; `ImageOps.exif_transpose` writes all fields anew, and fails at odd ones."""
+    turn = _turn(picture, file)
+    return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(picture: Image, file: Path) -> Transpose | None:
+    """What brings it upright, None where its EXIF asks for nothing or cannot be read."""
     from PIL.Image import Transpose
 
     try:
         orientation = picture.getexif().get(_EXIF_ORIENTATION)
     except Exception as error:
         logger.warning("%s is not turned, as its EXIF cannot be read (%s)", shown(file), shown(error))
-        return picture
+        return None
     turns = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -111,5 +114,4 @@ def _upright(picture: Image, file: Path) -> Image:
         7: Transpose.TRANSVERSE,
         8: Transpose.ROTATE_90,
     }
-    turn = turns.get(orientation) if isinstance(orientation, int) else None
-    return picture if turn is None else picture.transpose(turn)
+    return turns.get(orientation) if isinstance(orientation, int) else None
