@@ -20,7 +20,10 @@ export function prepare(node, defaults) {
     if (widget?.options) widget.options.anchorDefault = defaults[name]
   }
   const preset = widgetOf(node, "preset")
-  if (preset) preset.value = AUTO // of a new node; a workflow that was saved without it means manual
+  if (preset) {
+    preset.value = AUTO // of a new node; a workflow that was saved without it means manual
+    preset.options.getOptionLabel = (value) => WORDS.presets[value] ?? value ?? "" // locales have no place for these
+  }
   const { onConfigure } = node
   node.onConfigure = function (info) {
     onConfigure?.apply(this, arguments)

@@ -10,6 +10,7 @@ import pytest
 
 from anchor_core.sandbox import model as sandbox
 from tests.browser.page import Window
+from tests.browser.picker import Node
 from tests.comfyui import comfy_server
 
 FRONT_ENDS = ("installed", "newest")
@@ -78,3 +79,8 @@ def window(request, server, chromium):
     server.post("/queue", {"clear": True})
     server.post("/interrupt", {})
     assert [error for each in opened for error in each.errors] == []
+
+
+@pytest.fixture
+def node(window):
+    return Node(window()).open()

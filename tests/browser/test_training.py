@@ -124,6 +124,27 @@ def test_two_trainings_in_one_graph_each_show_their_own(window):
     assert len(here.runs(workflow=workflow)) == 2
 
 
+def test_prompts_queued_from_two_windows_each_show_in_their_own(window):
+    one, other = window(), window()
+    first, second = one.build({"steps": MANY}), other.build({"steps": 3, "seed": 2})
+    one.queue()
+    one.view().line("step ")
+    one.page.evaluate("app.graph.getNodeById(4).widgets.find(({ name }) => name === 'steps').value = 5")
+    one.queue()
+    one.until("() => fetch('/queue').then((answer) => answer.json()).then((said) => said.queue_pending.length === 1)")
+    other.queue()
+    other.until("() => fetch('/queue').then((answer) => answer.json()).then((said) => said.queue_pending.length === 2)")
+    assert f"/ {MANY}" in one.view().line("step ") and "shows itself here" in other.view().line("training")
+    one.view().order("stop")
+    one.view().line("Finished · step 5 / 5")
+    other.view().line("Finished · step 3 / 3")
+    assert [each["how"] for each in one.runs(workflow=first)] == ["finished", "stopped"]
+    assert len(one.runs(workflow=second)) == 1
+    for here, workflow in ((one, first), (other, second)):
+        here.view().line("Finished")
+        assert here.page.evaluate("app.graph.getNodeById(4).properties.anchor_run") == here.record(workflow)["id"]
+
+
 def test_a_node_in_a_subgraph_does_the_same(window):
     here = window()
     workflow = here.build({"steps": MANY})
@@ -184,8 +205,15 @@ def test_the_text_is_readable_in_both_themes(window, palette):
 
 def test_the_node_speaks_the_language_of_the_page(window):
     here = window(settings={"Comfy.Locale": "zh"})
-    here.build({})
+    here.build({"preset": "quick try"})
     assert here.view().line("训练开始后会显示在这里")
+    if here.page.evaluate("Boolean(LiteGraph.vueNodesMode)"):
+        here.page.locator('[data-node-id="4"]').get_by_text("快速尝试 (quick try)").first.wait_for()
+    else:
+        shown = "app.graph.getNodeById(4).widgets.find(({ name }) => name === 'preset')._displayValue"
+        assert here.page.evaluate(shown) == "快速尝试 (quick try)"
+    prompt = here.page.evaluate("app.graphToPrompt().then(({ output }) => output['4'].inputs)")
+    assert prompt["preset"] == "quick try"
 
 
 def test_without_the_script_there_is_a_line_and_a_preview(window):
