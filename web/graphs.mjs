@@ -1,4 +1,4 @@
-// Which node of the graph in this page a run belongs to.
+// The graph in this page: which node of it a run belongs to, and changes of it.
 
 /** The node with an execution id: "4", or "5:3" for node 3 in the subgraph of node 5. */
 export function nodeAt(graph, id) {
@@ -16,4 +16,14 @@ export function newestOf(runs, graph, node) {
 /** Whether a run should replace the one that is shown. */
 export function replaces(run, shown) {
   return !shown || run.id === shown.id || run.begun >= shown.begun
+}
+
+/** Do work that changes the graph, as one step of ComfyUI's undo; what it does within is part of it. */
+export function asOneStep(canvas, work) {
+  canvas?.emitBeforeChange?.()
+  try {
+    return work()
+  } finally {
+    canvas?.emitAfterChange?.()
+  }
 }

@@ -175,8 +175,10 @@ export class Picker {
       now = next
     }
     if (told.length) await this.look(now)
-    this.commit(now)
-    this.use()
+    this.changed(() => {
+      this.commit(now)
+      this.use()
+    })
     this.tell(told)
   }
 

@@ -2,6 +2,7 @@
 
 import { api } from "../../scripts/api.js"
 import { app, ComfyApp } from "../../scripts/app.js"
+import { asOneStep } from "./graphs.mjs"
 import { editMask } from "./mask_editor.mjs"
 import { Picker } from "./picker.mjs"
 
@@ -27,15 +28,13 @@ function pictures(node, name, inputData) {
     use: () => {
       const widget = widgetOf(node, "references")
       if (!widget || widget.value === PICKED) return
-      widget.value = PICKED
-      widget.callback?.(PICKED)
+      asOneStep(app.canvas, () => {
+        widget.value = PICKED
+        widget.callback?.(PICKED)
+      })
       picker.draw()
     },
-    changed: (work) => {
-      node.graph?.beforeChange?.(node) // one step of undo
-      work()
-      node.graph?.afterChange?.(node)
-    },
+    changed: (work) => asOneStep(app.canvas, work),
     paint: (picture, mask, saved) => editMask(ComfyApp, api, node.graph, picture, mask, saved),
     grown: () => {
       if (!node.widgets?.length) return

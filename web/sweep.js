@@ -3,6 +3,7 @@
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { addFold, fold } from "./fold.mjs"
+import { asOneStep } from "./graphs.mjs"
 import { SweepView } from "./sweep_view.mjs"
 import { take, targets } from "./targets.mjs"
 import { WORDS } from "./words.mjs"
@@ -20,7 +21,7 @@ function follow(node) {
     use: (value) => {
       const { what } = view.sweep
       const places = targets(node.graph?.nodes ?? [], node, what)
-      for (const place of places) take(place, value)
+      asOneStep(app.canvas, () => places.forEach((place) => take(place, value)))
       app.canvas?.setDirty?.(true, true)
       const names = [...new Set(places.map(([{ title }]) => title))].join(", ")
       return places.length ? `${what} ${value} → ${names}` : WORDS.sweep[what === "strength" ? "no_strength" : "no_training"]

@@ -1,7 +1,7 @@
 import assert from "node:assert/strict"
 import { test } from "node:test"
 
-import { newestOf, nodeAt, replaces } from "../../web/graphs.mjs"
+import { asOneStep, newestOf, nodeAt, replaces } from "../../web/graphs.mjs"
 
 const graph = (...nodes) => ({ getNodeById: (id) => nodes.find((node) => node.id === id) })
 const train = { id: 3 }
@@ -35,4 +35,13 @@ test("a run replaces older ones and itself, not younger ones", () => {
   assert.ok(replaces({ id: "a", begun: 1 }, undefined))
   assert.ok(replaces({ id: "b", begun: 5 }, shown) && replaces({ id: "c", begun: 6 }, shown))
   assert.ok(!replaces({ id: "a", begun: 1 }, shown))
+})
+
+test("a step of undo has an end, whatever happens in it", () => {
+  const told = []
+  const canvas = { emitBeforeChange: () => told.push("before"), emitAfterChange: () => told.push("after") }
+  assert.equal(asOneStep(canvas, () => told.push("work")), 2)
+  assert.throws(() => asOneStep(canvas, () => JSON.parse("")))
+  assert.deepEqual(told, ["before", "work", "after", "before", "after"])
+  assert.equal(asOneStep(undefined, () => 1), 1)
 })
