@@ -109,6 +109,24 @@ def test_samples_are_looked_through_with_the_arrow_keys(window):
     assert 1 < pointed < 6 and f"pictures {float(f'{value:.3g}'):g}" in view.legend()
 
 
+def test_a_saved_step_is_kept_in_the_end(window):
+    here = window()
+    workflow = here.build({"steps": MANY})
+    here.queue()
+    view = here.view()
+    view.line("step ")
+    view.order("save_now")
+    view.root.locator("select:enabled").wait_for()
+    step = int(view.root.locator("select option").all_inner_texts()[1].split()[0])
+    here.until(
+        "(step) => Number(document.querySelector('.sa-head').textContent.match(/step ([0-9]+)/)?.[1]) > step", step
+    )
+    view.root.locator("select").select_option(str(step))
+    assert f"kept step {step}" in view.line("kept step")
+    ended = here.record(workflow)
+    assert ended["how"] == "stopped" and ended["kept"] == step < ended["step"]
+
+
 def test_two_trainings_in_one_graph_each_show_their_own(window):
     here = window()
     workflow = here.build({"steps": 3}, {"steps": 5, "seed": 2})
