@@ -52,7 +52,7 @@ def test_the_quickstart_is_two_clicks(window):
     page, server = here.page, here.server
     page.set_default_timeout(540_000)
     page.evaluate("() => { app.extensionManager.command.execute('Comfy.BrowseTemplates') }")
-    page.get_by_role("dialog").get_by_role("textbox").first.fill("Quickstart")
+    page.get_by_text("Semantic Anchor: train a subject").first.click()
     page.get_by_test_id(f"template-workflow-{QUICKSTART}").click()
     here.until("() => app.graph.nodes.some(({ type }) => type === 'AnchorTrainLoRA')")
     whole = server.front_end == "installed" and not page.evaluate("Boolean(LiteGraph.vueNodesMode)")
