@@ -3,6 +3,7 @@
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { trainOn } from "./again.mjs"
+import { keepPlace } from "./place.mjs"
 import { Records } from "./records.mjs"
 import { View } from "./view.mjs"
 import { prepare, Settings } from "./settings.mjs"
@@ -37,6 +38,7 @@ function follow(node) {
     getMinHeight: () => view.height,
   })
   widget.serialize = false
+  keepPlace(node, view.root)
   records.add(node, view)
   settings.add(node, view)
   const { onExecuted, onRemoved } = node

@@ -5,6 +5,7 @@ import { app, ComfyApp } from "../../scripts/app.js"
 import { asOneStep } from "./graphs.mjs"
 import { editMask } from "./mask_editor.mjs"
 import { Picker } from "./picker.mjs"
+import { keepPlace } from "./place.mjs"
 
 const WIDGET = "ANCHOR_PICTURES"
 const PICKED = "[pictures on the node]"
@@ -57,6 +58,7 @@ function pictures(node, name, inputData) {
 /** What ComfyUI gives to a node: drops, and changes of its other widgets. */
 function follow(node) {
   const picker = node.anchorPicker
+  keepPlace(node, picker.root)
   node.onDragOver = (event) => picker.holds(event.dataTransfer)
   node.onDragDrop = (event) => picker.drop(event)
   for (const name of ["references", "size", "buckets"]) {

@@ -4,6 +4,7 @@ import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { addFold, fold } from "./fold.mjs"
 import { asOneStep } from "./graphs.mjs"
+import { keepPlace } from "./place.mjs"
 import { SweepView } from "./sweep_view.mjs"
 import { take, targets } from "./targets.mjs"
 import { WORDS } from "./words.mjs"
@@ -37,6 +38,7 @@ function follow(node) {
     getMinHeight: () => view.height,
   })
   widget.serialize = false
+  keepPlace(node, view.root)
   const show = (kept) => {
     if (kept?.sweep?.values?.length && Array.isArray(kept.files)) view.show(kept.sweep, kept.files)
   }

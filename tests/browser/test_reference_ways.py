@@ -80,11 +80,8 @@ def test_a_picture_that_its_exif_turns_is_upright_here_and_in_the_mask_editor(no
     assert not card.locator(".sa-fault").is_visible()
 
 
-INSIDE = """() => {
-  const root = app.rootGraph ?? app.graph
-  root.convertToSubgraph(new Set([root.getNodeById(1)]))
-  app.canvas.setGraph(root.nodes.find((each) => each.subgraph).subgraph)
-}"""
+CONVERT = "() => { app.graph.convertToSubgraph(new Set([app.graph.getNodeById(1)])) }"
+ENTER = "app.canvas.setGraph((app.rootGraph ?? app.graph).nodes.find((each) => each.subgraph).subgraph)"
 PASTE_INSIDE = PASTE.replace("app.graph.getNodeById(1)", "app.canvas.graph.nodes[0]")
 SHOWN = "() => Object.values(app.nodeOutputs ?? {}).find((each) => each.images)?.images.length === 3"
 
@@ -93,7 +90,9 @@ def test_a_node_in_a_subgraph_does_the_same(node):
     page = node.page
     node.drop(dog__png=png("red"))
     node.cards(1)
-    page.evaluate(INSIDE)
+    page.evaluate(CONVERT)
+    node.root.wait_for(state="hidden")
+    page.evaluate(ENTER)
     node.root.hover(trial=True)
     assert node.cards(1).first.is_visible() and node.names() == ["dog.png"]
     node.drop(cat__png=png("blue"))
@@ -108,5 +107,5 @@ def test_a_node_in_a_subgraph_does_the_same(node):
     assert node.names() == ["hen.png", "dog.png", "cat.png"]
     node.window.queue()
     node.window.until(SHOWN)
-    page.evaluate("app.canvas.setGraph((app.rootGraph ?? app.graph).nodes.find((each) => each.subgraph).subgraph)")
+    page.evaluate(ENTER)
     assert node.cards(3).first.locator(".sa-caption").is_visible()

@@ -29,7 +29,7 @@ def test_a_training_is_watched_steered_left_and_found_again(window):
     before = view.drawn()
     view.line(re.compile(r"step ([6-9]|\d\d+) "))
     here.until("() => document.querySelector('.sa-legend').textContent.includes('drift')")
-    assert view.drawn() != before  # the chart moves
+    here.until("(before) => document.querySelector('.sa-run canvas').toDataURL() !== before", before)  # it moves
     assert "pictures" in view.legend() and "anchor" in view.legend()
 
     told = here.record(workflow)
@@ -46,9 +46,14 @@ def test_a_training_is_watched_steered_left_and_found_again(window):
     assert view.root.locator("select option").all_inner_texts()[1].split()[0] == str(step)
     assert here.record(workflow)["step"] == step  # both without another step
 
-    # A reload half-way, a second window on the same graph, and one on another.
+    # A reload half-way, an undo, which makes the nodes anew, a second window on the same graph, and one on another.
     width = view.columns()
     here.open()
+    view.line("Paused")
+    here.page.evaluate("app.graph.getNodeById(2).widgets.find(({ name }) => name === 'size').value = 128")
+    here.keep()
+    here.page.keyboard.press("Control+z")
+    here.until("() => app.graph.getNodeById(2).widgets.find(({ name }) => name === 'size').value === 64")
     view.line("Paused")
     view.root.locator(".sa-strip img").wait_for()
     assert abs(view.columns() - width) < 0.1 and f"step {step}" in view.legend()
@@ -115,6 +120,7 @@ def test_a_saved_step_is_kept_in_the_end(window):
     here.queue()
     view = here.view()
     view.line("step ")
+    here.until("() => document.querySelector('.sa-legend').textContent.includes('drift')")  # it has its size
     view.order("save_now")
     view.root.locator("select:enabled").wait_for()
     step = int(view.root.locator("select option").all_inner_texts()[1].split()[0])

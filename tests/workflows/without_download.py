@@ -180,8 +180,9 @@ def textual_inversion(g: Graph) -> None:
     model, clip, vae = sandbox(g)
     loaded, concept = pictures(g), star(g)
     g.column(380)
-    more = g.add("AnchorTrainOptions", "More settings", kind="none", vectors=1, initial="star")
     seen = g.add("AnchorImageReferences", images=loaded[0], size=64)
+    # Last of its column: Nodes 2.0 makes its many rows higher.
+    more = g.add("AnchorTrainOptions", "More settings", kind="none", vectors=1, initial="star")
     g.column(380)
     settings = {"learning_rate": 1e-2, "name": "star", "options": more[0], "references": seen[0]}
     trained = train(g, model, clip, vae, None, concept[0], **settings)
