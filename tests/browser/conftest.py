@@ -66,6 +66,8 @@ def window(request, server, chromium):
 
     def open_(settings=None, **options) -> Window:
         server.post("/settings", usual | (settings or {}))
+        if not opened:
+            server.post("/free", {"free_memory": True})  # of what another test has trained, which it gives for the same
         opened.append(Window(chromium, server, **options))
         return opened[-1]
 
@@ -78,7 +80,6 @@ def window(request, server, chromium):
         each.page.context.close()
     server.post("/queue", {"clear": True})
     server.post("/interrupt", {})
-    server.post("/free", {"free_memory": True})  # the next test trains, and is not given the same results
     assert [error for each in opened for error in each.errors] == []
 
 

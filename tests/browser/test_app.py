@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 
 import pytest
 
@@ -14,9 +15,12 @@ LOAD = "async (graph) => { await app.loadGraphData(graph) }"
 
 
 def template(title: str, **values) -> dict:
-    """A template that opens as an app, with other values of its widgets by the value they have."""
+    """A template that opens as an app, with other values of its widgets by the value they have.
+
+    Its id is another, as ComfyUI shows what ran under the same.
+    """
     graph = json.loads((comfy_server.ROOT / "example_workflows" / f"{title}.json").read_text(encoding="utf-8"))
-    graph["extra"]["linearMode"] = True
+    graph["extra"]["linearMode"], graph["id"] = True, str(uuid.uuid4())
     for node in graph["nodes"]:
         node["widgets_values"] = [
             values.get(each, each) if isinstance(each, str) else each for each in node["widgets_values"]

@@ -62,9 +62,11 @@ def test_the_quickstart_is_two_clicks(window):
           const node = app.graph.nodes.find(({ type }) => type === "AnchorTrainLoRA")
           node.widgets.find(({ name }) => name === "preset").value = "quick try"
         }""")
-    begun = time.monotonic()
+    begun, known = time.monotonic(), [run["id"] for run in here.runs()]
     page.get_by_test_id("queue-button").click()
-    here.until("() => app.graph.nodes.some((node) => node.properties.anchor_run)")
+    here.until(
+        "(known) => app.graph.nodes.some(({ properties: { anchor_run: id } }) => id && !known.includes(id))", known
+    )
     record = here.record(page.evaluate("(app.rootGraph ?? app.graph).id"), "5")
     entry = server.wait(record["prompt"], 540)
     print(
