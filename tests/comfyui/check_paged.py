@@ -18,6 +18,8 @@ from pathlib import Path
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
 KINDS = {"lora": 2, "dora": 2, "lokr": 2, "loha": 2, "oft": 4, "full": 1, "svdiff": 1}
 """Kinds of adapters by rank; the first two stand for those that do not read weights and those that do."""
+FEW = r"\.0\..*att"
+"""The attention of the first blocks, in each family's names."""
 POOLS = {
     "every_page_evicted": {},
     "room_for_a_third": {"evict": 0.0, "third": True},
@@ -64,7 +66,8 @@ if __name__ == "__main__":
 def training(parts, shape, kind: str = "lora", meddle=None, **options) -> dict[str, Tensor]:
     """The losses and the adapter of three steps, with whatever comes between them."""
     with ComfyDenoiser(*parts) as denoiser:
-        config = AdapterConfig(kind=kind, rank=KINDS[kind], layers="attention", **options)
+        layers = FEW if kind == "full" else "attention"  # of Chroma's network attention is more than half
+        config = AdapterConfig(kind=kind, rank=KINDS[kind], layers=layers, **options)
         adapter = denoiser.attach(config, 0)
         settings = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2, guidance=2.0)
         latents = contract.draw(denoiser, shape, 2)
