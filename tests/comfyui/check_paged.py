@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
@@ -48,17 +48,23 @@ if __name__ == "__main__":
     import comfy_text_encoders
     import contract
     import torch
-    from comfy_training import assert_near, gradients, guided_picture, picture, predict, run_training, trained
+    from comfy_training import (
+        assert_near,
+        checked_up,
+        gradients,
+        guided_picture,
+        picture,
+        predict,
+        run_training,
+        trained,
+    )
     from torch import Tensor
 
     from anchor_core.adapters.attach import attach_tensors
     from anchor_core.adapters.config import AdapterConfig
-    from anchor_core.adapters.stated import prompts_of
     from anchor_core.backends.comfyui.apply import apply_adapter
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
     from anchor_core.drift import DriftProbe
-    from anchor_core.evaluation.checkup import check_up
-    from anchor_core.evaluation.settings import CheckupSettings
     from anchor_core.training.events import StepMade
     from anchor_core.training.settings import TrainSettings
     from anchor_core.training.trainer import train
@@ -186,17 +192,13 @@ def check_other_uses(name: str, shape) -> None:
                 probe = DriftProbe(denoiser, contract.draw(denoiser, shape, 1), contract.CONCEPT, timesteps=2, noises=1)
                 drift = torch.tensor(probe.measure().drift)
             with ComfyDenoiser(model, clip, vae) as denoiser:
-                report = check_up(
-                    denoiser, partial(attach_tensors, denoiser, tensors), {},
-                    prompts_of({}, contract.CONCEPT.subject_prompt, contract.CONCEPT.class_prompt),
-                    latents=contract.draw(denoiser, shape, 1), shape=shape, settings=CheckupSettings(timesteps=2),
-                )  # fmt: skip
+                report = checked_up(denoiser, tensors, shape)
             found.append(
                 {
                     "applied": applied,
                     "drift": drift,
                     "guided": guided_picture(model, clip, shape, tensors),
-                    "checked up": torch.tensor(list(numbers(report))),
+                    "checked up": report,
                 }
             )
         for key, theirs in found[1].items():
@@ -204,15 +206,6 @@ def check_other_uses(name: str, shape) -> None:
                 found[0][key], theirs, atol=1e-4, rtol=1e-4, msg=lambda text, k=key: f"{k}: {text}"
             )
     assert not paged_vram.pinned_pages()
-
-
-def numbers(report) -> Iterator[float]:
-    """Every one in it."""
-    if isinstance(report, (int, float)):
-        yield float(report)
-    elif isinstance(report, (dict, list)):
-        for each in report.values() if isinstance(report, dict) else report:
-            yield from numbers(each)
 
 
 def check_endings(name: str, shape) -> None:
