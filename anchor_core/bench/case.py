@@ -27,11 +27,12 @@ from ..training.bank import Bank
 from ..training.events import Event
 from ..training.history import History
 from ..training.run import fit
+from ..training.saving import Files
 from ..training.settings import DataSettings
 from ..writing import whole
 from .config import Config
 from .rows import VECTORS, Sampling, Training
-from .subjects import Subject
+from .subjects import Scored, Subject
 
 Scores = dict[str, float]
 
@@ -107,11 +108,11 @@ class Case:
 
     # Rows
 
-    def train(self, training: Training, tell: Callable[[Event], None]) -> History:
-        """Train an adapter, which stays attached."""
+    def train(self, training: Training, tell: Callable[[Event], None], files: Files | None = None) -> History:
+        """Train an adapter, which stays attached; save it in `files`."""
         self.denoiser.attach(training.for_class(self.subject.class_word), seed=self.seed)
         settings = replace(training.settings, seed=self.seed)
-        return fit(self.denoiser, self.material(training), settings, tell=tell, bank=self.bank).history
+        return fit(self.denoiser, self.material(training), settings, files=files, tell=tell, bank=self.bank).history
 
     def drifts(self) -> Scores:
         """Of the adapter that is attached."""
@@ -122,7 +123,7 @@ class Case:
 
     def score(
         self, row: Sampling | None = None, token: str | None = None, folder: Path | None = None
-    ) -> tuple[Scores, dict[str, list[float | None]]]:
+    ) -> tuple[Scores, Scored]:
         """Sample every prompt and score the pictures: the means, and the values one a picture, prompt by prompt.
 
         Args:
@@ -130,16 +131,15 @@ class Case:
             token: in place of the config's; empty for the class.
             folder: where the pictures are kept, as `compare` reads them; those that it holds are not made again.
         """
-        found: dict[str, list[float | None]] = {}
-        for asked, pictures in self._pictures(row, self.config.token if token is None else token, folder):
+        found: Scored = {}
+        for asked, pictures in self.pictures(row, self.config.token if token is None else token, folder):
             for name, values in self.subject.score(pictures, asked).items():
                 found.setdefault(name, []).extend(values)
-        told = {name: [value for value in values if value is not None] for name, values in found.items()}
-        return {name: sum(values) / len(values) for name, values in told.items() if values}, found
+        return means(found), found
 
     @torch.no_grad()
-    def _pictures(
-        self, row: Sampling | None, token: str, folder: Path | None
+    def pictures(
+        self, row: Sampling | None, token: str, folder: Path | None = None
     ) -> Iterator[tuple[list[int], list[Tensor]]]:
         """The pictures in batches, each batch with the numbers of its prompts."""
         drawing, prompts = self.config.sampling, self.subject.prompts(token)
@@ -156,7 +156,7 @@ class Case:
                 held = [_kept(new, file) if old is None else old for new, old, file in zip(drawn, held, files)]
             yield [prompt for prompt, _ in part], held
 
-    def with_vectors(self, row: Sampling, folder: Path | None) -> tuple[Scores, dict[str, list[float | None]]]:
+    def with_vectors(self, row: Sampling, folder: Path | None) -> tuple[Scores, Scored]:
         """Scores with the token's vectors adjusted, which are then as they were; the adjustment changes the drift."""
         tokens, word = self.denoiser.adapter.tokens, self.subject.class_word
         before = tokens.state_dict()
@@ -170,6 +170,12 @@ class Case:
             return {**scores, **self.drifts()}, by_picture
         finally:
             tokens.load_state_dict(before)
+
+
+def means(scored: Scored) -> Scores:
+    """Of each score, over the pictures that have it."""
+    told = {name: [value for value in values if value is not None] for name, values in scored.items()}
+    return {name: sum(values) / len(values) for name, values in told.items() if values}
 
 
 def _kept(picture: Tensor, file: Path | None) -> Tensor:

@@ -192,7 +192,7 @@ _KEYS = (
 
 def parse(raw: Mapping[str, Any]) -> Config:
     """A config of a file's content; ValueError naming the key that is wrong."""
-    from .personalise import SAMPLING, TABLE_SUBJECTS
+    from .sandbox_settings import SAMPLING, TABLE_SUBJECTS
 
     known(raw, _KEYS, "the config")
     model = check_text("model", raw.get("model", SANDBOX), empty=True)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from ..backends.diffusers.denoiser import DiffusersDenoiser
+from ..checks import check_choice
 from ..evaluation import report
 from ..sandbox import model, subjects
 from ..sandbox.judge import Judge
 from ..training.events import Event
 from ..training.saving import Files
-from .personalise import ANCHORED, DREAMBOOTH, PRIOR_PRESERVATION, SETTINGS, TOKEN, Personalisation
+from .case import Case, means
+from .config import parse
+from .sandbox_settings import SETTINGS
+from .subjects import SandboxSubject
 
-METHODS = (DREAMBOOTH, PRIOR_PRESERVATION, ANCHORED)
+CONFIG = {
+    "name": "demo",
+    "trainings": {
+        "dreambooth": {"objective": "reconstruction"},
+        "prior_preservation": {"objective": "prior_preservation"},
+        "anchored": {"objective": "anchor", "w": 0.5},
+    },
+    "probe": {"class_pictures": 0},
+}
 LABELS = {
     "dreambooth": "DreamBooth LoRA",
     "prior_preservation": "with prior preservation",
@@ -28,37 +41,35 @@ SHOWN = (0, 2, 5, 10, 13, 14, 16, 20, 22)
 
 def run(out: Path, subject_name: str = "pip", seed: int = 0, steps: int = SETTINGS.steps) -> dict:
     """Train, sample and score the three methods; write `report.json`, `report.png` and the adapters into `out`."""
-    subject = subjects.get(subject_name)
-    settings = replace(SETTINGS, steps=steps)
+    check_choice("subject", subject_name, subjects.names())
+    config = parse({**CONFIG, "training": {"steps": steps}})
     out.mkdir(parents=True, exist_ok=True)
     denoiser = DiffusersDenoiser.from_pretrained(model.WEIGHTS)
-    personalisation = Personalisation(denoiser, Judge(), subject, seed)
+    case = Case(denoiser, SandboxSubject(subject_name, Judge()), seed, config)
     results, histories, pictures = {}, {}, {}
-    for method in METHODS:
-        started, adapter = time.perf_counter(), out / f"{method.name}.safetensors"
-        with tqdm(total=settings.steps, desc=LABELS[method.name]) as bar:
-            history = personalisation.train(
-                method, settings, files=_files(adapter), tell=lambda event: _advance(bar, event)
-            )
+    for name, training in config.trainings.items():
+        started, adapter = time.perf_counter(), out / f"{name}.safetensors"
+        with tqdm(total=steps, desc=LABELS[name]) as bar:
+            history = case.train(training, lambda event: _advance(bar, event), _files(adapter))
         seconds = time.perf_counter() - started
-        drawn = personalisation.sample()
-        scores = asdict(personalisation.score(drawn))
+        drawn = [picture for _, batch in case.pictures(None, config.token) for picture in batch]
+        scores = means(case.subject.score(drawn, range(len(drawn)))) | case.drifts()
         denoiser.detach()
-        results[method.name] = {
+        results[name] = {
             **scores,
             "seconds": round(seconds, 2),
             "adapter": adapter.name,
             "history": history.to_dict(),
         }
-        histories[LABELS[method.name]], pictures[LABELS[method.name]] = history, drawn
+        histories[LABELS[name]], pictures[LABELS[name]] = history, drawn
     result = {
-        "subject": subject.name,
-        "prompts": subject.prompts(TOKEN),
+        "subject": subject_name,
+        "prompts": case.subject.prompts(config.token),
         "seed": seed,
-        "settings": asdict(settings),
+        "settings": asdict(training.settings),
         "methods": results,
     }
-    _draw(out / "report.png", personalisation, pictures, histories)
+    _draw(out / "report.png", case, result["prompts"], pictures, histories)
     report.write_json(out / "report.json", result)
     return result
 
@@ -86,13 +97,12 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def _draw(path: Path, personalisation: Personalisation, pictures: dict, histories: dict) -> None:
-    prompts = personalisation.subject.prompts(TOKEN)
+def _draw(path: Path, case: Case, prompts: list[str], pictures: dict[str, list[Tensor]], histories: dict) -> None:
     columns = len(SHOWN)
     figure = report.new_figure(1.35 * columns, 9.4)
     above, below = figure.subfigures(2, 1, height_ratios=(6.4, 3))
     axes = above.subplots(len(pictures) + 1, columns)
-    report.draw_pictures(axes[0], list(personalisation.references), "references")
+    report.draw_pictures(axes[0], case.subject.references.pixels, "references")
     for row, (label, drawn) in zip(axes[1:], pictures.items()):
         report.draw_pictures(row, [drawn[i] for i in SHOWN], label)
     for cell, index in zip(axes[-1], SHOWN):

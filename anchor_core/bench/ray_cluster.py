@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -34,8 +35,9 @@ def run_on_ray(
     environment = {"py_modules": [package], "env_vars": {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}}
     own = {"num_cpus": jobs, "include_dashboard": False} if address == "local" else {}
     try:
+        _check_answers(address)
         ray.init(address, runtime_env=environment, log_to_driver=False, **own)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"ray is {address!r}, where no cluster answers ({reason(error)}); give its address") from error
     try:
         on_gpu = bool(ray.cluster_resources().get("GPU")) and list(devices) != ["cpu"]
@@ -43,6 +45,13 @@ def run_on_ray(
         yield from _all(ray, task, todo, (*given,), "cuda" if on_gpu else "cpu", jobs or len(todo))
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """OSError if nothing listens at a host and port, for which Ray itself would wait without an end."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _all(ray, task, todo: Sequence[Job], given: tuple, device: str, most: int) -> Iterator[Done]:

@@ -166,8 +166,8 @@ def _expanded(where: str, name: str, table: Mapping[str, Any]) -> Iterator[tuple
 
 def _base(sandbox: bool, preset: str) -> dict[str, Any]:
     """What every training of the model starts from."""
-    from .personalise import ADAPTER, SETTINGS
-    from .personalise import CLASS_PICTURES as COUNT
+    from .sandbox_settings import ADAPTER, SETTINGS
+    from .sandbox_settings import CLASS_PICTURES as COUNT
 
     if sandbox:
         if preset:

@@ -34,7 +34,7 @@ def pretrain(options: Namespace) -> None:
     work = Path(options.work) if options.work else out / "work"
     pretrain.run(work, settings, device=device)
     judge.train(work, device=device)
-    pretrain.assemble(work, out / "weights")
+    pretrain.assemble(work, out / "weights", settings.seed)
     judge.assemble(work, out / "weights" / "judge")
     print(evaluate.describe(work, out / "weights", settings))
 

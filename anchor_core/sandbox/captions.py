@@ -41,7 +41,7 @@ def article(phrase: str) -> str:
 
 
 def nonsense(rng: random.Random) -> str:
-    """A rare adjective without meaning, so that a rare token later changes little by itself; never `sks`."""
+    """A rare adjective, without meaning until `naming` gives it one; never `sks`."""
     return rng.choice(RARE_WORDS)
 
 

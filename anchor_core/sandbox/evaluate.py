@@ -112,10 +112,13 @@ Pretrained from nothing by `semantic-anchor sandbox pretrain` on pictures that c
 (`anchor_core/sandbox/world.py`, `captions.py`); no other data went in. Licence: Apache-2.0.
 
 Captions name shapes, colours, patterns, outlines, surroundings, accessories, neighbours, position and size in many
-phrasings, 15 % of them with a rare adjective without meaning, so that a rare token changes little by itself. `sks`,
-`ohwx`, `zwx` and `qwe` are single tokens that no caption used. The text tower was trained contrastively against a small
-picture encoder, and then together with the denoiser. The decoder alone learnt at last on pictures of which half have a
-look of the subjects' family, though none of theirs, so that it can draw what an adapter learns.
+phrasings, 15 % of them with a rare adjective without meaning. `sks`, `ohwx`, `zwx` and `qwe` are single tokens that no
+caption used. The text tower was trained contrastively against a small picture encoder, and then together with the
+denoiser. The decoder alone learnt on pictures of which half have a look of the subjects' family, though none of theirs,
+so that it can draw what an adapter learns. At last denoiser and text tower learnt on such pictures too, each look named
+by a rare adjective, so that a rare word can carry a subject: its vector is a neutral one and a linear code of the look
+(`anchor_core/sandbox/naming.py`). The vocabulary's rare words end as names of looks, the four unused tokens as the
+neutral vector.
 
 ![samples](samples.png)
 

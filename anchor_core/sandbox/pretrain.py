@@ -1,4 +1,4 @@
-"""Pretraining of the embedded model from nothing: pictures, tokenizer, autoencoder, text tower, denoiser.
+"""Pretraining of the embedded model from nothing: pictures, tokenizer, autoencoder, text tower, denoiser, rare words.
 
 Each stage keeps its state in the work folder and picks up where it was left. The text tower is first trained
 contrastively against a small picture encoder, as CLIP is, and then goes on learning with the denoiser: the contrast
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from ..writing import whole
 from . import model, tokenizer, world
 from .captions import caption
+from .naming import Names, draw
 from .stage import Stage, autocast
 from .subjects import random_look
 from .towers import Contrast, as_tensor, contrastive_stage
@@ -41,7 +42,8 @@ class PretrainSettings:
         pictures: drawn training pictures, each with `captions_per_picture` phrasings.
         *_steps: optimizer steps of a stage.
         *_batch: pictures a step.
-        denoiser_rate: peak learning rate, reached after 200 steps and brought to zero over the last fifth.
+        names_pictures: drawn for the last stage, half of them with looks that a rare word names.
+        *_rate: peak learning rate, reached after 200 steps and brought to zero over the last fifth.
         ema: decay of the averaged weights of denoiser and text tower, which are what is shipped.
         drop: share of captions replaced by the empty prompt, for classifier-free guidance.
     """
@@ -57,6 +59,9 @@ class PretrainSettings:
     denoiser_steps: int = 11300
     denoiser_batch: int = 32
     denoiser_rate: float = 8e-4
+    names_pictures: int = 16000
+    names_steps: int = 3600
+    names_rate: float = 4e-4
     ema: float = 0.999
     drop: float = 0.1
     seed: int = 0
@@ -218,11 +223,10 @@ def load_text_tower(work: Path):
 # --- denoiser -------------------------------------------------------------------------------------------------------
 
 
-def _latents(work: Path, vae, device: torch.device) -> Tensor:
-    """Scaled latents of every training picture, float16, computed once."""
-    path = work / "latents.pt"
+def _latents(path: Path, vae, pictures: np.ndarray, device: torch.device) -> Tensor:
+    """Scaled latents of the pictures, float16, computed once."""
     if not path.exists():
-        pictures, parts = load_pictures(work), []
+        parts = []
         with torch.no_grad(), autocast(device):
             for i in tqdm(range(0, len(pictures), 64), desc="latents"):
                 x = as_tensor(pictures[i : i + 64]).to(device)
@@ -232,51 +236,110 @@ def _latents(work: Path, vae, device: torch.device) -> Tensor:
     return torch.load(path, weights_only=True)
 
 
-def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device) -> None:
-    from diffusers import DDPMScheduler, UNet2DConditionModel
+def _denoiser(work: Path, seed: int):
+    """Tokenizer, and `unet` and `text` as they are before the denoiser is trained."""
+    from diffusers import UNet2DConditionModel
     from diffusers.models.attention_processor import AttnProcessor
 
-    vae = load_autoencoder(work).to(device)
     clip_tokenizer, text = load_text_tower(work)
-    text = text.to(device)
-    latents = _latents(work, vae, device)
-    captions = json.loads((work / "captions.json").read_text())
-    torch.manual_seed(settings.seed)
-    unet = UNet2DConditionModel(**model.UNET).to(device)
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(**model.UNET)
     unet.set_attn_processor(AttnProcessor())  # plain attention is the faster one on a CPU in bfloat16
-    trained = nn.ModuleDict({"unet": unet, "text": text.requires_grad_(True)})
+    return clip_tokenizer, nn.ModuleDict({"unet": unet, "text": text})
+
+
+def _named(work: Path, seed: int, state: str):
+    """Tokenizer, and `unet`, `text` and `names` with the averaged weights of a stage's file."""
+    clip_tokenizer, trained = _denoiser(work, seed)
+    names = Names(model.TEXT["hidden_size"])
+    modules = torch.load(work / state, map_location="cpu", weights_only=True)["modules"]["ema"]
+    if state == "names.pt":
+        trained["names"] = names
+    trained.load_state_dict(modules)
+    trained["names"] = names
+    return clip_tokenizer, trained
+
+
+def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    vae = load_autoencoder(work).to(device)
+    clip_tokenizer, trained = _denoiser(work, settings.seed)
+    latents = _latents(work / "latents.pt", vae, load_pictures(work), device)
+    captions = json.loads((work / "captions.json").read_text())
+    batches = _Batches(latents, captions, clip_tokenizer, settings)
+    _denoise(work, "denoiser", trained.to(device), settings.denoiser_rate, settings.denoiser_steps, batches, settings)
+
+
+def _stage_names(work: Path, settings: PretrainSettings, device: torch.device) -> None:
+    """Denoiser and text tower once more, half of it on looks of the subjects' family, each named by a rare word."""
+    vae = load_autoencoder(work).to(device)
+    clip_tokenizer, trained = _named(work, settings.seed, "denoiser.pt")
+    pictures, captions, looks = draw(
+        min(settings.names_pictures, settings.pictures), settings.captions_per_picture, settings.seed
+    )
+    latents, names = _latents(work / "names.latents.pt", vae, pictures, device), trained["names"]
+    batches = _Batches(latents, captions, clip_tokenizer, settings)
+    batches.on_rows = lambda rng, rows: names.say(looks[rows].to(device), rng)
+    trained.to(device)
+    with names.spoken(trained["text"], clip_tokenizer):
+        _denoise(work, "names", trained, settings.names_rate, settings.names_steps, batches, settings)
+
+
+class _Batches:
+    """Latents, noise, timesteps and tokens of a step's batch."""
+
+    def __init__(self, latents: Tensor, captions: list[list[str]], clip_tokenizer, settings: PretrainSettings):
+        self.latents, self.captions, self.tokenizer, self.settings = latents, captions, clip_tokenizer, settings
+        self.on_rows = lambda rng, rows: None
+
+    def __call__(self, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        index = np.sort(rng.integers(0, len(self.latents), self.settings.denoiser_batch))
+        z = self.latents[torch.from_numpy(index)].float().to(device)
+        said = [self.captions[i][rng.integers(len(self.captions[i]))] for i in index]
+        texts = ["" if rng.random() < self.settings.drop else text for text in said]
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(device)
+        t = torch.from_numpy(rng.integers(0, 1000, len(z))).to(device)
+        self.on_rows(rng, torch.from_numpy(index))
+        return z, noise, t, tokens.to(device)
+
+
+def _denoise(
+    work: Path,
+    name: str,
+    trained: nn.ModuleDict,
+    rate: float,
+    steps: int,
+    batches: _Batches,
+    settings: PretrainSettings,
+) -> None:
+    """Train `unet` and `text` to denoise; what is shipped is their average over the steps."""
+    from diffusers import DDPMScheduler
+
+    trained.requires_grad_(True)
     average = copy.deepcopy(trained).requires_grad_(False)
-    modules = {"trained": trained, "ema": average}
-    stage = Stage(work, "denoiser", modules, settings.denoiser_rate, settings.denoiser_steps)
+    stage = Stage(work, name, {"trained": trained, "ema": average}, rate, steps)
     scheduler = DDPMScheduler(
         **{k: v for k, v in model.SCHEDULER.items() if k not in ("set_alpha_to_one", "steps_offset")}
     )
+    device = next(trained.parameters()).device
     for rng in stage:
-        index = np.sort(rng.integers(0, len(latents), settings.denoiser_batch))
-        z = latents[torch.from_numpy(index)].float().to(device)
-        texts = ["" if rng.random() < settings.drop else captions[i][rng.integers(len(captions[i]))] for i in index]
-        tokens = clip_tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").to(device)
-        noise = torch.from_numpy(rng.standard_normal(z.shape, np.float32)).to(device)
-        t = torch.from_numpy(rng.integers(0, 1000, len(z))).to(device)
+        z, noise, t, tokens = batches(rng, device)
         with autocast(device):
-            context = text(input_ids=tokens.input_ids).last_hidden_state
-            prediction = unet(scheduler.add_noise(z, noise, t), t, context).sample.float()
+            context = trained["text"](input_ids=tokens).last_hidden_state
+            prediction = trained["unet"](scheduler.add_noise(z, noise, t), t, context).sample.float()
         stage.descend(F.mse_loss(prediction, scheduler.get_velocity(z, noise, t)))
         decay = min(settings.ema, (stage.step + 1) / (stage.step + 10))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(trained.parameters()), 1 - decay)
 
 
-def assemble(work: Path, folder: Path) -> None:
+def assemble(work: Path, folder: Path, seed: int = 0) -> None:
     """Write the trained model as a diffusers folder in float16."""
-    from diffusers import UNet2DConditionModel
-
-    clip_tokenizer, text = load_text_tower(work)
-    trained = nn.ModuleDict({"unet": UNet2DConditionModel(**model.UNET), "text": text})
-    trained.load_state_dict(torch.load(work / "denoiser.pt", map_location="cpu", weights_only=True)["modules"]["ema"])
+    clip_tokenizer, trained = _named(work, seed, "names.pt")
+    trained["names"].write(trained["text"], clip_tokenizer, seed)
     vae = load_autoencoder(work)
     preview = _latent_rgb(vae, load_pictures(work)[:256])
-    model.save({"unet": trained["unet"], "vae": vae, "text_encoder": text}, clip_tokenizer, folder)
+    model.save({"unet": trained["unet"], "vae": vae, "text_encoder": trained["text"]}, clip_tokenizer, folder)
     _write_json(folder / "vae" / "latent_rgb.json", preview)
 
 
@@ -300,6 +363,7 @@ STAGES = {
     "looks": _stage_looks,
     "text": _stage_text,
     "denoiser": _stage_denoiser,
+    "names": _stage_names,
 }
 
 

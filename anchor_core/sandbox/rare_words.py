@@ -1,4 +1,4 @@
-"""Words of the vocabulary that mean nothing."""
+"""Words of the vocabulary that no ordinary caption needs."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from anchor_core.adapters.file import load_adapter
-from anchor_core.bench import demo, personalise
+from anchor_core.bench import demo, sandbox_settings
 from anchor_core.evaluation import metrics
 
 
@@ -27,8 +27,8 @@ def test_text_alignment_pairs_row_with_row():
 
 
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
-    monkeypatch.setitem(personalise.SAMPLING, "steps", 2)
-    monkeypatch.setattr(personalise, "CLASS_PICTURES", 4)
+    monkeypatch.setitem(sandbox_settings.SAMPLING, "steps", 2)
+    monkeypatch.setattr(sandbox_settings, "CLASS_PICTURES", 4)
     result = demo.run(tmp_path, "bolt", seed=1, steps=2)
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written["methods"]) == {"dreambooth", "prior_preservation", "anchored"}
@@ -40,5 +40,5 @@ def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
 
 
 def test_tables_leave_the_tuning_subjects_out():
-    assert not set(personalise.TABLE_SUBJECTS) & set(personalise.TUNING_SUBJECTS)
-    assert len(personalise.TABLE_SUBJECTS) >= 8
+    assert not set(sandbox_settings.TABLE_SUBJECTS) & set(sandbox_settings.TUNING_SUBJECTS)
+    assert len(sandbox_settings.TABLE_SUBJECTS) >= 8

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from anchor_core.bench import personalise
+from anchor_core.bench import sandbox_settings
 from anchor_core.bench.config import parse, read_config, shipped
 from anchor_core.bench.rows import PRETRAINED
 from anchor_core.objectives import matched_learning_rate
@@ -19,7 +19,7 @@ ROWS = {"trainings": {"plain": {"objective": "reconstruction"}, "anchored": {"ob
 def test_shipped_configs_are_whole(name):
     config = read_config(name, {"model": "some/model", "references": ".", "prompts": "."} if "dream" in name else {})
     assert config.name == name and len(config.rows) > 3
-    assert name == "tune" or not set(config.subjects) & set(personalise.TUNING_SUBJECTS)
+    assert name == "tune" or not set(config.subjects) & set(sandbox_settings.TUNING_SUBJECTS)
 
 
 def test_the_claims_have_their_subjects_and_seeds():
@@ -43,7 +43,7 @@ def test_a_list_is_as_many_rows_and_a_method_keeps_its_form_alone():
     config = parse(raw)
     assert list(config.trainings) == ["w = 0.25", "w = 1", "rate", "custom"]
     assert config.trainings["w = 0.25"].settings.w == 0.25
-    base = personalise.SETTINGS
+    base = sandbox_settings.SETTINGS
     rate = config.trainings["rate"].settings.learning_rate
     assert rate == pytest.approx(matched_learning_rate(base.learning_rate, 0.5))
     assert list(config.samplings) == [f"rate + {rule}, {scale}" for rule in ("mixed", "cfg") for scale in ("2", "4.5")]
@@ -51,7 +51,7 @@ def test_a_list_is_as_many_rows_and_a_method_keeps_its_form_alone():
     custom, published = config.trainings["custom"], method_options("custom_diffusion")
     assert custom.settings.steps == base.steps != published["steps"]
     assert custom.adapter.layers == published["layers"] and custom.adapter.vectors == 1
-    assert config.trainings["w = 1"].adapter == personalise.ADAPTER != custom.adapter
+    assert config.trainings["w = 1"].adapter == sandbox_settings.ADAPTER != custom.adapter
     assert custom.settings.token_learning_rate == 0 != base.token_learning_rate
     matched = config.trainings["rate"].settings.token_learning_rate
     assert matched == pytest.approx(matched_learning_rate(base.token_learning_rate, 0.5))

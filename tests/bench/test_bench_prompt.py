@@ -8,8 +8,8 @@ import pytest
 
 from anchor_core.bench import runner
 from anchor_core.bench.config import parse, read_config
-from anchor_core.bench.personalise import TUNING_SUBJECTS
 from anchor_core.bench.rows import PRETRAINED
+from anchor_core.bench.sandbox_settings import TUNING_SUBJECTS
 
 RAW = {
     "subjects": ["bolt"], "seeds": [1], "training": {"steps": 1, "batch_size": 1, "objective": "reconstruction"},

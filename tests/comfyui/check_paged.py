@@ -18,6 +18,8 @@ from pathlib import Path
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
 KINDS = {"lora": 2, "dora": 2, "lokr": 2, "loha": 2, "oft": 4, "full": 1, "svdiff": 1}
 """Kinds of adapters by rank; the first two stand for those that do not read weights and those that do."""
+FEW = r"\.0\..*att"
+"""The attention of the first blocks, in each family's names."""
 POOLS = {
     "every_page_evicted": {},
     "room_for_a_third": {"evict": 0.0, "third": True},
@@ -46,7 +48,16 @@ if __name__ == "__main__":
     import comfy_text_encoders
     import contract
     import torch
-    from comfy_training import assert_near, gradients, guided_picture, picture, predict, run_training, trained
+    from comfy_training import (
+        assert_near,
+        checked_up,
+        gradients,
+        guided_picture,
+        picture,
+        predict,
+        run_training,
+        trained,
+    )
     from torch import Tensor
 
     from anchor_core.adapters.attach import attach_tensors
@@ -64,7 +75,8 @@ if __name__ == "__main__":
 def training(parts, shape, kind: str = "lora", meddle=None, **options) -> dict[str, Tensor]:
     """The losses and the adapter of three steps, with whatever comes between them."""
     with ComfyDenoiser(*parts) as denoiser:
-        config = AdapterConfig(kind=kind, rank=KINDS[kind], layers="attention", **options)
+        layers = FEW if kind == "full" else "attention"  # of Chroma's network attention is more than half
+        config = AdapterConfig(kind=kind, rank=KINDS[kind], layers=layers, **options)
         adapter = denoiser.attach(config, 0)
         settings = TrainSettings(steps=3, batch_size=2, learning_rate=1e-2, guidance=2.0)
         latents = contract.draw(denoiser, shape, 2)
@@ -168,7 +180,7 @@ def check_stored(name: str, shape) -> None:
 
 
 def check_other_uses(name: str, shape) -> None:
-    """A LoRA applied, guided by and measured, as a product of factors and as a difference of weights."""
+    """A LoRA applied, guided by, measured and checked up, as a product of factors and as a difference of weights."""
     plain, paged = build_plain(name), models.build(name)
     for kind in ("lora", "dora"):
         tensors, *_ = trained(*plain, shape, kind=kind)
@@ -179,7 +191,16 @@ def check_other_uses(name: str, shape) -> None:
                 attach_tensors(denoiser, tensors)
                 probe = DriftProbe(denoiser, contract.draw(denoiser, shape, 1), contract.CONCEPT, timesteps=2, noises=1)
                 drift = torch.tensor(probe.measure().drift)
-            found.append({"applied": applied, "drift": drift, "guided": guided_picture(model, clip, shape, tensors)})
+            with ComfyDenoiser(model, clip, vae) as denoiser:
+                report = checked_up(denoiser, tensors, shape)
+            found.append(
+                {
+                    "applied": applied,
+                    "drift": drift,
+                    "guided": guided_picture(model, clip, shape, tensors),
+                    "checked up": report,
+                }
+            )
         for key, theirs in found[1].items():
             torch.testing.assert_close(
                 found[0][key], theirs, atol=1e-4, rtol=1e-4, msg=lambda text, k=key: f"{k}: {text}"

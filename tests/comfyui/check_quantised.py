@@ -60,7 +60,16 @@ if __name__ == "__main__":
     import contract
     import numpy as np
     import torch
-    from comfy_training import assert_near, gradients, guided_picture, picture, predict, run_training, trained
+    from comfy_training import (
+        assert_near,
+        checked_up,
+        gradients,
+        guided_picture,
+        picture,
+        predict,
+        run_training,
+        trained,
+    )
     from torch import Tensor
 
     from anchor_core.adapters.attach import attach_tensors
@@ -213,13 +222,18 @@ def near(one: Tensor, other: Tensor, limit: float) -> bool:
 
 
 def check_guidance(quantised, plain, shape, exact: bool) -> None:
-    """A rule with strengths by row, with products of factors and with dense differences."""
+    """A rule with strengths by row, and a check-up, with products of factors and with dense differences."""
     for kind in ("lora", "dora"):
         tensors, *_ = trained(*plain, shape, layers=TRAINED, kind=kind)
         pictures = [guided_picture(model, clip, shape, tensors) for model, clip, _ in (quantised, plain)]
         # In ComfyUI's formats the weights are rounded again with the LoRA in them.
         limit = 0.5 if quantised[0].model.model_config.custom_operations.__name__ == "MixedPrecisionOps" else 1e-3
         assert near(*pictures, limit), f"{kind}: guided pictures differ"
+        reports = []
+        for parts in (quantised, plain):
+            with ComfyDenoiser(*parts) as denoiser:
+                reports.append(checked_up(denoiser, tensors, shape))
+        assert near(*reports, 1e-3 if exact else 0.3), f"{kind}: check-ups differ"
 
 
 def check_native(state: dict[str, Tensor], shape) -> None:

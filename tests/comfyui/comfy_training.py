@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import comfy.sample
 import comfy.samplers
@@ -12,10 +13,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from anchor_core.adapters.attach import attach_tensors
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import to_file_keys
+from anchor_core.adapters.stated import prompts_of
 from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
 from anchor_core.backends.comfyui.guidance import guide_model, make_guider
+from anchor_core.evaluation.checkup import check_up
+from anchor_core.evaluation.settings import CheckupSettings
 from anchor_core.guidance import make_rule
 from anchor_core.training.settings import TrainSettings
 from anchor_core.training.trainer import train
@@ -60,6 +65,24 @@ def predict(model, clip, vae, shape) -> Tensor:
     with ComfyDenoiser(model, clip, vae) as denoiser, torch.no_grad():
         condition = denoiser.encode_prompt("a photo of a dog")
         return denoiser.predict(contract.draw(denoiser, shape), contract.times(denoiser), [condition] * 3)
+
+
+def checked_up(denoiser: ComfyDenoiser, tensors: dict[str, Tensor], shape) -> Tensor:
+    """Every number of an adapter's check-up."""
+    prompts = prompts_of({}, contract.CONCEPT.subject_prompt, contract.CONCEPT.class_prompt)
+    attach, settings = partial(attach_tensors, denoiser, tensors), CheckupSettings(timesteps=2)
+    latents = contract.draw(denoiser, shape, 1)
+    return torch.tensor(
+        list(_numbers(check_up(denoiser, attach, {}, prompts, latents=latents, shape=shape, settings=settings)))
+    )
+
+
+def _numbers(report) -> Iterator[float]:
+    if isinstance(report, (int, float)):
+        yield float(report)
+    elif isinstance(report, (dict, list)):
+        for each in report.values() if isinstance(report, dict) else report:
+            yield from _numbers(each)
 
 
 def trained(model, clip, vae, shape, **options) -> tuple[dict[str, Tensor], Tensor, int]:

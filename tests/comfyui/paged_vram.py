@@ -18,6 +18,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ class Pages:
             return None
         for page in missing:
             POOL.counts["faults"] += 1
-            self._serials[page] = POOL.counts["serial"] = POOL.counts["serial"] + 1
+            self._serials[page] = next(_SERIALS)
         self._pinned.update(needed)
         return tuple(self._serials[page] for page in needed)
 
@@ -137,6 +138,8 @@ class Pages:
 
 
 _ALL: list[Pages] = []
+_SERIALS = count(1)
+"""A page that is filled anew never has a number again by which a layer took it for its own."""
 
 
 def pinned_pages() -> int:

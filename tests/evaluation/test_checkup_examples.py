@@ -9,7 +9,7 @@ from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import to_file_keys
 from anchor_core.adapters.stated import prompts_of
 from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
-from anchor_core.bench.personalise import SAMPLING
+from anchor_core.bench.sandbox_settings import SAMPLING
 from anchor_core.concept import Concept
 from anchor_core.data.prepare import sample_latents
 from anchor_core.evaluation.checkup import check_up

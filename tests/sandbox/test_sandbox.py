@@ -127,6 +127,8 @@ def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
         text_batch=8,
         denoiser_steps=2,
         denoiser_batch=2,
+        names_pictures=16,
+        names_steps=1,
     )
     pretrain.run(tmp_path, small)
     whole = torch.load(tmp_path / "denoiser.pt", weights_only=True)

@@ -1,9 +1,9 @@
 """One training step of SD1.5 at full size, random weights, on the CPU: its peak memory beside the estimate.
 
-Usage: sd15_memory.py SIDE SETTINGS CONFIG, the last two as JSON. Prints bytes, each with the model's own: `model`;
-`estimate`, what `check_memory` compares with the free memory; `peak`, the most that torch had allocated at once, by its
-memory profiler; `resident`, the highest resident size during the training over that before the model was made (Linux).
-A process of its own.
+Usage: python -m tests.training.sd15_memory SIDE SETTINGS CONFIG, the last two as JSON. Prints bytes, each with the
+model's own: `model`; `estimate`, what `check_memory` compares with the free memory; `peak`, the most that torch had
+allocated at once, by its memory profiler; `resident`, the highest resident size during the training over that before
+the model was made (Linux). A process of its own.
 """
 
 from __future__ import annotations

@@ -140,9 +140,8 @@ def test_the_resolution_that_would_fit_does(prepared, concept, monkeypatch):
 @pytest.mark.parametrize("case", FULL_SIZE)
 def test_the_estimate_of_sd15_is_within_a_fifth_of_the_peak(case):
     side, settings, config = FULL_SIZE[case]
-    script = Path(memory.__file__).parents[2] / "tests/training/sd15_memory.py"
-    call = [sys.executable, script, str(side), json.dumps(settings), json.dumps(config)]
-    done = subprocess.run(call, capture_output=True, text=True, cwd=script.parents[2])
+    call = [sys.executable, "-m", "tests.training.sd15_memory", str(side), json.dumps(settings), json.dumps(config)]
+    done = subprocess.run(call, capture_output=True, text=True, cwd=Path(memory.__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     print(case, {name: f"{value / GB:.2f} GB" for name, value in found.items()})
