@@ -17,7 +17,7 @@ class Candidates:
     `last` keeps the last one. `best` goes by a score that falls while the training is worth its drift, and keeps the
     earliest measurement that gained, over the first one, at least 1 - `NEAR` of what the best one gained. The least
     score itself comes late: past the bend of the curve each step still fits the pictures a little better, while the
-    subject and the text of new pictures get worse (docs/RESULTS.md).
+    subject and the text of new pictures get worse (docs/TRAINING.md).
 
     Args:
         keep: `best` or `last`.
