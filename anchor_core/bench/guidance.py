@@ -14,6 +14,8 @@ from pathlib import Path
 
 from .stock import write_weights
 
+CONTROLS = ("stock", "stock again")
+"""ComfyUI's own step, twice."""
 _WORKER = Path(__file__).with_name("guidance_worker.py")
 
 
