@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -87,7 +88,10 @@ class Judge:
         self.folder = folder
         self.tokenizer = tokenizer.load(folder.parent / "tokenizer")
         parts = _Parts(self.tokenizer)
-        parts.load_state_dict({k: v.float() for k, v in load_file(folder / "judge.safetensors").items()})
+        # transformers has named what is in a text tower `text_model...` and without it, by version.
+        text = "text.text_model." if hasattr(parts.text, "text_model") else "text."
+        held = load_file(folder / "judge.safetensors")
+        parts.load_state_dict({re.sub(r"^text\.(text_model\.)?", text, k): v.float() for k, v in held.items()})
         self._parts = parts.eval().requires_grad_(False)
 
     @staticmethod

@@ -78,6 +78,7 @@ def build(tokenizer, seed: int = 0) -> dict[str, torch.nn.Module]:
 def save(parts: dict[str, torch.nn.Module], tokenizer, folder: Path) -> None:
     """Write the model as a diffusers folder in float16."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+    from safetensors.torch import load_file, save_file
 
     pipeline = StableDiffusionPipeline(
         **{name: part.half() for name, part in parts.items()},
@@ -88,3 +89,7 @@ def save(parts: dict[str, torch.nn.Module], tokenizer, folder: Path) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+    # Every version of transformers finds these names; 5.0 does not find those of now, and fills the tower at random.
+    file = folder / "text_encoder" / "model.safetensors"
+    named = {f"text_model.{key.removeprefix('text_model.')}": tensor for key, tensor in load_file(file).items()}
+    save_file(named, file, metadata={"format": "pt"})

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from anchor_core.sandbox import captions, evaluate, judge, model, pretrain, subjects, tokenizer, world
 
@@ -136,6 +137,9 @@ def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
     pretrain.run(tmp_path, replace(small, denoiser_steps=4))
     assert torch.load(tmp_path / "denoiser.pt", weights_only=True)["step"] == 4
     pretrain.assemble(tmp_path, tmp_path / "weights")
+    for folder in (tmp_path / "weights", model.WEIGHTS):  # as transformers 5.0 takes them; others it fills at random
+        names = load_file(folder / "text_encoder" / "model.safetensors")
+        assert all(name.startswith("text_model.") for name in names)
     from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser
 
     denoiser = DiffusersDenoiser.from_pretrained(tmp_path / "weights")
