@@ -248,16 +248,8 @@ def _denoiser(work: Path, seed: int):
     return clip_tokenizer, nn.ModuleDict({"unet": unet, "text": text})
 
 
-def _named(work: Path, seed: int, state: str):
-    """Tokenizer, and `unet`, `text` and `names` with the averaged weights of a stage's file."""
-    clip_tokenizer, trained = _denoiser(work, seed)
-    names = Names(model.TEXT["hidden_size"])
-    modules = torch.load(work / state, map_location="cpu", weights_only=True)["modules"]["ema"]
-    if state == "names.pt":
-        trained["names"] = names
-    trained.load_state_dict(modules)
-    trained["names"] = names
-    return clip_tokenizer, trained
+def _averaged(work: Path, stage: str) -> dict[str, Tensor]:
+    return torch.load(work / f"{stage}.pt", map_location="cpu", weights_only=True)["modules"]["ema"]
 
 
 def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device) -> None:
@@ -272,11 +264,13 @@ def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device
 def _stage_names(work: Path, settings: PretrainSettings, device: torch.device) -> None:
     """Denoiser and text tower once more, half of it on looks of the subjects' family, each named by a rare word."""
     vae = load_autoencoder(work).to(device)
-    clip_tokenizer, trained = _named(work, settings.seed, "denoiser.pt")
+    clip_tokenizer, trained = _denoiser(work, settings.seed)
+    trained.load_state_dict(_averaged(work, "denoiser"))
+    trained["names"] = names = Names(model.TEXT["hidden_size"])
     pictures, captions, looks = draw(
         min(settings.names_pictures, settings.pictures), settings.captions_per_picture, settings.seed
     )
-    latents, names = _latents(work / "names.latents.pt", vae, pictures, device), trained["names"]
+    latents = _latents(work / "names.latents.pt", vae, pictures, device)
     batches = _Batches(latents, captions, clip_tokenizer, settings)
     batches.on_rows = lambda rng, rows: names.say(looks[rows].to(device), rng)
     trained.to(device)
@@ -335,8 +329,10 @@ def _denoise(
 
 def assemble(work: Path, folder: Path, seed: int = 0) -> None:
     """Write the trained model as a diffusers folder in float16."""
-    clip_tokenizer, trained = _named(work, seed, "names.pt")
-    trained["names"].write(trained["text"], clip_tokenizer, seed)
+    clip_tokenizer, trained = _denoiser(work, seed)
+    trained["names"] = names = Names(model.TEXT["hidden_size"])
+    trained.load_state_dict(_averaged(work, "names"))
+    names.write(trained["text"], clip_tokenizer, seed)
     vae = load_autoencoder(work)
     preview = _latent_rgb(vae, load_pictures(work)[:256])
     model.save({"unet": trained["unet"], "vae": vae, "text_encoder": trained["text"]}, clip_tokenizer, folder)
