@@ -1,6 +1,7 @@
 """The contract of every denoiser, and ComfyUI's own promises, over ComfyUI's classes of each family of models.
 
-All of it runs in one process under ComfyUI's interpreter (`check_contract.py`); skipped where there is no ComfyUI.
+All of it runs under ComfyUI's interpreter (`check_contract.py`), on weights in pages, which is what ComfyUI does on an
+NVIDIA card, and on plain ones; skipped where there is no ComfyUI.
 """
 
 from __future__ import annotations
@@ -14,21 +15,53 @@ from tests.comfyui import check_contract, comfy_server, contract
 found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
-CHECKS = [check.__name__ for check in contract.CHECKS] + [*check_contract.INSIDE, *check_contract.AROUND]
+WHOLE = [*(check.__name__ for check in contract.CHECKS), *check_contract.INSIDE]
+BOTH = ("sdxl", "flux")
+"""Families whose whole contract the fast suite sees on plain weights too; it sees every family's on paged ones."""
+
+
+def told_by(folder, *chosen: str) -> dict[str, dict[str, str]]:
+    output = folder / "results.json"
+    comfy_server.run_script(check_contract.__file__, comfy_server.ROOT, output, *chosen, folder=folder)
+    return json.loads(output.read_text())
 
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> dict[str, dict[str, str]]:
-    folder = tmp_path_factory.mktemp("contract")
-    output = folder / "results.json"
-    comfy_server.run_script(check_contract.__file__, comfy_server.ROOT, output, folder=folder)
-    return json.loads(output.read_text())
+    return told_by(tmp_path_factory.mktemp("contract"), *BOTH)
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.removeprefix("check_"))
+@pytest.fixture(scope="session")
+def paged(tmp_path_factory) -> dict[str, dict[str, str]]:
+    return told_by(tmp_path_factory.mktemp("paged"), "--paged")
+
+
+@pytest.mark.parametrize("check", [*WHOLE, *check_contract.AROUND_PAGED], ids=lambda check: check[6:])
 @pytest.mark.parametrize("family", check_contract.FAMILIES)
-def test_contract(results, family, check):
+def test_on_paged_weights(paged, family, check):
+    assert not paged[family][check], paged[family][check]
+
+
+@pytest.mark.parametrize("check", check_contract.AROUND, ids=lambda check: check[6:])
+@pytest.mark.parametrize("family", check_contract.FAMILIES)
+def test_around_plain_weights(results, family, check):
     assert not results[family][check], results[family][check]
+
+
+@pytest.mark.parametrize("check", WHOLE, ids=lambda check: check[6:])
+@pytest.mark.parametrize("family", BOTH)
+def test_on_plain_weights(results, family, check):
+    assert not results[family][check], results[family][check]
+
+
+@pytest.mark.long
+def test_on_plain_weights_of_every_family(tmp_path):
+    told = told_by(tmp_path)
+    del told["refused"]
+    assert {family: set(checks) for family, checks in told.items()} == dict.fromkeys(
+        check_contract.FAMILIES, {*WHOLE, *check_contract.AROUND}
+    )
+    assert not [f"{family}: {text}" for family, checks in told.items() for text in checks.values() if text]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Training on paged weights (ComfyUI's dynamic VRAM), over the stand-in for its paging library: `paged_vram.py`."""
+"""Training on paged weights (ComfyUI's dynamic VRAM), over the stand-in for its paging library: `paged_vram.py`.
+
+The contract of every family on them is in `test_contract_comfyui.py`.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,10 @@ import json
 
 import pytest
 
-from tests.comfyui import check_adjust, check_contract, check_paged, check_room, check_rules, comfy_server, contract
+from tests.comfyui import check_adjust, check_paged, check_room, check_rules, comfy_server
 
 found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
-
-CONTRACT = [check.__name__ for check in contract.CHECKS] + [*check_contract.INSIDE, *check_contract.AROUND_PAGED]
 
 
 def results(script, folder, *chosen: str) -> dict[str, dict[str, str]]:
@@ -25,17 +26,6 @@ def test_trains_as_plain_weights_do(tmp_path, options):
     told = results(check_paged, tmp_path, *options)
     assert set(told) == {*check_paged.FAMILIES, "clip"}
     assert not [f"{family}: {text}" for family, checks in told.items() for text in checks.values() if text]
-
-
-@pytest.mark.parametrize(
-    "families",
-    [("flux",), pytest.param(check_contract.FAMILIES, marks=pytest.mark.long)],
-    ids=["short", "every_family"],
-)
-def test_contract(tmp_path, families):
-    told = results(check_contract, tmp_path, "--paged", *families)
-    assert [list(told[family]) for family in families] == [CONTRACT] * len(families)
-    assert not [text for checks in told.values() for text in checks.values() if "Traceback" in text]
 
 
 def test_guidance_rules(tmp_path):

@@ -69,13 +69,17 @@ def install_pack(target: Path) -> Path:
     return target
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class ComfyServer:
     """`main.py --cpu` on a free port of 127.0.0.1, with input, output and custom_nodes under `base`."""
 
     def __init__(self, comfyui: Path, python: Path, base: Path, *options: str | Path):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.base = base
         for name in ("input", "output", "models/loras", "custom_nodes"):
             (base / name).mkdir(parents=True, exist_ok=True)

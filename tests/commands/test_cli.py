@@ -16,6 +16,7 @@ from PIL import Image
 
 from anchor_core import cli
 from anchor_core.adapters.file import load_adapter
+from tests.comfyui.comfy_server import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["--subject", "a photo of a sks star", "--class", "a photo of a star"]
@@ -216,10 +217,11 @@ def test_two_processes_train_what_one_trains_on_the_larger_batch(references, tmp
     """The gradient is the mean over the processes, so the whole training agrees to rounding."""
     one = trained(references, tmp_path / "one", "--batch_size", "4")
     launch = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["--main_process_port", free_port()]  # accelerate 1.0 takes no 0
     command = [*launch, "-m", "anchor_core.cli", "train", *QUICK, "--references", references, *PROMPTS]
     command += ["--out", tmp_path / "two", "--batch_size", "2", "--device", "cpu"]
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["history"]["losses"] == pytest.approx(one["history"]["losses"], rel=1e-5)
