@@ -32,13 +32,13 @@ class Candidates:
         """A measurement after `step` steps; `weights` are asked for if it may be kept."""
         if self._first is None:
             self._first = score
-        if self.keep == "last":
-            self._held = []
-        if self._held and score >= self._held[-1]["score"]:
-            return
-        self._held.append({"step": step, "score": score, "weights": weights()})
-        limit = score + NEAR * (self._first - score)
-        self._held = [held for held in self._held if held["score"] <= limit]
+        near: list[dict[str, Any]] = []
+        if self.keep == "best":
+            if self._held and score >= self._held[-1]["score"]:
+                return
+            limit = score + NEAR * (self._first - score)
+            near = [held for held in self._held if held["score"] <= limit]
+        self._held = [*near, {"step": step, "score": score, "weights": weights()}]
 
     @property
     def kept(self) -> dict[str, Any] | None:

@@ -332,6 +332,15 @@ def test_which_candidate_is_kept(scores, kept):
     assert again.kept["step"] == 99
 
 
+@pytest.mark.parametrize("scores", [[3.0, 2.0], [3.0, 4.0], [3.0, 4.0, 3.5]])
+def test_the_last_candidate_is_kept_however_it_scores(scores):
+    """Over the drift budget the last within it is kept, though it fit the pictures worse than the model did."""
+    candidates = Candidates("last")
+    for step, score in enumerate(scores):
+        candidates.offer(step, score, dict)
+    assert candidates.kept["step"] == len(scores) - 1
+
+
 def test_keeping_the_best_needs_a_probe(eps_denoiser, latents, concept):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     with pytest.raises(ValueError, match="read the drift probe, but there is none"):
