@@ -93,7 +93,7 @@ PRESETS = {
          **_sigmoid(math.log(3.0))},
     ),
     "sandbox": Preset(
-        "docs/RESULTS.md, earlier states of the bench: a LoRA without a vector of its own",
+        "docs/RESULTS.md, how the settings are chosen: the quickstart's, without a vector",
         {"learning_rate": 1e-3, "steps": 150, "rank": 8, "batch_size": 4, "accumulation": 1,
          "layers": "all_linear_conv", "gradient_checkpointing": False, **_UNIFORM},
     ),
