@@ -29,6 +29,7 @@ def test_text_alignment_pairs_row_with_row():
 def test_demo_writes_what_it_promises(tmp_path, monkeypatch):
     monkeypatch.setitem(sandbox_settings.SAMPLING, "steps", 2)
     monkeypatch.setattr(sandbox_settings, "CLASS_PICTURES", 4)
+    monkeypatch.setitem(demo.CONFIG, "probe", {"timesteps": 1, "noises": 1, "class_pictures": 0})
     result = demo.run(tmp_path, "bolt", seed=1, steps=2)
     written = json.loads((tmp_path / "report.json").read_text())
     assert set(written["methods"]) == {"dreambooth", "prior_preservation", "anchored"}

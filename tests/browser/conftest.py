@@ -86,5 +86,8 @@ def window(request, server, chromium):
 
 
 @pytest.fixture
-def node(window):
+def node(window, server):
+    """With nothing in ComfyUI's input folder, where a second picture of a name is numbered."""
+    shutil.rmtree(server.base / "input")
+    (server.base / "input").mkdir()
     return Node(window()).open()
