@@ -1,6 +1,8 @@
-"""Draws the README's pictures anew from one run of the quickstart: pictures/graph.jpg and pictures/quickstart.jpg.
+"""Draws pictures of the README, the help pages and the workflows anew, from one run of each workflow without download.
 
-python docs/pictures.py            (COMFYUI_PATH as for the tests; needs Playwright and Chromium)
+    python docs/pictures.py            (COMFYUI_PATH as for the tests; needs Playwright and Chromium)
+
+Those that show a page, a model of another size or no star are left as they are.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from playwright.sync_api import sync_playwright
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 from anchor_core.sandbox import subjects  # noqa: E402
 from tests.browser.conftest import BROWSERS  # noqa: E402
@@ -24,7 +26,8 @@ from tests.browser.page import Window  # noqa: E402
 from tests.browser.test_templates import OPENED, QUICKSTART, RESULTS  # noqa: E402
 from tests.comfyui import comfy_server  # noqa: E402
 
-EDGE, GAP = 128, 6
+PICTURES, HELP, WORKFLOWS = ROOT / "docs" / "pictures", ROOT / "web" / "docs", ROOT / "example_workflows"
+GAP = 6
 SETTINGS = {
     "Comfy.TutorialCompleted": True, "Comfy.UseNewMenu": "Disabled", "Comfy.Locale": "en",
     "Comfy.Graph.CanvasMenu": False, "Comfy.Graph.CanvasInfo": False, "Comfy.Minimap.Visible": False,
@@ -35,28 +38,33 @@ BOX = """() => {
   const [right, bottom] = [0, 1].map((i) => Math.max(...nodes.map(({ pos, size }) => pos[i] + size[i])))
   return [left - 20, top - 50, right + 20, bottom + 20]
 }"""
+Rows = list[list[Image.Image]]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as base, sync_playwright() as playwright:
         comfy_server.install_pack(Path(base) / "custom_nodes" / comfy_server.PACK)
         server = comfy_server.ComfyServer(*comfy_server.find(), Path(base))
-        browser = playwright.chromium.launch(
-            executable_path=next(filter(None, map(shutil.which, BROWSERS))), args=["--no-sandbox"]
-        )
+        chromium = next(filter(None, map(shutil.which, BROWSERS)))
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         try:
             server.post("/settings", SETTINGS)
-            here = Window(browser, server)
-            draw(here)
+            draw_graph(Window(browser, server))
+            # In this order: the later ones read what the earlier ones have trained.
+            draw_quickstart(made(server, QUICKSTART))
+            draw_word(made(server, "Textual inversion (no download)"))
+            draw_adjusted(made(server, "Embedding adjusted (no download)"))
+            draw_rules(made(server, "Guidance compared (no download)"))
+            draw_strengths(made(server, "Check a LoRA (no download)"))
+            draw_w(made(server, "w sweep (no download)"))
         finally:
             browser.close()
             server.stop()
 
 
-def draw(here: Window) -> None:
+def draw_graph(here: Window) -> None:
     page = here.page
-    file = comfy_server.ROOT / "example_workflows" / f"{QUICKSTART}.json"
-    page.evaluate(OPENED, json.loads(file.read_text(encoding="utf-8")))
+    page.evaluate(OPENED, json.loads((WORKFLOWS / f"{QUICKSTART}.json").read_text(encoding="utf-8")))
     here.queue()
     page.set_default_timeout(600_000)
     here.until(f"() => {json.dumps(RESULTS)}.every((id) => app.nodeOutputs[id]?.images.length)")
@@ -70,20 +78,105 @@ def draw(here: Window) -> None:
     )
     page.wait_for_timeout(3000)  # the pictures on the nodes are loaded anew
     shot = Image.open(io.BytesIO(page.screenshot(style=".comfy-menu { display: none !important }"))).convert("RGB")
-    shot.resize((1500, round(1500 * height / width)), Image.Resampling.LANCZOS).save(
-        HERE / "pictures" / "graph.jpg", quality=85
-    )
-    names = page.evaluate(f"{json.dumps(RESULTS)}.map((id) => app.nodeOutputs[id].images)")
-    output = here.server.base / "output"
-    rows = [[Image.open(output / each["subfolder"] / each["filename"]) for each in row] for row in names]
-    rows.append(subjects.get("pip").references())
-    step = EDGE + GAP
-    sheet = Image.new("RGB", (step * len(rows[-1]) - GAP, step * len(rows) + 3 * GAP), "white")
+    small = shot.resize((1500, round(1500 * height / width)), Image.Resampling.LANCZOS)
+    small.save(PICTURES / "graph.jpg", quality=85)
+
+
+def made(server: comfy_server.ComfyServer, title: str) -> dict[str, list[Image.Image]]:
+    """The pictures that a run of the workflow makes, by the title of their node."""
+    graph = json.loads((WORKFLOWS / f"{title}.json").read_text(encoding="utf-8"))
+    # Which lists the files that the workflows before it have made.
+    outputs = server.run(comfy_server.to_api(graph, server.get("/object_info")), 600)
+    titles = {str(node["id"]): node.get("title") or node["type"] for node in graph["nodes"]}
+    return {
+        titles[node]: [
+            Image.open(server.base / each["type"] / each["subfolder"] / each["filename"]).convert("RGB")
+            for values in output.values()
+            for each in values
+            if isinstance(each, dict) and "filename" in each
+        ]
+        for node, output in outputs.items()
+    }
+
+
+def sheet(rows: Rows, edge: int = 128, apart: int = 0) -> Image.Image:
+    """The pictures in rows, the last `apart` of which stand off."""
+    step = edge + GAP
+    drawn = Image.new("RGB", (step * max(map(len, rows)) - GAP, step * len(rows) - GAP + 3 * GAP * apart), "white")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            big = picture.convert("RGB").resize((EDGE, EDGE), Image.Resampling.BICUBIC)
-            sheet.paste(big, (x * step, y * step + (3 * GAP if row is rows[-1] else 0)))
-    sheet.save(HERE / "pictures" / "quickstart.jpg", quality=90)
+            top = y * step + 3 * GAP * (y >= len(rows) - apart)
+            drawn.paste(picture.convert("RGB").resize((edge, edge), Image.Resampling.BICUBIC), (x * step, top))
+    return drawn
+
+
+def thumbnail(title: str, rows: Rows, text: str) -> None:
+    pictures = sheet(rows, (512 - GAP * (len(rows[0]) - 1)) // len(rows[0]))
+    drawn = Image.new("RGB", (512, 512), "#14192b")
+    drawn.paste(pictures, (0, max(0, (452 - pictures.height) // 2)))
+    pen = ImageDraw.Draw(drawn)
+    pen.rectangle((0, 452, 512, 512), "#14192b")
+    pen.text((256, 482), text, "white", ImageFont.load_default(34), anchor="mm")
+    drawn.save(WORKFLOWS / f"{title}.jpg", quality=88)
+
+
+def save(drawn: Image.Image, *files: Path) -> None:
+    for file in files:
+        drawn.save(file, quality=88)
+
+
+def draw_quickstart(of: dict[str, list[Image.Image]]) -> None:
+    rows = [of["Before"], of["The LoRA, sampled plainly"], of["With guidance"]]
+    before, plain, _ = rows
+    save(sheet([*rows, subjects.get("pip").references()], apart=1), PICTURES / "quickstart.jpg")
+    save(sheet(rows), HELP / "AnchorTrainLoRA.jpg")
+    save(sheet([before]), HELP / "AnchorSandboxModel.jpg")
+    save(sheet([[*before[:2], *plain[:2]]]), HELP / "AnchorConcept.jpg")
+    (report,) = of["What the training changed"]
+    save(report.resize((900, round(900 * report.height / report.width)), Image.Resampling.LANCZOS),
+         HELP / "AnchorTrainOptions.jpg", HELP / "AnchorDriftReport.jpg")  # fmt: skip
+    thumbnail(QUICKSTART, list(zip(*rows)), "before   plain   guided")
+
+
+def draw_word(of: dict[str, list[Image.Image]]) -> None:
+    thumbnail("Textual inversion (no download)", [of["The class"][:2], of["The subject"][:2]], "class / the new word")
+
+
+def draw_adjusted(of: dict[str, list[Image.Image]]) -> None:
+    rows = [of["As trained"], of["Adjusted file"], of["Adjusted prompt"]]
+    save(sheet(rows), HELP / "AnchorAdjustConditioning.jpg")
+    save(sheet(rows[:2]), HELP / "AnchorAdjustEmbedding.jpg")
+    thumbnail("Embedding adjusted (no download)", [row[:3] for row in rows], "trained / file / prompt")
+
+
+def draw_rules(of: dict[str, list[Image.Image]]) -> None:
+    rows = [of[name] for name in ("cfg", "personalization", "score_blend", "unconditional_priors")]
+    save(sheet(rows), HELP / "AnchorGuidance.jpg")
+    save(sheet(rows[-1:]), HELP / "AnchorGuider.jpg")
+    (ranks,) = of["References and pictures"]
+    save(ranks.resize((700, round(700 * ranks.height / ranks.width)), Image.Resampling.LANCZOS),
+         HELP / "AnchorCompare.jpg")  # fmt: skip
+    firsts = [row[0] for row in rows]
+    thumbnail("Guidance compared (no download)", [firsts[:2], firsts[2:]], "four rules, one noise")
+
+
+def draw_strengths(of: dict[str, list[Image.Image]]) -> None:
+    (grid,) = of["All strengths"]
+    save(grid, HELP / "AnchorSweep.jpg")
+    columns = swept(of["Strengths side by side"])
+    rows = [columns[0], columns[1], columns[-1]]  # 0, 0.5 and 1
+    save(sheet(rows), HELP / "AnchorApplyAdapter.jpg")
+    thumbnail("Check a LoRA (no download)", [list(each) for each in zip(*rows)], "strength 0 / 0.5 / 1")
+
+
+def draw_w(of: dict[str, list[Image.Image]]) -> None:
+    rows = swept(of["w side by side"])
+    thumbnail("w sweep (no download)", [list(each) for each in zip(*rows)], "w = 0 / 0.5 / 1")
+
+
+def swept(pictures: list[Image.Image]) -> Rows:
+    """A row for each value of a sweep of two pictures."""
+    return [pictures[i : i + 2] for i in range(0, len(pictures), 2)]
 
 
 if __name__ == "__main__":
