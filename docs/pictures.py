@@ -78,8 +78,7 @@ def draw_graph(here: Window) -> None:
     )
     page.wait_for_timeout(3000)  # the pictures on the nodes are loaded anew
     shot = Image.open(io.BytesIO(page.screenshot(style=".comfy-menu { display: none !important }"))).convert("RGB")
-    small = shot.resize((1500, round(1500 * height / width)), Image.Resampling.LANCZOS)
-    small.save(PICTURES / "graph.jpg", quality=85)
+    narrower(shot, 1500).save(PICTURES / "graph.jpg", quality=85)
 
 
 def made(server: comfy_server.ComfyServer, title: str) -> dict[str, list[Image.Image]]:
@@ -120,9 +119,13 @@ def thumbnail(title: str, rows: Rows, text: str) -> None:
     drawn.save(WORKFLOWS / f"{title}.jpg", quality=88)
 
 
+def narrower(drawn: Image.Image, width: int) -> Image.Image:
+    return drawn.resize((width, round(width * drawn.height / drawn.width)), Image.Resampling.LANCZOS)
+
+
 def save(drawn: Image.Image, *files: Path) -> None:
     for file in files:
-        drawn.save(file, quality=88)
+        drawn.save(file, quality=78)
 
 
 def draw_quickstart(of: dict[str, list[Image.Image]]) -> None:
@@ -133,8 +136,7 @@ def draw_quickstart(of: dict[str, list[Image.Image]]) -> None:
     save(sheet([before]), HELP / "AnchorSandboxModel.jpg")
     save(sheet([[*before[:2], *plain[:2]]]), HELP / "AnchorConcept.jpg")
     (report,) = of["What the training changed"]
-    save(report.resize((900, round(900 * report.height / report.width)), Image.Resampling.LANCZOS),
-         HELP / "AnchorTrainOptions.jpg", HELP / "AnchorDriftReport.jpg")  # fmt: skip
+    save(narrower(report, 900), HELP / "AnchorTrainOptions.jpg", HELP / "AnchorDriftReport.jpg")
     thumbnail(QUICKSTART, list(zip(*rows)), "before   plain   guided")
 
 
@@ -154,15 +156,14 @@ def draw_rules(of: dict[str, list[Image.Image]]) -> None:
     save(sheet(rows), HELP / "AnchorGuidance.jpg")
     save(sheet(rows[-1:]), HELP / "AnchorGuider.jpg")
     (ranks,) = of["References and pictures"]
-    save(ranks.resize((700, round(700 * ranks.height / ranks.width)), Image.Resampling.LANCZOS),
-         HELP / "AnchorCompare.jpg")  # fmt: skip
+    save(narrower(ranks, 640), HELP / "AnchorCompare.jpg")
     firsts = [row[0] for row in rows]
     thumbnail("Guidance compared (no download)", [firsts[:2], firsts[2:]], "four rules, one noise")
 
 
 def draw_strengths(of: dict[str, list[Image.Image]]) -> None:
     (grid,) = of["All strengths"]
-    save(grid, HELP / "AnchorSweep.jpg")
+    save(narrower(grid, 720), HELP / "AnchorSweep.jpg")
     columns = swept(of["Strengths side by side"])
     rows = [columns[0], columns[1], columns[-1]]  # 0, 0.5 and 1
     save(sheet(rows), HELP / "AnchorApplyAdapter.jpg")
