@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -21,8 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from anchor_core.sandbox import subjects  # noqa: E402
-from tests.browser.conftest import BROWSERS  # noqa: E402
-from tests.browser.page import Window  # noqa: E402
+from tests.browser.page import Window, chromium_path  # noqa: E402
 from tests.browser.test_templates import OPENED, QUICKSTART, RESULTS  # noqa: E402
 from tests.comfyui import comfy_server  # noqa: E402
 
@@ -45,8 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as base, sync_playwright() as playwright:
         comfy_server.install_pack(Path(base) / "custom_nodes" / comfy_server.PACK)
         server = comfy_server.ComfyServer(*comfy_server.find(), Path(base))
-        chromium = next(filter(None, map(shutil.which, BROWSERS)))
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=chromium_path(playwright), args=["--no-sandbox"])
         try:
             server.post("/settings", SETTINGS)
             draw_graph(Window(browser, server))

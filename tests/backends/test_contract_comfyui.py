@@ -20,6 +20,10 @@ BOTH = ("sdxl", "flux")
 """Families whose whole contract the fast suite sees on plain weights too; it sees every family's on paged ones."""
 
 
+def short(check: str) -> str:
+    return check.removeprefix("check_")
+
+
 def told_by(folder, *chosen: str) -> dict[str, dict[str, str]]:
     output = folder / "results.json"
     comfy_server.run_script(check_contract.__file__, comfy_server.ROOT, output, *chosen, folder=folder)
@@ -36,19 +40,19 @@ def paged(tmp_path_factory) -> dict[str, dict[str, str]]:
     return told_by(tmp_path_factory.mktemp("paged"), "--paged")
 
 
-@pytest.mark.parametrize("check", [*WHOLE, *check_contract.AROUND_PAGED], ids=lambda check: check[6:])
+@pytest.mark.parametrize("check", [*WHOLE, *check_contract.AROUND_PAGED], ids=short)
 @pytest.mark.parametrize("family", check_contract.FAMILIES)
 def test_on_paged_weights(paged, family, check):
     assert not paged[family][check], paged[family][check]
 
 
-@pytest.mark.parametrize("check", check_contract.AROUND, ids=lambda check: check[6:])
+@pytest.mark.parametrize("check", check_contract.AROUND, ids=short)
 @pytest.mark.parametrize("family", check_contract.FAMILIES)
 def test_around_plain_weights(results, family, check):
     assert not results[family][check], results[family][check]
 
 
-@pytest.mark.parametrize("check", WHOLE, ids=lambda check: check[6:])
+@pytest.mark.parametrize("check", WHOLE, ids=short)
 @pytest.mark.parametrize("family", BOTH)
 def test_on_plain_weights(results, family, check):
     assert not results[family][check], results[family][check]

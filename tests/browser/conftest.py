@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 from anchor_core.sandbox import model as sandbox
-from tests.browser.page import Window
+from tests.browser.page import Window, chromium_path
 from tests.browser.picker import Node
 from tests.comfyui import comfy_server
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 FRONT_ENDS = ("installed", "newest")
 SHOTS = os.environ.get("BROWSER_SCREENSHOTS")
 
@@ -31,10 +30,9 @@ def _root(front_end: str) -> list[str]:
 @pytest.fixture(scope="session")
 def chromium():
     playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright")
-    named = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
     with playwright.sync_playwright() as running:
-        path = named or running.chromium.executable_path
-        if not Path(path).is_file():
+        path = chromium_path(running)
+        if not path.is_file():
             pytest.skip("no Chromium: install it (or `playwright install chromium`), or name it in CHROMIUM")
         browser = running.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser

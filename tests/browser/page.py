@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import uuid
+from pathlib import Path
 from typing import Any
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 NODE = "AnchorTrainLoRA"
 SECONDS = 180
 
@@ -48,6 +52,12 @@ COLUMNS = """(canvas) => {
   }
   return columns.size / width
 }"""
+
+
+def chromium_path(playwright) -> Path:
+    """The Chromium that CHROMIUM names, the system's, or where Playwright puts its own; it need not be there."""
+    named = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    return Path(named or playwright.chromium.executable_path)
 
 
 class Window:
