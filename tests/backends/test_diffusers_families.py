@@ -181,3 +181,11 @@ def test_parts_that_do_not_fit(tmp_path):
     flux = tiny_models.build("flux", tmp_path)
     with pytest.raises(ValueError, match="takes a FlowMatchEulerDiscreteScheduler"):
         DiffusersDenoiser(flux.transformer, flux.text_encoder, text_encoder_2=flux.text_encoder_2, **parts)
+
+
+@pytest.mark.parametrize(("name", "usual"), [("sd1", 64), ("sdxl", 128)])
+def test_a_config_without_a_size_of_latents_means_the_usual_one(tmp_path, name, usual):
+    denoiser = tiny_models.denoiser_of(tiny_models.build(name, tmp_path))
+    for told, edge in ((None, usual), ([96, 80], 80), (32, 32)):
+        denoiser.network.register_to_config(sample_size=told)
+        assert denoiser.default_resolution == edge * denoiser.downscale

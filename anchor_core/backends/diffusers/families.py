@@ -40,6 +40,8 @@ class Family:
     noise_process: type[NoiseProcess] = Flow
     patch: int = 1
     """Latents to an image token along an edge."""
+    usual_size: int = 128
+    """The edge of the latents where the network's config leaves it out."""
     distilled: bool = False
     """Whether the network takes a guidance scale as an input, in place of classifier-free guidance."""
 
@@ -87,8 +89,9 @@ class Family:
 
     @property
     def sample_size(self) -> int:
-        """The edge of the latents that the model was made for."""
-        return self.network.config.sample_size
+        """The edge of the latents that the model was made for, the shorter one of two."""
+        told = self.network.config.sample_size or self.usual_size
+        return told if isinstance(told, int) else min(told)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -139,6 +142,7 @@ class StableDiffusion(Family):
     network_class = "UNet2DConditionModel"
     part = "unet"
     text_prefixes = {"te": "lora_te_"}
+    usual_size = 64
     noise_process = Diffusion
 
     @classmethod
@@ -186,6 +190,7 @@ class StableDiffusionXL(StableDiffusion):
     text_parts = ("text_encoder", "text_encoder_2")
     text_prefixes = {"te1": "lora_te1_", "te2": "lora_te2_"}
     architecture = "stable-diffusion-xl-v1-base"
+    usual_size = 128
 
     @classmethod
     def fits(cls, network):
