@@ -57,7 +57,12 @@ def adjust_embedding(
     }
 
 
-def _anchor(name: str, vectors: Tensor, word: str, word_rows: Mapping[str, Tensor]) -> Tensor:
+def encoder_of(name: str, vectors: Tensor, word_rows: Mapping[str, Tensor]) -> str:
+    """The text encoder that vectors belong to: of their name in the file, else the only one of their width.
+
+    Raises:
+        ValueError: if there is none, or more than one.
+    """
     width = vectors.shape[-1]
     fitting = [
         key for key, rows in word_rows.items() if rows.shape[-1] == width and (name == key or name not in word_rows)
@@ -68,10 +73,15 @@ def _anchor(name: str, vectors: Tensor, word: str, word_rows: Mapping[str, Tenso
             f"this embedding was made for another model: its {name!r} has a width of {width}, but this model's text "
             f"encoders are {known}"
         )
-    rows = word_rows[fitting[0]]
+    return fitting[0]
+
+
+def _anchor(name: str, vectors: Tensor, word: str, word_rows: Mapping[str, Tensor]) -> Tensor:
+    encoder = encoder_of(name, vectors, word_rows)
+    rows = word_rows[encoder]
     if len(rows) != 1:
         raise ValueError(
-            f"class_word is {word!r}, which is {len(rows)} tokens of {fitting[0]}, but it takes a word of one token; "
+            f"class_word is {word!r}, which is {len(rows)} tokens of {encoder}, but it takes a word of one token; "
             "give one that says the class, such as animal for stuffed animal"
         )
     return rows[0]

@@ -78,6 +78,7 @@ def _collapse(denoiser, subject_prompts: list[str], class_prompts: list[str], si
 
 def _norms(denoiser, concept) -> dict[str, dict]:
     """By text encoder, where an adapter's token vectors stand among all input embeddings; none without vectors."""
+    from ..adapters.embedding_file import encoder_of
     from ..adapters.tokens import to_embedding
     from ..backends.diffusers.adjust import embedding_tables, word_rows
     from ..evaluation.collapse import token_norms
@@ -85,7 +86,7 @@ def _norms(denoiser, concept) -> dict[str, dict]:
     if not denoiser.adapter.config.vectors:
         return {}
     tables, rows = embedding_tables(denoiser), word_rows(denoiser, concept.class_phrase)
-    vectors = to_embedding(denoiser.adapter.tokens)
+    vectors = {encoder_of(name, own, rows): own for name, own in to_embedding(denoiser.adapter.tokens).items()}
     return {name: token_norms(tables[name], own, rows[name]) for name, own in vectors.items()}
 
 
