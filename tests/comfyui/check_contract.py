@@ -1,9 +1,11 @@
 """Run under ComfyUI's interpreter: the contract, and what only ComfyUI's backend promises, for each family of models.
 
-Usage: check_contract.py COMFYUI PACK OUTPUT [--paged] [FAMILY ...]. OUTPUT becomes a JSON object: family to check to
-what is wrong, or "", and under `refused` what is said of models that cannot be trained on. The families named, or all,
-are held to the whole contract, the others to what ComfyUI does with a MODEL besides (`AROUND`). With `--paged` the
-models lie in pages (`paged_vram.py`), and checks that assume plain ones are left to `check_paged.py`.
+Usage: check_contract.py COMFYUI PACK OUTPUT [--paged | --device] [FAMILY ...]. OUTPUT becomes a JSON object: family to
+check to what is wrong, or "", and under `refused` what is said of models that cannot be trained on. The families named,
+or all, are held to the whole contract, the others to what ComfyUI does with a MODEL besides (`AROUND`). With `--paged`
+the models lie in pages (`paged_vram.py`), and checks that assume plain ones are left to `check_paged.py`. With
+`--device` ComfyUI computes on a device that is not the CPU (`second_device.py`), and the families named are the only
+ones.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 FAMILIES = ("sd1", "sd2_v", "sdxl", "sdxl_v", "sd3", "flux", "chroma", "lumina2", "wan", "qwen_image")
@@ -20,18 +23,24 @@ REFUSED = ("fp8_matrix_mult", "quantised", "integers", "packed_latents", "text_e
 
 if __name__ == "__main__":
     comfyui, pack, output, *chosen = sys.argv[1:]
-    sys.argv = [sys.argv[0], "--cpu"]
+    paged, elsewhere = "--paged" in chosen, "--device" in chosen
+    chosen = [each for each in chosen if not each.startswith("--")]
+    sys.argv = [sys.argv[0], "--force-fp32" if elsewhere else "--cpu"]
     sys.path[:0] = [comfyui, pack, str(Path(__file__).parent)]  # in this order: ComfyUI has `nodes` and `tests` too
 
     import paged_vram
+    import second_device
 
-    if paged := "--paged" in chosen:
-        chosen.remove("--paged")
+    if paged:
         paged_vram.install()
+    if elsewhere:
+        second_device.install()
 
     import comfy.options
 
     comfy.options.enable_args_parsing()
+    if elsewhere:
+        second_device.comfyui_takes_it()
 
     import comfy.sample
     import comfy.sampler_helpers
@@ -97,14 +106,14 @@ def check_what_the_network_is_given(name: str, denoiser: ComfyDenoiser, shape) -
         hook.remove()
     (x, time), options = seen[0]
     axis = {"sd3": 1000, "wan": 1000}.get(name, 1) if denoiser.prediction_type == "flow" else 1000
-    torch.testing.assert_close(time.float(), torch.tensor([0.4 * axis]))
+    torch.testing.assert_close(time.cpu().float(), torch.tensor([0.4 * axis]))
     torch.testing.assert_close(x.reshape(noisy.shape), noisy, atol=1e-5, rtol=1e-5)
     if name.startswith("sdxl"):
-        sizes = torch.tensor([64.0, 64, 0, 0, 64, 64])
+        sizes = torch.tensor([64.0, 64, 0, 0, 64, 64], device=denoiser.device)
         expected = torch.cat(
-            [condition.extras["pooled_output"].flatten(), denoiser.model.model.embedder(sizes).flatten()]
+            [condition.extras["pooled_output"].flatten().to(sizes), denoiser.model.model.embedder(sizes).flatten()]
         )
-        torch.testing.assert_close(options["y"][0], expected)
+        torch.testing.assert_close(options["y"][0].cpu(), expected.cpu())
     if name == "flux":
         assert options["guidance"].tolist() == [1.0], f"in training the guidance is {options['guidance']}"
         assert set(seen[1][1]["guidance"].tolist()) == {3.5}, f"in sampling it is {seen[1][1]['guidance']}"
@@ -294,31 +303,40 @@ AROUND = (
     "check_patches_by_block",
 )
 AROUND_PAGED = ("check_stock_loader", "check_patches_by_block")
+AROUND_ELSEWHERE = ("check_stock_loader", "check_lora_on_model_is_pretrained", "check_patches_by_block")
+"""What the second device can show: its tensors do not become the CPU's in place, nor are errors raised inside of it."""
 
 
 def main() -> None:
     results: dict[str, dict[str, str]] = {"refused": {}}
+    around = AROUND_PAGED if paged else AROUND_ELSEWHERE if elsewhere else AROUND
     if paged:
         paged_vram.start(scale=1024)
         models.build = paged_vram.paged(models.build)
     with torch.inference_mode():  # as ComfyUI runs every prompt
-        for kind in () if paged else REFUSED:
+        for kind in () if paged or elsewhere else REFUSED:
             results["refused"][kind] = refusal(kind)
         for kind in OTHERS:
             results["refused"][f"{kind}_of_another_model"] = refusal_of_adapter(kind)
         for name in FAMILIES:
+            whole = name in chosen or not chosen
+            if elsewhere and not whole:
+                continue
             model, clip, vae = models.build(name)
             shape, found = models.latent_shape(name), results.setdefault(name, {})
-            if name in chosen or not chosen:
+            if whole:
                 with ComfyDenoiser(model, clip, vae) as denoiser:
                     for check in contract.CHECKS:
                         found[check.__name__] = contract.outcome(check, denoiser, shape)
                     for check in INSIDE:
                         found[check] = contract.outcome(globals()[check], name, denoiser, shape)
-            for check in AROUND_PAGED if paged else AROUND:
+            for check in around:
                 found[check] = contract.outcome(globals()[check], name, model, clip, vae, shape)
     Path(output).write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    if elsewhere:
+        second_device.are_plain()
+    with second_device.device() if elsewhere else nullcontext():
+        main()

@@ -76,7 +76,10 @@ def free_port() -> int:
 
 
 class ComfyServer:
-    """`main.py --cpu` on a free port of 127.0.0.1, with input, output and custom_nodes under `base`."""
+    """`main.py --cpu` on a free port of 127.0.0.1, with input, output and custom_nodes under `base`.
+
+    With COMFYUI_DEVICE=npu in the environment it computes on the second device of `second_device.py` instead.
+    """
 
     def __init__(self, comfyui: Path, python: Path, base: Path, *options: str | Path):
         self.port = free_port()
@@ -84,7 +87,10 @@ class ComfyServer:
         for name in ("input", "output", "models/loras", "custom_nodes"):
             (base / name).mkdir(parents=True, exist_ok=True)
         self.log = base / "server.log"
-        command = [python, comfyui / "main.py", "--cpu", "--port", self.port, "--listen", "127.0.0.1"]
+        start = [comfyui / "main.py", "--cpu"]
+        if os.environ.get("COMFYUI_DEVICE") == "npu":
+            start = [Path(__file__).with_name("on_second_device.py"), comfyui / "main.py", "--force-fp32"]
+        command = [python, *start, "--port", self.port, "--listen", "127.0.0.1"]
         command += ["--base-directory", base, "--database-url", f"sqlite:///{base}/comfyui.db", "--disable-auto-launch"]
         command += options
         with self.log.open("w") as log:

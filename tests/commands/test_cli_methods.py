@@ -37,8 +37,15 @@ def test_the_command_line_trains_by_method_and_samples_with_its_vectors(referenc
         assert cli.main([*sample, *files, "--out", str(drawn / name)]) == 0
         pictures[name] = (drawn / name / "000.png").read_bytes()
     assert len(set(pictures.values())) == 3
-    inspect = ["inspect", "--model", "sandbox", "--adapter", str(out / "adapter.safetensors"), "--references", references]
-    assert cli.main([*inspect, "--out", str(tmp_path / "seen")]) == 0
+    measured = [
+        "--adapter",
+        str(out / "adapter.safetensors"),
+        "--references",
+        references,
+        "--out",
+        str(tmp_path / "seen"),
+    ]
+    assert cli.main(["inspect", "--model", "sandbox", *measured]) == 0
     told = json.loads((tmp_path / "seen/report.json").read_text())["embeddings"]
     (vectors,) = load_file(out / "embedding.safetensors").values()
     assert list(told) == ["clip_l"] and told["clip_l"]["token"] == pytest.approx(vectors.norm(dim=1).tolist())
