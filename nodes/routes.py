@@ -6,6 +6,7 @@ Ids come from the list or from an event, never paths. A page of another origin i
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from . import looking, picture_routes, runs
@@ -13,6 +14,7 @@ from .guard import not_json, own_pages, refused
 
 ROOT = "/semantic_anchor/runs"
 LOOK = "/semantic_anchor/look"
+WEB = Path(__file__).resolve().parents[1] / "web"
 ORDERS = {
     "stop": None, "pause": None, "go_on": None, "picture_now": None, "save_now": None, "keep": "step",
     "extend": "steps",
@@ -27,6 +29,7 @@ def register() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is None:
         return
+    server.app.on_response_prepare.append(_asked_for_again)
     routes = server.routes
     picture_routes.register(routes)
 
@@ -75,6 +78,16 @@ def register() -> None:
         except ValueError as error:
             return refused(400, str(error))
         return web.json_response({"run": run.id})
+
+
+async def _asked_for_again(request, response) -> None:
+    """The modules of our page are asked for at each start, as ComfyUI has it of `.js` alone.
+
+    By itself a browser keeps a file for a tenth of its age, and after an update a script would meet old modules.
+    """
+    resource = request.match_info.route.resource
+    if request.path.endswith(".mjs") and resource is not None and resource.get_info().get("directory") == WEB:
+        response.headers["Cache-Control"] = "no-cache"
 
 
 def give(orders, said: Any) -> None:

@@ -202,3 +202,15 @@ def test_what_is_no_order_is_refused_in_a_sentence(server, going):
     assert ask(server, f"{RUNS}/{record['id']}/orders", "POST", b"{", Content_Type="application/json")[0] == 400
     assert loras(server)  # and the training was not disturbed
     assert server.get(f"{RUNS}/{record['id']}")["how"] is None
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in (comfy_server.ROOT / "web").glob("*js")))
+def test_a_page_asks_for_every_script_again(server, file):
+    """A module of the version before, kept by the browser, does not fit a script of the new one."""
+    url = f"http://127.0.0.1:{server.port}/extensions/{comfy_server.PACK}/{file}"
+    with urllib.request.urlopen(url, timeout=60) as answer:
+        kept, mark = answer.headers["Cache-Control"], answer.headers["ETag"]
+    assert kept in ("no-cache", "no-store")
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(url, headers={"If-None-Match": mark}), timeout=60)
+    assert refused.value.code == 304
