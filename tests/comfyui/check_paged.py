@@ -272,7 +272,7 @@ def check_text_encoders() -> None:
 
 
 CHECKS = (check_core, check_kinds, check_pools, check_lora_on_model, check_stored, check_other_uses, check_endings)
-CORE = {"sdxl": (check_core, check_endings, check_other_uses), "flux": (check_core, check_endings, check_other_uses)}
+CORE = dict.fromkeys(("sdxl", "flux"), (check_core, check_endings, check_other_uses))
 
 
 def main() -> None:
@@ -283,7 +283,7 @@ def main() -> None:
     models.build = paged_vram.paged(models.build)
     with torch.inference_mode():  # as ComfyUI runs every prompt
         for name in [each for each in FAMILIES if each in chosen or not chosen]:
-            checks = CORE.get(name, (check_core, check_endings)) if core else CHECKS
+            checks = CORE.get(name, (check_core,)) if core else CHECKS
             results[name] = {
                 check.__name__: contract.outcome(check, name, models.latent_shape(name)) for check in checks
             }

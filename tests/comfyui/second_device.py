@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "npu"
@@ -78,37 +77,41 @@ def _is_own(device: Any) -> bool:
 
 def _call(operation, arguments, options):
     """The operation on what the tensors hold; its results are on the device that it names, else on this one."""
-    given = tree_leaves((arguments, options))
-    tensors = [each for each in given if isinstance(each, Tensor)]
-    if operation is aten._has_compatible_shallow_copy_type.default:
-        return all(isinstance(each, OnDevice) for each in tensors)
-    strangers = [each for each in tensors if not isinstance(each, OnDevice) and each.ndim]
-    if strangers and operation not in MIXES:
-        raise RuntimeError(f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu ({operation})")
-    if any(isinstance(each, torch.Generator) for each in given):
-        raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({operation})")
-    own = {id(each.held): each for each in tensors if isinstance(each, OnDevice)}
+    own, mixes = {}, operation in MIXES
 
     def inner(each):
         if isinstance(each, OnDevice):
+            own[id(each.held)] = each
             return each.held
-        return torch.device("cpu") if isinstance(each, torch.device) and each.type == NAME else each
+        if isinstance(each, Tensor) and each.ndim and not mixes:
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, but found {NAME}:0 and cpu ({operation})"
+            )
+        if isinstance(each, torch.Generator):
+            raise RuntimeError(f"Expected a '{NAME}' device type for generator but found 'cpu' ({operation})")
+        if isinstance(each, torch.device) and each.type == NAME:
+            return torch.device("cpu")
+        return type(each)(map(inner, each)) if type(each) in (list, tuple) else each
 
     def outer(each):
+        if type(each) in (list, tuple):
+            return type(each)(map(outer, each))
         if not isinstance(each, Tensor):
             return each
-        if id(each) not in own:
+        before = own.get(id(each))
+        if before is None:
             return OnDevice(each)
-        before = own[id(each)]
         if (before.size(), before.stride()) != (each.size(), each.stride()):  # resized, or set to another storage
             Tensor.data.__set__(before, OnDevice(each))
         return before
 
-    (inner_arguments, inner_options), named = tree_map(inner, (arguments, options)), options.get("device")
-    found = operation(*inner_arguments, **inner_options)
+    if operation is aten._has_compatible_shallow_copy_type.default:
+        return all(isinstance(each, OnDevice) for each in arguments)
+    found = operation(*map(inner, arguments), **{name: inner(each) for name, each in options.items()})
     if operation in COPIES:
         return arguments[COPIES.index(operation)]
-    return tree_map(outer, found) if named is None or _is_own(named) else found
+    named = options.get("device")
+    return outer(found) if named is None or _is_own(named) else found
 
 
 class _Module(_DummyBackendModule):

@@ -23,13 +23,6 @@ PROMPTS = ["--subject", "a photo of a sks star", "--class", "a photo of a star"]
 QUICK = ["--model", "sandbox", "--steps", "3", "--batch_size", "2", "--rank", "2"]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pip")
-    assert cli.main(["sandbox", "subject", "pip", "--out", str(folder)]) == 0
-    return str(folder)
-
-
 def refused(capsys, arguments: list[str]) -> str:
     """The one line on stderr of a call that must be refused with exit status 2."""
     capsys.readouterr()
@@ -48,10 +41,10 @@ def test_subjects_are_listed_a_name_a_line(capsys):
     assert len(capsys.readouterr().out.split()) == 12
 
 
-def test_a_subject_is_written_with_its_report(references):
-    about = json.loads((Path(references) / "report.json").read_text())
+def test_a_subject_is_written_with_its_report(pip):
+    about = json.loads((pip / "report.json").read_text())
     assert about["class"] == "star" and len(about["prompts"]) == 25
-    assert all(Image.open(Path(references) / name).size == (64, 64) for name in about["references"])
+    assert all(Image.open(pip / name).size == (64, 64) for name in about["references"])
 
 
 def test_train_sample_inspect_one_after_the_other(references, tmp_path, capsys):
@@ -231,11 +224,11 @@ def test_two_processes_train_what_one_trains_on_the_larger_batch(references, tmp
     assert torch.cosine_similarity(first, second, dim=0) > 0.99999
 
 
-def test_captions_buckets_masks_and_cache(references, tmp_path):
+def test_captions_buckets_masks_and_cache(pip, tmp_path):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number, size in enumerate([(64, 64), (96, 64), (64, 96)]):
-        picture = Image.open(Path(references) / f"{number}.png").convert("RGB").resize(size)
+        picture = Image.open(pip / f"{number}.png").convert("RGB").resize(size)
         picture.putalpha(Image.linear_gradient("L").resize(size))
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a sks star, number {number}, in the snow")

@@ -11,13 +11,6 @@ TRAIN = "train --model sandbox --steps 2 --batch_size 1 --rank 2".split()
 PROMPTS = ["--subject", "a photo of a sks star", "--class", "a photo of a star"]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pip")
-    assert cli.main(["sandbox", "subject", "pip", "--out", str(folder)]) == 0
-    return str(folder)
-
-
 @pytest.mark.parametrize("name", ["report.json", "report.png"])
 def test_a_report_that_cannot_be_written_leaves_the_adapter(references, tmp_path, capsys, name):
     (tmp_path / name).mkdir()

@@ -12,13 +12,6 @@ from anchor_core import cli
 SUBJECT = ["--subject", "a photo of a sks star", "--class", "a photo of a star"]
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pip")
-    assert cli.main(["sandbox", "subject", "pip", "--out", str(folder)]) == 0
-    return str(folder)
-
-
 def test_the_command_line_trains_by_method_and_samples_with_its_vectors(references, tmp_path):
     out, drawn = tmp_path / "trained", tmp_path / "drawn"
     given = ["--method", "custom_diffusion", "--steps", "2", "--class_pictures", "1", "--learning-rate", "1e-2"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from anchor_core import cli
-from tests.commands.test_cli import PROMPTS, QUICK, references, refused, trained  # noqa: F401
+from tests.commands.test_cli import PROMPTS, refused, trained
 
 KEPT = "adapter.safetensors"
 
@@ -27,7 +27,7 @@ def again(folder: Path, out: Path, *options: str) -> dict:
     return json.loads((out / "report.json").read_text())
 
 
-def test_a_report_holds_versions_hashes_and_settings(references, tiny, tmp_path):  # noqa: F811
+def test_a_report_holds_versions_hashes_and_settings(references, tiny, tmp_path):
     report = trained(references, tmp_path, *tiny, "--objective", "prior_preservation", "--class_pictures", "2")
     made = report["made_with"]
     named = {
@@ -50,11 +50,11 @@ def test_a_report_holds_versions_hashes_and_settings(references, tiny, tmp_path)
     assert made["class_pictures"]["count"] == 2 and set(made["prompts"]) >= {PROMPTS[1], PROMPTS[3]}
 
 
-def test_a_training_is_made_again_from_its_report_alone(references, tiny, tmp_path, capsys):  # noqa: F811
+def test_a_training_is_made_again_from_its_report_alone(pip, tiny, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number, size in enumerate([(64, 64), (96, 64), (64, 96)]):
-        picture = Image.open(Path(references) / f"{number}.png").convert("RGB").resize(size)
+        picture = Image.open(pip / f"{number}.png").convert("RGB").resize(size)
         picture.putalpha(Image.linear_gradient("L").resize(size))
         picture.save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"a sks star, number {number}, in the snow")
@@ -68,11 +68,11 @@ def test_a_training_is_made_again_from_its_report_alone(references, tiny, tmp_pa
     (folder / "1.txt").write_text("a sks star in the rain")
     arguments = ["train", "--from_report", str(tmp_path / "first/report.json"), "--out", str(tmp_path / "third")]
     assert "the caption of reference 1.png is not that of" in refused(capsys, arguments)
-    shutil.copy(Path(references) / "3.png", folder / "extra.png")
+    shutil.copy(pip / "3.png", folder / "extra.png")
     assert refused(capsys, arguments) and not (tmp_path / "third").exists()
 
 
-def test_a_training_that_was_stopped_or_kept_its_best_step(references, tiny, tmp_path, monkeypatch):  # noqa: F811
+def test_a_training_that_was_stopped_or_kept_its_best_step(references, tiny, tmp_path, monkeypatch):
     from anchor_core.training.orders import Orders
 
     made = trained(references, tmp_path / "best", *tiny, "--steps", "6", "--probe_every", "2", "--keep", "best")
@@ -86,7 +86,7 @@ def test_a_training_that_was_stopped_or_kept_its_best_step(references, tiny, tmp
         assert (tmp_path / name / KEPT).read_bytes() == (tmp_path / f"{name} 2" / KEPT).read_bytes()
 
 
-def test_other_pictures_and_models_are_refused_and_other_seeds_told(references, tiny, tmp_path, capsys, model_folders):  # noqa: F811
+def test_other_pictures_and_models_are_refused_and_other_seeds_told(references, tiny, tmp_path, capsys, model_folders):
     trained(references, tmp_path / "first", *tiny)
     repeat = ["train", "--from_report", str(tmp_path / "first/report.json"), "--out", str(tmp_path / "second")]
     mirrored = tmp_path / "mirrored"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from safetensors.torch import load_file
@@ -21,13 +20,6 @@ QUICK = ["train", "--model", "sandbox", "--steps", "2", "--batch_size", "2", "--
 def small_pictures(monkeypatch):
     monkeypatch.setattr(train_sweep, "PICTURES", 1)
     monkeypatch.setattr(train_sweep, "SAMPLING_STEPS", 2)
-
-
-@pytest.fixture(scope="module")
-def references(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("pip")
-    assert cli.main(["sandbox", "subject", "pip", "--out", str(folder)]) == 0
-    return str(shutil.copytree(folder, folder / "two", ignore=lambda folder, names: sorted(names)[2:]))
 
 
 def test_a_sweep_trains_each_as_alone_on_anchors_that_are_computed_once(references, tmp_path, capsys):

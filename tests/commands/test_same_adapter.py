@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands.test_cli import references, trained  # noqa: F401
+from tests.commands.test_cli import trained
 
 WAYS = {
     "anchor": ["--dropout", "0.2", "--flip", "--checkpoint_every", "2"],
@@ -25,7 +25,7 @@ def file(out: Path) -> bytes:
 
 
 @pytest.mark.parametrize("way", ["anchor", *(pytest.param(way, marks=pytest.mark.long) for way in list(WAYS)[1:])])
-def test_again_cached_and_broken_off(references, model_folders, tmp_path, way, monkeypatch):  # noqa: F811
+def test_again_cached_and_broken_off(references, model_folders, tmp_path, way, monkeypatch):
     from anchor_core.training.orders import Orders
 
     options = ["--model", str(model_folders["epsilon"]), "--resolution", "32", *SAME, *WAYS[way]]
