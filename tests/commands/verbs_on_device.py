@@ -12,7 +12,8 @@ from pathlib import Path
 
 from anchor_core import cli
 from anchor_core.adapters.kinds import KINDS
-from anchor_core.guidance import RULES
+from anchor_core.branches import CLASS
+from anchor_core.guidance import RULES, make_rule
 from anchor_core.objectives import OBJECTIVES
 from anchor_core.training.methods import METHODS
 from tests.comfyui import second_device
@@ -46,8 +47,9 @@ def verbs(folder: Path, everything: bool):
     for name in METHODS:
         yield f"method {name}", [*TRAIN, *references, *PROMPTS, "--method", name, "--gradient_checkpointing"]
     for name in RULES:
-        early = ["--early", adapter] if name == "autoguidance" else []
-        yield f"rule {name}", ["sample", "--adapter", adapter, *drawn, *PROMPTS[2:], "--rule", name, *early]
+        more = [*(["--early", adapter] if name == "autoguidance" else []),
+                *(PROMPTS[2:] if CLASS in make_rule(name).branches else [])]  # fmt: skip
+        yield f"rule {name}", ["sample", "--adapter", adapter, *drawn, "--rule", name, *more]
 
 
 def main(device: str, folder: Path, everything: bool) -> int:
