@@ -1,4 +1,4 @@
-"""Time of a guided step with two branches against ComfyUI's own CFG step with the same LoRA, on SD1.5's network.
+"""Time of a step by each rule against ComfyUI's own CFG step with the same LoRA, on SD1.5's network.
 
 One process under ComfyUI's interpreter makes all the steps, a method at a time in turns, so that a slow minute of the
 machine meets all of them; `stock again` is the stock step once more, which shows how far equal things differ.
@@ -12,11 +12,17 @@ import statistics
 import subprocess
 from pathlib import Path
 
+from ..guidance import make_rule
 from .stock import write_weights
 
 CONTROLS = ("stock", "stock again")
 """ComfyUI's own step, twice."""
 _WORKER = Path(__file__).with_name("guidance_worker.py")
+
+
+def is_as_much_as_cfg(method: str) -> bool:
+    """Whether it is a rule whose steps have two rows of a picture through the network, as CFG's have, and not three."""
+    return method not in CONTROLS and len(make_rule(method).branches) == 2
 
 
 def run(

@@ -22,10 +22,12 @@ import comfy.sd  # noqa: E402
 import torch  # noqa: E402
 
 from anchor_core.backends.comfyui.guidance import guide_model, make_guider  # noqa: E402
-from anchor_core.guidance import make_rule  # noqa: E402
+from anchor_core.branches import CLASS  # noqa: E402
+from anchor_core.guidance import RULES, make_rule  # noqa: E402
 
 RANK, SCALE = 8, 5.0
-RULES = ("personalization", "autoguidance")
+WORD = 5
+"""The token at which the class prompt leaves the subject's, where the rules with a mask look for it."""
 
 
 def lora(model, draw: torch.Generator) -> dict[str, torch.Tensor]:
@@ -46,10 +48,15 @@ def main() -> None:
         model = comfy.sd.load_diffusion_model(weights, options)
         tensors = lora(model, draw)
         positive, negative = ([[torch.randn(1, 77, 768, generator=draw), {}]] for _ in range(2))
+        class_ = [[positive[0][0].clone(), {}]]
+        class_[0][0][:, WORD:] = torch.randn(1, 77 - WORD, 768, generator=draw)
         noise = torch.randn(1, 4, int(side), int(side), generator=draw)
         stock, _ = comfy.sd.load_lora_for_models(model, None, tensors, 1.0, 0.0)
         methods = {"stock": stock, "stock again": stock}
-        methods |= {rule: guide_model(model, tensors, make_rule(rule)) for rule in RULES}
+        for name in RULES:
+            rule = make_rule(name)
+            options = {"class_conditioning": class_} if CLASS in rule.branches else {}
+            methods[name] = guide_model(model, tensors, rule, **options)
         timed: dict[str, list[list[float]]] = {method: [] for method in methods}
         for _ in range(int(rounds)):
             for method, guided in methods.items():
