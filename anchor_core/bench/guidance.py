@@ -20,8 +20,8 @@ CONTROLS = ("stock", "stock again")
 _WORKER = Path(__file__).with_name("guidance_worker.py")
 
 
-def is_as_much_as_cfg(method: str) -> bool:
-    """Whether it is a rule whose steps have two rows of a picture through the network, as CFG's have, and not three."""
+def has_two_branches(method: str) -> bool:
+    """Whether it is a rule with two branches, as CFG; the steps of one with three may have a third row to compute."""
     return method not in CONTROLS and len(make_rule(method).branches) == 2
 
 

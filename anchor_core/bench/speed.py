@@ -226,7 +226,7 @@ def write(out: Path, kept: _Kept, spec: Spec, rounds: int, comfyui: Path | None)
     for rule in guided[0] if guided else ():
         values = [statistics.median(each[rule][0]) / statistics.median(each["stock"][0]) for each in guided]
         put(f"guided_over_cfg, {rule}", values, "")
-    rules = [rule for rule in guided[0] if guidance.is_as_much_as_cfg(rule)] if guided else []
+    rules = [rule for rule in guided[0] if guidance.has_two_branches(rule)] if guided else []
     worst = [max(ratios[f"guided_over_cfg, {rule}"] for rule in rules)] if rules else []
     put("guided_over_cfg", worst, why(GUIDED))
     put("import_seconds", list(kept.of(IMPORT, "seconds").values()), why(IMPORT))

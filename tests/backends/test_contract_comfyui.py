@@ -6,8 +6,6 @@ NVIDIA card, and on plain ones; skipped where there is no ComfyUI.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.comfyui import check_contract, comfy_server, contract
@@ -24,20 +22,14 @@ def short(check: str) -> str:
     return check.removeprefix("check_")
 
 
-def told_by(folder, *chosen: str) -> dict[str, dict[str, str]]:
-    output = folder / "results.json"
-    comfy_server.run_script(check_contract.__file__, comfy_server.ROOT, output, *chosen, folder=folder)
-    return json.loads(output.read_text())
-
-
 @pytest.fixture(scope="session")
 def results(tmp_path_factory) -> dict[str, dict[str, str]]:
-    return told_by(tmp_path_factory.mktemp("contract"), *BOTH)
+    return comfy_server.results_of(check_contract, tmp_path_factory.mktemp("contract"), *BOTH)
 
 
 @pytest.fixture(scope="session")
 def paged(tmp_path_factory) -> dict[str, dict[str, str]]:
-    return told_by(tmp_path_factory.mktemp("paged"), "--paged")
+    return comfy_server.results_of(check_contract, tmp_path_factory.mktemp("paged"), "--paged")
 
 
 @pytest.mark.parametrize("check", [*WHOLE, *check_contract.AROUND_PAGED], ids=short)
@@ -60,7 +52,7 @@ def test_on_plain_weights(results, family, check):
 
 @pytest.mark.long
 def test_on_plain_weights_of_every_family(tmp_path):
-    told = told_by(tmp_path)
+    told = comfy_server.results_of(check_contract, tmp_path)
     del told["refused"]
     assert {family: set(checks) for family, checks in told.items()} == dict.fromkeys(
         check_contract.FAMILIES, {*WHOLE, *check_contract.AROUND}

@@ -5,8 +5,6 @@ The contract of every family on them is in `test_contract_comfyui.py`.
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.comfyui import check_adjust, check_paged, check_room, check_rules, comfy_server
@@ -15,30 +13,24 @@ found = comfy_server.find()
 pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 
-def results(script, folder, *chosen: str) -> dict[str, dict[str, str]]:
-    output = folder / "results.json"
-    comfy_server.run_script(script.__file__, comfy_server.ROOT, output, *chosen, folder=folder)
-    return json.loads(output.read_text())
-
-
 @pytest.mark.parametrize("options", [["--core"], pytest.param([], marks=pytest.mark.long)], ids=["core", "whole"])
 def test_trains_as_plain_weights_do(tmp_path, options):
-    told = results(check_paged, tmp_path, *options)
+    told = comfy_server.results_of(check_paged, tmp_path, *options)
     assert set(told) == {*check_paged.FAMILIES, "clip"}
     assert not [f"{family}: {text}" for family, checks in told.items() for text in checks.values() if text]
 
 
 def test_guidance_rules(tmp_path):
-    told = results(check_rules, tmp_path, "--paged")
+    told = comfy_server.results_of(check_rules, tmp_path, "--paged")
     assert told.pop("pinned") == 0
     assert list(told["check_strengths"]) == list(check_rules.PAGED) and list(told["alone"]) == check_rules.ALONE_PAGED
     assert not [f"{case}: {text}" for checks in told.values() for case, text in checks.items() if text]
 
 
 def test_adjustment_reads_the_rows_of_a_paged_clip(tmp_path):
-    told = results(check_adjust, tmp_path, "--paged")
+    told = comfy_server.results_of(check_adjust, tmp_path, "--paged")
     assert told == dict.fromkeys(check_adjust.PAGED, "")
 
 
 def test_without_paging_weights_make_room_for_a_step(tmp_path):
-    assert results(check_room, tmp_path) == dict.fromkeys(check_room.FAMILIES, "")
+    assert comfy_server.results_of(check_room, tmp_path) == dict.fromkeys(check_room.FAMILIES, "")

@@ -6,7 +6,6 @@ the CPU's results is a tensor taken from the wrong place, and what mixes the two
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -17,18 +16,12 @@ import torch
 from PIL import Image
 
 from anchor_core.adapters.file import load_adapter
-from tests.comfyui import check_contract, comfy_server, contract, second_device
+from tests.backends.test_contract_comfyui import WHOLE
+from tests.comfyui import check_contract, comfy_server, second_device
 
 VERBS = comfy_server.ROOT / "tests/commands/verbs_on_device.py"
 found = comfy_server.find()
 needs_comfyui = pytest.mark.skipif(isinstance(found, str), reason=str(found))
-
-
-@pytest.fixture
-def on_device():
-    second_device.install()
-    with second_device.device() as name:
-        yield name
 
 
 def run_verbs(device: str, folder, *options: str) -> None:
@@ -67,24 +60,14 @@ def test_the_command_line_computes_the_same(tmp_path, options):
     check_same_files(tmp_path / second_device.NAME, tmp_path / "cpu")
 
 
-def told_by(script, folder, *options: str) -> dict[str, dict[str, str]]:
-    output = folder / "results.json"
-    comfy_server.run_script(script.__file__, comfy_server.ROOT, output, *options, folder=folder)
-    return json.loads(output.read_text())
-
-
 @needs_comfyui
 @pytest.mark.parametrize(
     "families", [["sd1"], pytest.param(check_contract.FAMILIES, marks=pytest.mark.long)], ids=["sd1", "every family"]
 )
 def test_the_contract_in_comfyui(tmp_path, families):
-    told = told_by(check_contract, tmp_path, "--device", *families)
+    told = comfy_server.results_of(check_contract, tmp_path, "--device", *families)
     del told["refused"]
-    expected = [
-        *(check.__name__ for check in contract.CHECKS),
-        *check_contract.INSIDE,
-        *check_contract.AROUND_ELSEWHERE,
-    ]
+    expected = [*WHOLE, *check_contract.AROUND_ELSEWHERE]
     assert {family: list(checks) for family, checks in told.items()} == dict.fromkeys(families, expected)
     assert not [f"{family}: {text}" for family, checks in told.items() for text in checks.values() if text]
 
@@ -100,16 +83,16 @@ def test_the_workflows_in_a_server():
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-def test_what_a_card_refuses_is_refused(on_device):
-    there, here = torch.ones(2, device=on_device), torch.ones(2)
-    assert (there.device.type, (there + 1).cpu().tolist(), (here.to(there) * there).tolist()) == ("npu", [2, 2], [1, 1])
-    with pytest.raises(RuntimeError, match="same device"):
-        there + here
-    with pytest.raises(RuntimeError, match="generator"):
-        torch.randn(2, device=on_device, generator=torch.Generator())
-    with pytest.raises((TypeError, RuntimeError)):
-        there.numpy()
-    assert there[torch.tensor([1])].tolist() == there[[0]].tolist() == [1] and (there * torch.tensor(2.0)).tolist() == [
-        2,
-        2,
-    ]
+def test_what_a_card_refuses_is_refused():
+    here = torch.ones(2)
+    with second_device.device() as device:
+        there = torch.ones(2, device=device)
+        assert there.device.type == "npu" and (there + 1).cpu().tolist() == [2, 2]
+        assert (here.to(there) * there).tolist() == [1, 1] and (there * torch.tensor(2.0)).tolist() == [2, 2]
+        assert there[torch.tensor([1])].tolist() == there[[0]].tolist() == [1]
+        with pytest.raises(RuntimeError, match="same device"):
+            there + here
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, device=device, generator=torch.Generator())
+        with pytest.raises((TypeError, RuntimeError)):
+            there.numpy()

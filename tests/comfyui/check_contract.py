@@ -33,8 +33,6 @@ if __name__ == "__main__":
 
     if paged:
         paged_vram.install()
-    if elsewhere:
-        second_device.install()
 
     import comfy.options
 

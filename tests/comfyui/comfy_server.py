@@ -60,6 +60,13 @@ def run_script(script: str | Path, *arguments: str | Path, folder: Path) -> None
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+def results_of(script: Any, folder: Path, *options: str) -> dict[str, Any]:
+    """What a check script (the module) writes of the pack: `script COMFYUI PACK OUTPUT options ...`."""
+    output = folder / "results.json"
+    run_script(script.__file__, ROOT, output, *options, folder=folder)
+    return json.loads(output.read_text())
+
+
 def install_pack(target: Path) -> Path:
     """A copy of the pack at `target`, with random weights where the repository holds none yet."""
     for name in ("anchor_core", "nodes", "web", "locales", "example_workflows", "subgraphs"):

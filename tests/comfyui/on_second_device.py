@@ -11,7 +11,6 @@ from pathlib import Path
 if __name__ == "__main__":
     import second_device
 
-    second_device.install()
     del sys.argv[0]
     sys.path[0] = str(Path(sys.argv[0]).parent)
     run = threading.Thread.run

@@ -1,6 +1,6 @@
 """A second device in pure Python, for machines without one: it computes what the CPU does, but is another place.
 
-`install` makes the device `npu`, by the name of an accelerator that ComfyUI knows. Its tensors hold the CPU's, on which
+It is the device `npu`, by the name of an accelerator that ComfyUI knows. Its tensors hold the CPU's, on which
 every operation is made, so that results are those of the CPU to the last digits. What a card refuses, it refuses:
 tensors of two devices in one operation, `numpy()`, the CPU's generator. It has no streams, autocast changes nothing,
 an error that a hook raises in a backward pass ends the process, and `.data` does not make a tensor of the CPU its own.
@@ -165,6 +165,7 @@ def install() -> torch.library.Library:
 
 def comfyui_takes_it() -> None:
     """Import what chooses ComfyUI's device and asks for the package that brings this one; others must not find it."""
+    install()
     sys.modules["torch_npu"] = types.ModuleType("torch_npu")
     try:
         import comfy.model_management  # noqa: F401
@@ -185,5 +186,6 @@ def are_plain() -> None:
 @contextmanager
 def device() -> Iterator[str]:
     """The device's name; tensors are made on it while this is open."""
+    install()
     with _Mode():
         yield NAME

@@ -64,7 +64,5 @@ def main(device: str, folder: Path, everything: bool) -> int:
 
 if __name__ == "__main__":
     chosen, out, *options = sys.argv[1:]
-    if chosen == second_device.NAME:
-        second_device.install()
     with second_device.device() if chosen == second_device.NAME else nullcontext():
         sys.exit(main(chosen, Path(out), "--all" in options))
