@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from tests.comfyui import check_rules, comfy_server
@@ -14,10 +12,7 @@ pytestmark = pytest.mark.skipif(isinstance(found, str), reason=str(found))
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[str, dict[str, str]]:
-    folder = tmp_path_factory.mktemp("rules")
-    output = folder / "results.json"
-    comfy_server.run_script(check_rules.__file__, comfy_server.ROOT, output, folder=folder)
-    return json.loads(output.read_text())
+    return comfy_server.results_of(check_rules, tmp_path_factory.mktemp("rules"))
 
 
 @pytest.mark.parametrize("family", check_rules.FAMILIES)

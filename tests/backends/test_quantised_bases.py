@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -22,10 +21,7 @@ def gguf_pack() -> Path | None:
 
 
 def wrong(folder: Path, pack: Path | str, formats: tuple[str, ...], *options: str) -> list[str]:
-    output = folder / "results.json"
-    asked = (*options, *formats)
-    comfy_server.run_script(check_quantised.__file__, comfy_server.ROOT, output, pack, *asked, folder=folder)
-    told = json.loads(output.read_text())
+    told = comfy_server.results_of(check_quantised, folder, str(pack), *options, *formats)
     assert set(told) == set(formats) and all(told.values())
     return [f"{kind}: {text}" for kind, checks in told.items() for text in checks.values() if text]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from anchor_core.cli import main
@@ -15,9 +13,7 @@ found = comfy_server.find()
 @pytest.mark.skipif(isinstance(found, str), reason=str(found))
 @pytest.mark.parametrize("options", [(), ("--paged",)], ids=["plain", "paged"])
 def test_self_test(tmp_path, options):
-    output = tmp_path / "results.json"
-    comfy_server.run_script(check_selftest.__file__, comfy_server.ROOT, output, *options, folder=tmp_path)
-    told = json.loads(output.read_text())
+    told = comfy_server.results_of(check_selftest, tmp_path, *options)
     assert set(told) == set(check_selftest.CHECKS)
     assert not [text for text in told.values() if text]
 
