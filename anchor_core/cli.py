@@ -273,12 +273,8 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     demo.add_argument("--subject", default="pip", help="one of `semantic-anchor sandbox subjects` (default pip)")
     demo.add_argument("--steps", type=int, help="training steps of each method")
 
-    bench = _verb(verbs, "bench", "run a benchmark, or report what one has found", commands.bench, "out/bench")
-    bench.add_argument("--stock", metavar="DIR", help="instead: memory and time against TrainLoraNode of this ComfyUI")
-    bench.add_argument("--guidance", metavar="DIR", help="instead: time of a guided step in this ComfyUI against CFG's")
-    bench.add_argument("--stock_python", "--stock-python", metavar="FILE", help="its interpreter (default: its .venv)")
-    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="for --stock, --guidance")
-    actions = bench.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser)
+    bench = verbs.add_parser("bench", help="run a benchmark, report what one has found, or measure speed")
+    actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     run = _verb(actions, "run", "make the cells of a benchmark that are missing, then report", commands.bench_run)
     run.add_argument(
         "config", metavar="CONFIG", help="a TOML or JSON file, or the name of a shipped one (docs/BENCH.md)"

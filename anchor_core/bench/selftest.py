@@ -30,7 +30,7 @@ def run(
     """
     import tempfile
 
-    from .stock import write_weights
+    from .comfyui import write_weights
 
     with tempfile.TemporaryDirectory() as folder:
         model = model or write_weights(Path(folder) / "sd15-random.safetensors", "float16")

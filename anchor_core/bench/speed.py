@@ -20,15 +20,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import guidance, stock
+from . import comfyui as in_comfyui
 
 MODELS = ("sandbox", "sd15")
 OURS = ("plain", "prior preservation", "anchored", "anchored, bank", "anchored, class kept")
 PAIRS = {"sweep": "sweep_over_plain", "references": "references_over_autoencoder"}
 """Method -> its figure, of those that measure what it is over too."""
 BARE = ("parts", "diffusers", *PAIRS, "first step")
-COMFYUI = tuple(f"comfyui, {method}" for method in stock.METHODS)
-GUIDED, IMPORT = "comfyui, guidance", "comfyui, import"
+COMFYUI = {f"comfyui, {method}": method for method in in_comfyui.METHODS}
+IMPORT = "comfyui, import"
 GROWTH = {"batch": 2, "rank": 4, "side": 2, "pictures": 4, "steps": 3}
 """Option -> the factor by which it is larger in the measurement of a plain training's growth with it."""
 _ROOT = Path(__file__).parents[2]
@@ -77,6 +77,11 @@ RATIOS = {
     "ours_over_stock": Ratio("comfyui, plain", "comfyui, stock"),
     "anchored_over_stock": Ratio("comfyui, anchored", "comfyui, stock"),
     "ours_over_stock_memory": Ratio("comfyui, plain", "comfyui, stock", "peak"),
+    **{
+        f"guided_over_cfg, {rule}{suffix}": Ratio(f"comfyui, {rule}", f"comfyui, {in_comfyui.CFG}", of)
+        for rule in in_comfyui.RULES
+        for suffix, of in (("", "seconds"), (", memory", "peak"))
+    },
     **{f"growth_with_{option}": Ratio(f"plain, {option}", "plain") for option in GROWTH},
 }
 
@@ -122,7 +127,7 @@ def run(
 def names(comfyui: bool) -> list[str]:
     """Every method, in the order of a round."""
     grown = [f"plain, {option}" for option in GROWTH]
-    return [*OURS, *BARE, *grown, *((*COMFYUI, GUIDED, IMPORT) if comfyui else ())]
+    return [*OURS, *BARE, *grown, *((*COMFYUI, IMPORT) if comfyui else ())]
 
 
 def machine() -> str:
@@ -174,16 +179,12 @@ def _measures(out: Path, spec: Spec, comfyui: Path | None, python: Path | None) 
     if comfyui is None:
         return found
 
-    def weights() -> Path:
-        return stock.write_weights(out / "sd15-random.safetensors")
+    def there(method: str) -> Callable[[], dict]:
+        weights = out / "sd15-random.safetensors"
+        told = in_comfyui.command(comfyui, python, weights, method, spec.steps, spec.side, spec.device)
+        return lambda: in_comfyui.write_weights(weights) and _measured(told)
 
-    def theirs(method: str) -> Callable[[], dict]:
-        return lambda: _measured(stock.command(comfyui, python, weights(), method, spec.steps, spec.side, spec.device))
-
-    found |= {f"comfyui, {method}": theirs(method) for method in stock.METHODS}
-    found[GUIDED] = lambda: {
-        "rules": guidance.measure(comfyui, python, weights(), 1, spec.steps, spec.side, spec.device)
-    }
+    found |= {name: there(method) for name, method in COMFYUI.items()}
     found[IMPORT] = lambda: _measured([python, _WORKER.with_name("import_worker.py"), comfyui, _ROOT])
     return found
 
@@ -222,18 +223,15 @@ def write(out: Path, kept: _Kept, spec: Spec, rounds: int, comfyui: Path | None)
     for method, name in PAIRS.items():
         pairs = [row["seconds"] for (_, each), row in sorted(kept.found.items()) if each == method]
         put(name, [whole / bare for whole, bare in pairs], why(method))
-    guided = [row["rules"] for (_, name), row in sorted(kept.found.items()) if name == GUIDED]
-    for rule in guided[0] if guided else ():
-        values = [statistics.median(each[rule][0]) / statistics.median(each["stock"][0]) for each in guided]
-        put(f"guided_over_cfg, {rule}", values, "")
-    rules = [rule for rule in guided[0] if guidance.has_two_branches(rule)] if guided else []
-    worst = [max(ratios[f"guided_over_cfg, {rule}"] for rule in rules)] if rules else []
-    put("guided_over_cfg", worst, why(GUIDED))
+    rules = {rule: ratios[f"guided_over_cfg, {rule}"] for rule in filter(in_comfyui.has_two_branches, in_comfyui.RULES)}
+    known = [ratio for ratio in rules.values() if ratio is not None]
+    put("guided_over_cfg", [max(known)] if known else [], why(*(f"comfyui, {rule}" for rule in rules)))
     put("import_seconds", list(kept.of(IMPORT, "seconds").values()), why(IMPORT))
     put("first_step_seconds", list(kept.of("first step", "seconds").values()), why("first step"))
     methods = {}
-    for name in dict.fromkeys(name for _, name in kept.found):
-        if name not in (*PAIRS, GUIDED, IMPORT, "first step"):
+    measured = {name for _, name in kept.found} - {*PAIRS, IMPORT, "first step"}
+    for name in names(comfyui=True):
+        if name in measured:
             seconds, peak = kept.of(name, "seconds").values(), kept.of(name, "peak").values()
             methods[name] = {
                 "seconds per step": round(statistics.median(seconds), 4),

@@ -6,7 +6,6 @@ Usage: speed_worker.py SPEC (JSON of a `speed.Spec` and a method); prints {"seco
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch  # noqa: E402
 
 from anchor_core.adapters.config import AdapterConfig  # noqa: E402
 from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser  # noqa: E402
+from anchor_core.bench import peak  # noqa: E402
 from anchor_core.concept import Concept  # noqa: E402
 from anchor_core.data.cache import Cache  # noqa: E402
 from anchor_core.data.dataset import Dataset  # noqa: E402
@@ -225,8 +225,7 @@ def _note(event, moments: list[float]) -> None:
 
 
 opened = denoiser()
-if DEVICE.type == "cuda":
-    torch.cuda.reset_peak_memory_stats()
+peak.begin(DEVICE)
 method = SPEC["method"]
 others = {
     "parts": parts,
@@ -236,7 +235,4 @@ others = {
     "first step": first_step,
 }
 found = others[method]() if method in others else ours(method)
-peak = (
-    torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else 1024 * resource.getrusage(resource.RUSAGE_SELF)[2]
-)
-print(json.dumps({"seconds": [round(value, 5) for value in found], "peak": peak}))
+print(json.dumps({"seconds": [round(value, 5) for value in found], "peak": peak.taken(DEVICE)}))

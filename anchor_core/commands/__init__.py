@@ -10,7 +10,7 @@ import os
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-from .benching import bench, bench_report, bench_run
+from .benching import bench_report, bench_run
 from .checking import selftest
 from .checkup import checkup
 from .files import convert
@@ -23,6 +23,6 @@ from .sweeping import sweep
 from .training import train
 
 __all__ = [
-    "add_speed_options", "adjust", "bench", "bench_report", "bench_run", "checkup", "compare", "convert", "demo",
+    "add_speed_options", "adjust", "bench_report", "bench_run", "checkup", "compare", "convert", "demo",
     "inspect", "pretrain", "sample", "selftest", "speed", "subject", "subjects", "sweep", "train", "with_report",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The verb `bench`: `run`, `report`, and the measurements in a ComfyUI."""
+"""The verb `bench`: `run` and `report`; `speed` has a module of its own."""
 
 from __future__ import annotations
 
@@ -7,21 +7,6 @@ from pathlib import Path
 
 from ..checks import check_count
 from .shared import check_writable
-
-
-def bench(options: Namespace) -> None:
-    from ..bench import guidance, stock
-
-    if not options.stock and not options.guidance:
-        raise ValueError("bench takes an action: run CONFIG, or report DIR")
-    out = check_writable(options.out)
-    name, measure = ("stock", stock.run) if options.stock else ("guidance", guidance.run)
-    comfyui = Path(options.stock or options.guidance)
-    python = Path(options.stock_python or comfyui / ".venv/bin/python")
-    for option, file in ((name, comfyui / "main.py"), ("stock_python", python)):
-        if not file.is_file():
-            raise ValueError(f"--{option}: there is no file {file}; give ComfyUI's folder and its interpreter")
-    print(stock.table(measure(out, comfyui, python, device=options.device)))
 
 
 def bench_run(options: Namespace) -> None:

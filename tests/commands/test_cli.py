@@ -127,8 +127,8 @@ def test_an_output_folder_that_cannot_be_written_is_named(references, tmp_path, 
 
 
 def test_a_folder_without_comfyui_is_named(tmp_path, capsys):
-    for option in ("--stock", "--guidance"):
-        assert option in refused(capsys, ["bench", option, str(tmp_path), "--out", str(tmp_path / "out")])
+    told = refused(capsys, ["bench", "speed", "--comfyui", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "--comfyui" in told and "main.py" in told
 
 
 def test_a_lora_of_another_model_is_refused(tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "sample", "inspect", "bench", "demo", "sandbox pretrain", "sandbox subject", "adjust"]
+    "verb", ["train", "sample", "inspect", "bench run", "demo", "sandbox pretrain", "sandbox subject", "adjust"]
 )
 def test_every_verb_has_help_seed_and_out(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
