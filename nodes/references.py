@@ -21,7 +21,7 @@ from .types import CATEGORY, ConceptType, ReferencesType, inputs_of, one_each
 PICKED = "[pictures on the node]"
 SANDBOX = "sandbox/"
 WIDGET = "ANCHOR_PICTURES"
-"""That of web/references.js; without that script the input is a socket for a text."""
+"""That of web/anchor.js; without that script the input is a socket for a text."""
 MASK_TOOLTIP = (
     "1 (white) is learnt, the rest does not come along. The MASK of Load Image is 1 where the picture is "
     "transparent: switch invert_masks on for that."

@@ -1,57 +1,63 @@
-// Semantic Anchor in ComfyUI's page: the training node shows its training.
+// The pack in ComfyUI's page. A page starts with what a node needs when it is made; what it shows comes with the first
+// graph that has such a node, else when the page has nothing to do.
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
-import { trainOn } from "./again.mjs"
-import { keepPlace } from "./place.mjs"
-import { Records } from "./records.mjs"
-import { View } from "./view.mjs"
-import { prepare, Settings } from "./settings.mjs"
+import { addFold } from "./fold.mjs"
+import { prepare } from "./presets.mjs"
 import { adopt, WORDS } from "./words.mjs"
 
-const NODE = "AnchorTrainLoRA"
-const LINE = "$$node-text-preview" // ComfyUI's own, for pages without this script
-const records = new Records(app, api)
-const settings = new Settings(api)
-const defaults = {}
+const [TRAINING, SWEEP, REFERENCES] = ["AnchorTrainLoRA", "AnchorSweep", "AnchorLoadReferences"]
+const PARTS = {
+  [TRAINING]: () => import("./training.mjs"),
+  [SWEEP]: () => import("./sweep.mjs"),
+  [REFERENCES]: () => import("./references.mjs"),
+}
+const WIDGET = "ANCHOR_PICTURES"
+const loading = {} // node class -> the promise of its part
+const parts = {} // node class -> its part, once it is there
+const defaults = {} // of the training node's inputs, by name
 
-function follow(node) {
-  prepare(node, defaults)
-  const view = new View({
-    heard: () => {
-      const line = node.widgets.find(({ name }) => name === LINE)
-      if (line) line.hidden = true
+function load(name) {
+  loading[name] ??= PARTS[name]().then(
+    (part) => (parts[name] = part),
+    (error) => {
+      delete loading[name] // the next node asks again
+      throw error
     },
-    give: async (order) => {
-      if (!view.run.how) return records.order(view.run.id, order, WORDS.unreachable)
-      return (await trainOn(app, node, view.run, order.steps)) ? null : WORDS.no_options
-    },
-    pictureOf: (id, step) => records.picture(id, step),
-    grown: () => {
-      node.setSize?.([Math.max(node.size[0], 320), Math.max(node.size[1], node.computeSize()[1])])
-      node.setDirtyCanvas?.(true, true)
-    },
+  )
+  return loading[name]
+}
+
+/** At once where the part is there, as for every graph that is loaded; else as soon as it is. */
+function withPart(name, work) {
+  if (parts[name]) work(parts[name])
+  else load(name).then(work)
+}
+
+function whenIdle(work) {
+  if (window.requestIdleCallback) requestIdleCallback(work)
+  else setTimeout(work, 1000)
+}
+
+/** The widget of an input of that type: it holds the list of pictures as a text, which its part shows. */
+function pictures(node, name, inputData) {
+  const root = document.createElement("div")
+  let [text, picker] = [inputData[1]?.default ?? "", null]
+  withPart(REFERENCES, ({ pickerOf }) => {
+    picker = pickerOf(node, root)
+    picker.set(text)
   })
-  const widget = node.addDOMWidget("run", "anchor_run", view.root, {
-    serialize: false,
+  const widget = node.addDOMWidget(name, WIDGET, root, {
     hideOnZoom: false,
-    getMinHeight: () => view.height,
+    getMinHeight: () => picker?.height ?? 0,
+    getValue: () => picker?.text ?? text,
+    setValue: (value) => {
+      text = value
+      picker?.set(value)
+    },
   })
-  widget.serialize = false
-  keepPlace(node, view.root)
-  records.add(node, view)
-  settings.add(node, view)
-  const { onExecuted, onRemoved } = node
-  node.onExecuted = function (output) {
-    onExecuted?.apply(this, arguments)
-    const [id] = output?.anchor_run ?? []
-    if (id) records.attach(node, id)
-  }
-  node.onRemoved = function () {
-    records.remove(node)
-    settings.remove(node)
-    onRemoved?.apply(this, arguments)
-  }
+  return { widget }
 }
 
 async function translate() {
@@ -63,21 +69,28 @@ async function translate() {
 }
 
 app.registerExtension({
-  name: "semantic_anchor.run",
-  async setup() {
-    api.addEventListener("semantic_anchor.run", ({ detail }) => records.heard(detail))
-    api.addEventListener("reconnected", () => records.restore())
-    await translate()
-  },
+  name: "semantic_anchor",
+  setup: translate,
+  getCustomWidgets: () => ({ [WIDGET]: pictures }),
   beforeRegisterNodeDef(_, { name, input }) {
-    if (name !== NODE) return
+    if (name !== TRAINING) return
     const all = Object.entries({ ...input.required, ...input.optional })
     for (const [input, [, options]] of all) defaults[input] = options?.default
   },
+  async beforeConfigureGraph(graph) {
+    const missing = Object.keys(PARTS).filter((name) => !parts[name])
+    const text = missing.length ? JSON.stringify(graph) : ""
+    await Promise.all(missing.filter((name) => text.includes(`"${name}"`)).map(load))
+  },
   nodeCreated(node) {
-    if (node.comfyClass === NODE) follow(node)
+    const name = node.comfyClass
+    if (!(name in PARTS)) return
+    if (name === TRAINING) prepare(node, defaults, WORDS)
+    if (name !== REFERENCES) addFold(node, WORDS)
+    withPart(name, ({ follow }) => follow(node))
   },
   afterConfigureGraph() {
-    records.restore()
+    loading[TRAINING]?.then(({ records }) => records.restore())
+    whenIdle(() => Object.keys(PARTS).forEach(load))
   },
 })

@@ -18,13 +18,13 @@ export class Picker {
    * so. `changed(work)`: do work that changes the text. `paint(picture, mask, saved)`: open the mask editor; false if
    * there is none. `grown()`: the height is another.
    */
-  constructor(api, { settings, use, changed, paint, grown }) {
+  constructor(root, api, { settings, use, changed, paint, grown }) {
     Object.assign(this, { api, settings, use, changed, paint, grown })
     this.text = ""
     this.entries = []
     this.seen = new Map()
     this.cards = []
-    this.root = element("div", null, { className: "sa-picker", tabIndex: -1 }) // clicked, it takes pastes
+    this.root = Object.assign(root, { className: "sa-picker", tabIndex: -1 }) // clicked, it takes pastes
     element("style", this.root, { textContent: STYLE })
     const bar = element("div", this.root, { className: "sa-bar" })
     this.line = element("span", bar, { className: "sa-said" })

@@ -1,4 +1,4 @@
-// The place of a node's element in the page.
+// The place of a node's element in the page, and its node's room for it.
 
 /**
  * An undo makes every node anew under its old id, and Nodes 2.0 goes on showing the element of the one before: have
@@ -15,4 +15,10 @@ export function keepPlace(node, element) {
     onRemoved?.apply(this, arguments)
     element.dataset.gone = this.id
   }
+}
+
+/** Give a node room for what it shows, at least `width`. */
+export function grow(node, width = 0) {
+  node.setSize?.([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])])
+  node.setDirtyCanvas?.(true, true)
 }

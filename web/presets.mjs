@@ -5,7 +5,31 @@ export const MANUAL = "manual"
 /** Widgets of the node that every preset but manual decides. */
 export const DECIDED = ["steps", "learning_rate", "batch_size", "rank", "layers"]
 
+const W_MAX = 2 // of the slider
+
 const widgetOf = (node, name) => node?.widgets?.find((widget) => widget.name === name)
+
+/** A node that was made: what of it a preset decides. `defaults`: of its inputs, by name; `words`: of the presets. */
+export function prepare(node, defaults, words) {
+  for (const name of DECIDED) {
+    const widget = widgetOf(node, name)
+    if (widget?.options) widget.options.anchorDefault = defaults[name]
+  }
+  const preset = widgetOf(node, "preset")
+  if (preset) {
+    preset.value = AUTO // of a new node; a workflow that was saved without it means manual
+    preset.options.getOptionLabel = (value) => words.presets[value] ?? value ?? "" // locales have no place for these
+  }
+  const { onConfigure } = node
+  node.onConfigure = function (info) {
+    onConfigure?.apply(this, arguments)
+    if (preset && !isSaved(this, info)) preset.value = MANUAL
+    const w = widgetOf(this, "w")
+    if (w?.options) w.options.max = Math.max(W_MAX, w.value)
+  }
+  const w = widgetOf(node, "w")
+  if (w?.options) w.options.max = W_MAX
+}
 
 /** Whether a saved node has a value for its widget `preset`: it is the last of those that are saved by position. */
 export function isSaved(node, info) {

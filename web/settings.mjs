@@ -1,40 +1,16 @@
 // The training node's settings: folded, greyed and worded, and looked at while they are edited.
 
-import { addFold, fold } from "./fold.mjs"
+import { fold } from "./fold.mjs"
 import { sentences, surroundings } from "./looks.mjs"
-import { AUTO, DECIDED, isSaved, MANUAL, showDecided, wordOf } from "./presets.mjs"
+import { DECIDED, MANUAL, showDecided, wordOf } from "./presets.mjs"
 import { WORDS } from "./words.mjs"
 
 const LOOK = "/semantic_anchor/look"
 const EVERY = 500 // ms between two glances at the graph
-const W_MAX = 2 // of the slider
 const CALM = 2 // glances without a change before the server is asked
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
 const classic = () => !window.LiteGraph?.vueNodesMode
-
-/** To be called before the node gets its last widget. `defaults`: of its inputs, by name. */
-export function prepare(node, defaults) {
-  for (const name of DECIDED) {
-    const widget = widgetOf(node, name)
-    if (widget?.options) widget.options.anchorDefault = defaults[name]
-  }
-  const preset = widgetOf(node, "preset")
-  if (preset) {
-    preset.value = AUTO // of a new node; a workflow that was saved without it means manual
-    preset.options.getOptionLabel = (value) => WORDS.presets[value] ?? value ?? "" // locales have no place for these
-  }
-  const { onConfigure } = node
-  node.onConfigure = function (info) {
-    onConfigure?.apply(this, arguments)
-    if (preset && !isSaved(this, info)) preset.value = MANUAL
-    const w = widgetOf(this, "w")
-    if (w?.options) w.options.max = Math.max(W_MAX, w.value)
-  }
-  const w = widgetOf(node, "w")
-  if (w?.options) w.options.max = W_MAX
-  addFold(node, WORDS)
-}
 
 export class Settings {
   constructor(api) {

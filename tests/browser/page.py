@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,15 @@ def chromium_path(playwright) -> Path:
 class Window:
     """A browser of its own, with its own storage, on a server's page."""
 
-    def __init__(self, chromium, server, blocked: str | None = None):
-        self.server, self.errors = server, []
+    def __init__(self, chromium, server, routed: Mapping[str, Callable] | None = None):
+        self.server, self.errors, self.scripts = server, [], []
         self.page = chromium.new_context(viewport={"width": 1500, "height": 1400}).new_page()
         self.page.set_default_timeout(1000 * SECONDS)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", self._console)
-        if blocked:
-            self.page.route(blocked, lambda route: route.abort())
+        self.page.on("request", self._request)
+        for pattern, handler in (routed or {}).items():
+            self.page.route(pattern, handler)
         self.open()
 
     def _console(self, message) -> None:
@@ -78,6 +80,11 @@ class Window:
         where = f"{message.text} {message.location.get('url', '')}"
         if message.type == "error" and "semantic" in where:
             self.errors.append(where)
+
+    def _request(self, request) -> None:
+        """The pack's scripts, in the order in which the page asks for them."""
+        if "/extensions/semantic" in request.url:
+            self.scripts.append(request.url.split("/")[-1])
 
     def open(self) -> None:
         self.page.goto(f"http://127.0.0.1:{self.server.port}")

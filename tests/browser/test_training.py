@@ -241,7 +241,7 @@ def test_the_node_speaks_the_language_of_the_page(window):
 
 
 def test_without_the_script_there_is_a_line_and_a_preview(window):
-    here = window(blocked=SCRIPTS)
+    here = window(routed={SCRIPTS: lambda route: route.abort()})
     here.build({"steps": MANY, "preview_every": 3})
     assert here.page.locator(".sa-run").count() == 0
     here.queue()

@@ -1,13 +1,12 @@
-// Semantic Anchor in ComfyUI's page: the node that loads references holds pictures of its own.
+// The node that loads references holds pictures of its own.
 
 import { api } from "../../scripts/api.js"
 import { app, ComfyApp } from "../../scripts/app.js"
 import { asOneStep } from "./graphs.mjs"
 import { editMask } from "./mask_editor.mjs"
 import { Picker } from "./picker.mjs"
-import { keepPlace } from "./place.mjs"
+import { grow, keepPlace } from "./place.mjs"
 
-const WIDGET = "ANCHOR_PICTURES"
 const PICKED = "[pictures on the node]"
 const ROOM = 380 // a row of three
 
@@ -18,10 +17,10 @@ function linked(node, name) {
   return slot >= 0 && Boolean(node.isInputConnected?.(slot))
 }
 
-/** The widget of an input of that type, which holds the list as a text. */
-function pictures(node, name, inputData) {
+/** The picker of a node, in an element of it. */
+export function pickerOf(node, root) {
   const valueOf = (other) => (linked(node, other) ? undefined : widgetOf(node, other)?.value)
-  const picker = new Picker(api, {
+  const picker = new Picker(root, api, {
     settings: () => {
       const references = valueOf("references")
       return { size: valueOf("size"), buckets: valueOf("buckets"), references, own: references === PICKED }
@@ -38,25 +37,15 @@ function pictures(node, name, inputData) {
     changed: (work) => asOneStep(app.canvas, work),
     paint: (picture, mask, saved) => editMask(ComfyApp, api, node.graph, picture, mask, saved),
     grown: () => {
-      if (!node.widgets?.length) return
-      const [width, height] = node.computeSize()
-      node.setSize?.([Math.max(node.size[0], picker.entries.length ? ROOM : width), Math.max(node.size[1], height)])
-      node.setDirtyCanvas?.(true, true)
+      if (node.widgets?.length) grow(node, picker.entries.length ? ROOM : node.computeSize()[0])
     },
   })
-  picker.set(inputData[1]?.default ?? "")
-  const widget = node.addDOMWidget(name, WIDGET, picker.root, {
-    hideOnZoom: false,
-    getMinHeight: () => picker.height,
-    getValue: () => picker.text,
-    setValue: (text) => picker.set(text),
-  })
   node.anchorPicker = picker
-  return { widget }
+  return picker
 }
 
 /** What ComfyUI gives to a node: drops, and changes of its other widgets. */
-function follow(node) {
+export function follow(node) {
   const picker = node.anchorPicker
   keepPlace(node, picker.root)
   node.onDragOver = (event) => picker.holds(event.dataTransfer)
@@ -96,13 +85,4 @@ function paste(event) {
   picker.take([...event.clipboardData.files])
 }
 
-app.registerExtension({
-  name: "semantic_anchor.references",
-  setup() {
-    window.addEventListener("paste", paste, { capture: true }) // before ComfyUI makes a node of it
-  },
-  getCustomWidgets: () => ({ [WIDGET]: pictures }),
-  nodeCreated(node) {
-    if (node.anchorPicker) follow(node)
-  },
-})
+window.addEventListener("paste", paste, { capture: true }) // before ComfyUI makes a node of it

@@ -1,22 +1,19 @@
-// Semantic Anchor in ComfyUI's page: the sweep node shows its grid, and gives a value on to the node that takes it.
+// The sweep node shows its grid, and gives a value on to the node that takes it.
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
-import { addFold, fold } from "./fold.mjs"
+import { fold } from "./fold.mjs"
 import { asOneStep } from "./graphs.mjs"
-import { keepPlace } from "./place.mjs"
+import { grow, keepPlace } from "./place.mjs"
 import { SweepView } from "./sweep_view.mjs"
 import { take, targets } from "./targets.mjs"
 import { WORDS } from "./words.mjs"
-
-const NODE = "AnchorSweep"
 
 function addressOf({ filename, subfolder = "", type = "temp" }) {
   return api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`)
 }
 
-function follow(node) {
-  addFold(node, WORDS)
+export function follow(node) {
   const view = new SweepView({
     addressOf,
     use: (value) => {
@@ -27,10 +24,7 @@ function follow(node) {
       const names = [...new Set(places.map(([{ title }]) => title))].join(", ")
       return places.length ? `${what} ${value} → ${names}` : WORDS.sweep[what === "strength" ? "no_strength" : "no_training"]
     },
-    grown: () => {
-      node.setSize?.([Math.max(node.size[0], 460), Math.max(node.size[1], node.computeSize()[1])])
-      node.setDirtyCanvas?.(true, true)
-    },
+    grown: () => grow(node, 460),
   })
   const widget = node.addDOMWidget("grid", "anchor_sweep", view.root, {
     serialize: false,
@@ -39,7 +33,8 @@ function follow(node) {
   })
   widget.serialize = false
   keepPlace(node, view.root)
-  const show = (kept) => {
+  const show = () => {
+    const kept = node.properties?.anchor_sweep
     if (kept?.sweep?.values?.length && Array.isArray(kept.files)) view.show(kept.sweep, kept.files)
   }
   const { onExecuted, onConfigure, onDrawForeground } = node
@@ -52,17 +47,12 @@ function follow(node) {
     const [sweep] = output?.anchor_sweep ?? []
     if (!sweep) return
     node.properties.anchor_sweep = { sweep, files: output.anchor_pictures } // a reload after the end restores nothing else
-    show(node.properties.anchor_sweep)
+    show()
   }
   node.onConfigure = function () {
     onConfigure?.apply(this, arguments)
-    show(this.properties?.anchor_sweep)
+    show()
   }
+  grow(node)
+  show()
 }
-
-app.registerExtension({
-  name: "semantic_anchor.sweep",
-  nodeCreated(node) {
-    if (node.comfyClass === NODE) follow(node)
-  },
-})
