@@ -1,8 +1,10 @@
-"""Draws pictures of the README, the help pages and the workflows anew, from one run of each workflow without download.
+"""Draws pictures of the README, the help pages and the workflows anew.
 
-    python docs/pictures.py            (COMFYUI_PATH as for the tests; needs Playwright and Chromium)
+    python docs/pictures.py [workflows] [subjects] [checkup]
 
-Those that show a page, a model of another size or no star are left as they are.
+workflows: from one run of each workflow without download (COMFYUI_PATH as for the tests; needs Playwright and
+Chromium). subjects: what the workflows that need a download show, from a training of the embedded model each. checkup:
+the page of a LoRA that was trained too long. Those that show a page alone are left as they are.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from playwright.sync_api import sync_playwright
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from anchor_core.sandbox import subjects  # noqa: E402
+from anchor_core import cli  # noqa: E402
+from anchor_core.backends.diffusers.denoiser import DiffusersDenoiser  # noqa: E402
+from anchor_core.bench.case import Case  # noqa: E402
+from anchor_core.bench.config import parse  # noqa: E402
+from anchor_core.bench.subjects import SandboxSubject  # noqa: E402
+from anchor_core.data.pictures import as_picture  # noqa: E402
+from anchor_core.sandbox import model, subjects  # noqa: E402
+from anchor_core.sandbox.judge import Judge  # noqa: E402
+from anchor_core.training.saving import Files  # noqa: E402
 from tests.browser.page import Window, chromium_path  # noqa: E402
 from tests.browser.test_templates import OPENED, QUICKSTART, RESULTS  # noqa: E402
 from tests.comfyui import comfy_server  # noqa: E402
@@ -39,7 +49,21 @@ BOX = """() => {
 Rows = list[list[Image.Image]]
 
 
-def main() -> None:
+SUBJECTS = {
+    "Train a subject (SD 1.5)": ("momo", "train on SD 1.5"),
+    "Train a subject (SDXL)": ("loop", "train on SDXL"),
+    "Train a subject (SD 3.5)": ("bolt", "train on SD 3.5"),
+    "Train a subject (Flux)": ("luna", "train on Flux"),
+    "Train a subject (Z-Image)": ("dot", "train on Z-Image"),
+    "Train a subject as an app (SD 1.5)": ("plus", "as a form (app mode)"),
+}
+"""Workflow -> a subject of the embedded model, which stands for the one that needs a download, and the words below."""
+SHOWN = (3, 10, 15)
+"""Of the subject's prompts."""
+TOO_LONG = {"steps": 300, "learning_rate": 3e-3, "probe_every": 0}
+
+
+def draw_workflows() -> None:
     with tempfile.TemporaryDirectory() as base, sync_playwright() as playwright:
         comfy_server.install_pack(Path(base) / "custom_nodes" / comfy_server.PACK)
         server = comfy_server.ComfyServer(*comfy_server.find(), Path(base))
@@ -57,6 +81,33 @@ def main() -> None:
         finally:
             browser.close()
             server.stop()
+
+
+def draw_subjects() -> None:
+    for title, (name, text) in SUBJECTS.items():
+        case = case_of(name, {"w": 0.5})
+        (training,) = case.config.trainings.values()
+        case.train(training, lambda event: None)
+        drawn = [picture for _, batch in case.pictures(None, case.config.token) for picture in batch]
+        rows = [case.subject.references.pixels[: len(SHOWN)], [drawn[i] for i in SHOWN]]
+        thumbnail(title, [[Image.fromarray(as_picture(each)) for each in row] for row in rows], text)
+
+
+def draw_checkup() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        case, file = case_of("pip", {"objective": "reconstruction"}, **TOO_LONG), Path(folder) / "adapter.safetensors"
+        (training,) = case.config.trainings.values()
+        case.train(training, lambda event: None, Files(file, Path(folder) / "embedding.safetensors"))
+        if cli.main(["checkup", str(file), "--model", "sandbox", "--out", folder]):
+            raise RuntimeError("the check-up failed; what it said is above")
+        page = Image.open(Path(folder) / "report.png").convert("RGB")
+        save(narrower(page, 800), HELP / "AnchorCheckup.jpg")
+
+
+def case_of(name: str, training: dict, **settings: float) -> Case:
+    """A subject of the embedded model, and one training of it."""
+    config = parse({"name": "pictures", "trainings": {"one": training}, "training": settings})
+    return Case(DiffusersDenoiser.from_pretrained(model.WEIGHTS), SandboxSubject(name, Judge()), 0, config)
 
 
 def draw_graph(here: Window) -> None:
@@ -177,5 +228,8 @@ def swept(pictures: list[Image.Image]) -> Rows:
     return [pictures[i : i + 2] for i in range(0, len(pictures), 2)]
 
 
+DRAWN = {"workflows": draw_workflows, "subjects": draw_subjects, "checkup": draw_checkup}
+
 if __name__ == "__main__":
-    main()
+    for kind in sys.argv[1:] or DRAWN:
+        DRAWN[kind]()
