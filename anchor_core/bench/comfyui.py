@@ -11,7 +11,9 @@ from pathlib import Path
 from ..guidance import RULES, make_rule
 from ..writing import whole
 
-TRAINED = ("stock", "plain", "anchored")
+BANKED = "anchored, bank"
+"""With the anchors of the same training before it."""
+TRAINED = ("stock", "plain", "anchored", BANKED)
 CFG = "stock CFG"
 """A step of ComfyUI's own guider with its own LoraLoader's LoRA."""
 METHODS = (*TRAINED, CFG, *RULES)

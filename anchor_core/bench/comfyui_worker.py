@@ -23,7 +23,7 @@ import comfy.utils  # noqa: E402
 import torch  # noqa: E402
 
 from anchor_core.bench import peak  # noqa: E402
-from anchor_core.bench.comfyui import CFG, TRAINED  # noqa: E402
+from anchor_core.bench.comfyui import BANKED, CFG, TRAINED  # noqa: E402
 
 DEVICE, STEPS, SIDE = torch.device(device), int(steps), int(side)
 RANK, PICTURES, SCALE = 8, 4, 5.0
@@ -57,20 +57,31 @@ def stock(model, latents) -> None:
     TrainLoraNode.execute(**{name: [value] for name, value in given.items()})
 
 
-def ours(model, latents, w: float) -> None:
+def ours(model, latents) -> None:
     from anchor_core.adapters.config import AdapterConfig
     from anchor_core.backends.comfyui.denoiser import ComfyDenoiser
     from anchor_core.concept import Concept
+    from anchor_core.training.bank import Bank
     from anchor_core.training.settings import TrainSettings
     from anchor_core.training.trainer import train
 
     bar = comfy.utils.ProgressBar(STEPS + 1)
     precision = "bf16" if device == "cpu" else "auto"  # the stock node trains in bf16; on a card, what ComfyUI takes
+    w = 0.0 if method == "plain" else 0.5
     settings = TrainSettings(w=w, steps=STEPS + 1, batch_size=1, learning_rate=1e-4, precision=precision)
     with ComfyDenoiser(model, Encoder(), None) as denoiser:
         adapter = denoiser.attach(AdapterConfig(rank=RANK), 0)
         concept = Concept("a photo of a sks dog", "a photo of a dog")
-        train(denoiser, adapter, latents, concept, settings, tell=lambda event: bar.update(event.event == "step"))
+        bank = Bank(denoiser) if method == BANKED else None
+        if bank is not None:
+            train(denoiser, adapter, latents, concept, settings, bank=bank)
+            peak.begin(DEVICE)
+
+        def tell(event) -> None:
+            if event.event == "step":
+                bar.update(1)
+
+        train(denoiser, adapter, latents, concept, settings, tell=tell, bank=bank)
 
 
 def trained() -> list[float]:
@@ -83,7 +94,7 @@ def trained() -> list[float]:
     if method == "stock":
         stock(model, latents)
     else:
-        ours(model, latents, 0.5 if method == "anchored" else 0.0)
+        ours(model, latents)
     return [after - before for before, after in zip(moments, moments[1:])]
 
 

@@ -76,6 +76,7 @@ RATIOS = {
     "ours_over_diffusers_memory": Ratio("plain", "diffusers", "peak"),
     "ours_over_stock": Ratio("comfyui, plain", "comfyui, stock"),
     "anchored_over_stock": Ratio("comfyui, anchored", "comfyui, stock"),
+    "banked_over_stock": Ratio("comfyui, anchored, bank", "comfyui, stock"),
     "ours_over_stock_memory": Ratio("comfyui, plain", "comfyui, stock", "peak"),
     **{
         f"guided_over_cfg, {rule}{suffix}": Ratio(f"comfyui, {rule}", f"comfyui, {in_comfyui.CFG}", of)
