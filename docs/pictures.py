@@ -60,7 +60,7 @@ SUBJECTS = {
 """Workflow -> a subject of the embedded model, which stands for the one that needs a download, and the words below."""
 SHOWN = (3, 10, 15)
 """Of the subject's prompts."""
-TOO_LONG = {"steps": 300, "learning_rate": 3e-3, "probe_every": 0}
+TOO_LONG = {"steps": 300, "learning_rate": 3e-3, "probe_every": 300}
 
 
 def draw_workflows() -> None:
