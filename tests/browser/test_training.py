@@ -139,7 +139,7 @@ def test_two_trainings_in_one_graph_each_show_their_own(window):
     here.queue()
     lines = """() => {
       const all = [4, 6].map((id) => app.graph.getNodeById(id).widgets.find((each) => each.name === "run"))
-      const texts = all.map((widget) => widget.element.querySelector(".sa-head").textContent)
+      const texts = all.map((widget) => widget?.element.querySelector(".sa-head").textContent ?? "")
       return texts.every((text) => text.startsWith("Finished")) && texts
     }"""
     assert here.until(lines) == ["Finished · step 3 / 3", "Finished · step 5 / 5"]
