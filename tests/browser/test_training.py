@@ -177,7 +177,7 @@ def test_a_node_in_a_subgraph_does_the_same(window):
     node = here.until("""() => {
       const outer = app.graph.nodes.find((each) => each.subgraph)
       const inner = outer.subgraph.nodes.find((each) => each.type === "AnchorTrainLoRA")
-      const text = inner.widgets.find((each) => each.name === "run").element.querySelector(".sa-head").textContent
+      const text = inner.widgets.find((each) => each.name === "run")?.element.querySelector(".sa-head").textContent
       return /step [1-9]/.test(text) && `${outer.id}:${inner.id}`
     }""")
     here.page.evaluate("app.canvas.setGraph(app.graph.nodes.find((each) => each.subgraph).subgraph)")
