@@ -274,7 +274,7 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     demo.add_argument("--steps", type=int, help="training steps of each method")
 
     bench = verbs.add_parser("bench", help="run a benchmark, report what one has found, or measure speed")
-    actions = bench.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    actions = bench.add_subparsers(dest="action", required=True, metavar="{run,report,speed}", parser_class=_Parser)
     run = _verb(actions, "run", "make the cells of a benchmark that are missing, then report", commands.bench_run)
     run.add_argument(
         "config", metavar="CONFIG", help="a TOML or JSON file, or the name of a shipped one (docs/BENCH.md)"
@@ -308,7 +308,9 @@ def _build_parser(defaults: Mapping[str, Any] | None = None) -> argparse.Argumen
     test.add_argument("--device", default="cuda", choices=("cpu", "cuda"), help="where ComfyUI runs (default cuda)")
 
     sandbox = verbs.add_parser("sandbox", help="the embedded model: pretrain it, list and draw its subjects")
-    actions = sandbox.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    actions = sandbox.add_subparsers(
+        dest="action", required=True, metavar="{pretrain,subjects,subject}", parser_class=_Parser
+    )
     pretrain = _verb(actions, "pretrain", "make the embedded model again, from nothing", commands.pretrain)
     pretrain.set_defaults(out="out/sandbox")
     pretrain.add_argument("--work", metavar="DIR", help="where the run keeps its state (default: OUT/work)")

@@ -101,7 +101,7 @@ def draw_checkup() -> None:
         if cli.main(["checkup", str(file), "--model", "sandbox", "--out", folder]):
             raise RuntimeError("the check-up failed; what it said is above")
         page = Image.open(Path(folder) / "report.png").convert("RGB")
-        save(narrower(page, 800), HELP / "AnchorCheckup.jpg")
+        save(narrower(page, 720), HELP / "AnchorCheckup.jpg")
 
 
 def case_of(name: str, training: dict, **settings: float) -> Case:
