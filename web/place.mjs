@@ -22,3 +22,15 @@ export function grow(node, width = 0) {
   node.setSize?.([Math.max(node.size[0], width), Math.max(node.size[1], node.computeSize()[1])])
   node.setDirtyCanvas?.(true, true)
 }
+
+/** Put what a node shows into it, as a widget that is not saved. */
+export function addView(node, name, type, view) {
+  const widget = node.addDOMWidget(name, type, view.root, {
+    serialize: false,
+    hideOnZoom: false,
+    getMinHeight: () => view.height,
+  })
+  widget.serialize = false
+  keepPlace(node, view.root)
+  grow(node)
+}

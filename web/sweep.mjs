@@ -4,7 +4,7 @@ import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { fold } from "./fold.mjs"
 import { asOneStep } from "./graphs.mjs"
-import { grow, keepPlace } from "./place.mjs"
+import { addView, grow } from "./place.mjs"
 import { SweepView } from "./sweep_view.mjs"
 import { take, targets } from "./targets.mjs"
 import { WORDS } from "./words.mjs"
@@ -26,13 +26,7 @@ export function follow(node) {
     },
     grown: () => grow(node, 460),
   })
-  const widget = node.addDOMWidget("grid", "anchor_sweep", view.root, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => view.height,
-  })
-  widget.serialize = false
-  keepPlace(node, view.root)
+  addView(node, "grid", "anchor_sweep", view)
   const show = () => {
     const kept = node.properties?.anchor_sweep
     if (kept?.sweep?.values?.length && Array.isArray(kept.files)) view.show(kept.sweep, kept.files)
@@ -53,6 +47,5 @@ export function follow(node) {
     onConfigure?.apply(this, arguments)
     show()
   }
-  grow(node)
   show()
 }

@@ -3,7 +3,7 @@
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
 import { trainOn } from "./again.mjs"
-import { grow, keepPlace } from "./place.mjs"
+import { addView, grow } from "./place.mjs"
 import { Records } from "./records.mjs"
 import { Settings } from "./settings.mjs"
 import { View } from "./view.mjs"
@@ -28,13 +28,7 @@ export function follow(node) {
     pictureOf: (id, step) => records.picture(id, step),
     grown: () => grow(node, 320),
   })
-  const widget = node.addDOMWidget("run", "anchor_run", view.root, {
-    serialize: false,
-    hideOnZoom: false,
-    getMinHeight: () => view.height,
-  })
-  widget.serialize = false
-  keepPlace(node, view.root)
+  addView(node, "run", "anchor_run", view)
   records.add(node, view)
   settings.add(node, view)
   const { onExecuted, onRemoved } = node
@@ -48,5 +42,4 @@ export function follow(node) {
     settings.remove(node)
     onRemoved?.apply(this, arguments)
   }
-  grow(node)
 }

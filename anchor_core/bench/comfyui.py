@@ -25,9 +25,9 @@ def command(comfyui: Path, python: Path, weights: Path, method: str, steps: int,
     return [python, _WORKER, comfyui, Path(__file__).parents[2], weights, method, steps, side, device]
 
 
-def has_two_branches(method: str) -> bool:
-    """Whether it is a rule with two branches, as CFG; the steps of one with three may have a third row to compute."""
-    return method in RULES and len(make_rule(method).branches) == 2
+def has_two_branches(rule: str) -> bool:
+    """As CFG; the steps of a rule with three may have a third row to compute."""
+    return len(make_rule(rule).branches) == 2
 
 
 def write_weights(path: Path, dtype: str = "bfloat16") -> Path:
