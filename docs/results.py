@@ -7,10 +7,10 @@ holds the intervals in them, and those of README.md, to the tables.
 from __future__ import annotations
 
 import re
-import tempfile
 from pathlib import Path
 
 from anchor_core.bench import results
+from anchor_core.bench.claims import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, CELLS = ROOT / "docs/RESULTS.md", ROOT / "docs/cells/claims"
@@ -18,14 +18,14 @@ FIRST, AFTER = "### After 50 steps", "## What shows, and what does not"
 
 
 def report() -> str:
-    """What the command prints of the cells that are kept here."""
-    with tempfile.TemporaryDirectory() as out:
-        return results.write(CELLS, Path(out))
+    """What the command prints of the cells that are kept here, without its plots."""
+    config, cells = results.read(CELLS)
+    return results.markdown(config, cells, [judge(claim, cells) for claim in config.claims])
 
 
 def section(text: str, heading: str) -> str:
-    """What stands under a heading of the report, without its plots."""
-    found = re.search(rf"^## {re.escape(heading)}\n\n(.*?)\s*(?=^## |^!\[|\Z)", text, re.MULTILINE | re.DOTALL)
+    """What stands under a heading of the report."""
+    found = re.search(rf"^## {re.escape(heading)}\n\n(.*?)\s*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
     if found is None:
         raise ValueError(f"the report has no heading {heading!r}")
     return found[1]

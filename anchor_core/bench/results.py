@@ -14,7 +14,7 @@ from ..evaluation.intervals import Interval, bootstrap
 from ..evaluation.metrics import rank
 from ..writing import whole
 from .cells import MAX_BYTES, SCORES, Cells, cell_file
-from .claims import judge
+from .claims import Verdict, judge
 from .claims import markdown as claims_table
 from .config import Config, parse
 from .figures import draw
@@ -43,7 +43,7 @@ def write(folder: Path, out: Path, seed: int = 0) -> str:
         plots.append(f"figure_{number:02}.png")
         with whole(out / plots[-1]) as part:
             draw(figure, cells).savefig(part, format="png")
-    text = "\n".join(_text(config, cells, verdicts, plots, seed))
+    text = markdown(config, cells, verdicts, plots, seed)
     report.write_json(
         out / "report.json",
         {
@@ -103,7 +103,15 @@ def _row(row: str, cells: Cells, seed: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _text(config: Config, cells: Cells, verdicts, plots: Sequence[str], seed: int) -> list[str]:
+def markdown(
+    config: Config, cells: Cells, verdicts: Sequence[Verdict], plots: Sequence[str] = (), seed: int = 0
+) -> str:
+    """The report as text: what is missing, the claims, and the tables after each step count.
+
+    Args:
+        plots: the files of the config's figures; without them it has none.
+        seed: of the bootstrap.
+    """
     lines = [f"# {config.name}", "", *_counts(cells), ""]
     if verdicts:
         lines += ["## Claims", "", claims_table(verdicts), ""]
@@ -115,7 +123,7 @@ def _text(config: Config, cells: Cells, verdicts, plots: Sequence[str], seed: in
         lines += [_scores(config, cells, at, seed), "", *_differences(config, cells, at, seed)]
     for figure, plot in zip(config.figures, plots):
         lines += [f"![{figure.name}]({plot})", ""]
-    return lines
+    return "\n".join(lines)
 
 
 def _counts(cells: Cells) -> list[str]:
