@@ -28,9 +28,9 @@ VAE = {
     "out_channels": 3,
     "latent_channels": 4,
     "encoder_block_out_channels": (32, 32, 32),
-    "decoder_block_out_channels": (32, 32, 32),
+    "decoder_block_out_channels": (64, 64, 64),
     "num_encoder_blocks": (1, 2, 2),
-    "num_decoder_blocks": (2, 2, 1),
+    "num_decoder_blocks": (3, 3, 2),
     "scaling_factor": 1.0,  # set from the latents' standard deviation when the autoencoder has been trained
 }
 TEXT = {

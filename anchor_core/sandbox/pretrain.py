@@ -42,6 +42,7 @@ class PretrainSettings:
         pictures: drawn training pictures, each with `captions_per_picture` phrasings.
         *_steps: optimizer steps of a stage.
         *_batch: pictures a step.
+        decoder_pictures: drawn for the decoder, half of them with looks of the subjects' family.
         names_pictures: drawn for the last stage, half of them with looks that a rare word names.
         *_rate: peak learning rate, reached after 200 steps and brought to zero over the last fifth.
         ema: decay of the averaged weights of denoiser and text tower, which are what is shipped.
@@ -51,8 +52,9 @@ class PretrainSettings:
     pictures: int = 40000
     captions_per_picture: int = 3
     autoencoder_steps: int = 1500
-    decoder_steps: int = 2000
-    looks_steps: int = 1200
+    decoder_pictures: int = 12000
+    decoder_steps: int = 4000
+    decoder_rate: float = 1.5e-3
     autoencoder_batch: int = 32
     text_steps: int = 700
     text_batch: int = 128
@@ -122,34 +124,28 @@ def _stage_tokenizer(work: Path, settings: PretrainSettings, device: torch.devic
 
 
 def _stage_autoencoder(work: Path, settings: PretrainSettings, device: torch.device) -> None:
-    """Encoder and decoder together."""
+    """The encoder, with a small decoder that only teaches it."""
     from diffusers import AutoencoderTiny
 
     torch.manual_seed(settings.seed)
-    vae = AutoencoderTiny(**model.VAE).to(device)
+    small = {"decoder_block_out_channels": (32, 32, 32), "num_decoder_blocks": (2, 2, 1)}
+    vae = AutoencoderTiny(**{**model.VAE, **small}).to(device)
     stage = Stage(work, "autoencoder", {"vae": vae}, 2e-3, settings.autoencoder_steps, decay=0.0)
     _reconstruct(stage, vae, load_pictures(work), settings)
 
 
 def _stage_decoder(work: Path, settings: PretrainSettings, device: torch.device) -> None:
-    """The decoder alone, on the encoder as the denoiser knows it: sharper pictures from the same latents."""
-    vae = load_autoencoder(work).to(device)
-    vae.decoder.requires_grad_(True)
-    stage = Stage(work, "decoder", {"decoder": vae.decoder}, 1e-3, settings.decoder_steps, decay=0.0)
-    _reconstruct(stage, vae, load_pictures(work), settings)
+    """A decoder for the encoder as the denoiser knows it, half of it on looks of the subjects' family, never theirs.
 
-
-def _stage_looks(work: Path, settings: PretrainSettings, device: torch.device) -> None:
-    """The decoder once more, half of it on looks of the subjects' family, though never theirs.
-
-    The denoiser sees none of this. A decoder that knows ordinary looks alone cannot draw a subject, whatever is learnt:
-    of real pictures it kept as little as a third of their identity.
+    The denoiser sees none of these. A decoder that knows ordinary looks alone cannot draw a subject, whatever is
+    learnt: of real pictures it kept as little as a third of their identity.
     """
+    torch.manual_seed(settings.seed)
     vae = load_autoencoder(work).to(device)
     vae.decoder.requires_grad_(True)
-    stage = Stage(work, "looks", {"decoder": vae.decoder}, 1e-3, settings.looks_steps, decay=0.0)
+    stage = Stage(work, "decoder", {"decoder": vae.decoder}, settings.decoder_rate, settings.decoder_steps, decay=0.0)
     rng, pictures = random.Random(f"looks {settings.seed}"), []
-    for _ in tqdm(range(min(6000, settings.pictures)), desc="looks"):
+    for _ in tqdm(range(min(settings.decoder_pictures, settings.pictures)), desc="looks"):
         scene = world.sample_scene(rng)
         pictures.append(world.draw(replace(scene, paint=random_look(rng)) if rng.random() < 0.5 else scene))
     _reconstruct(stage, vae, np.stack([np.asarray(picture) for picture in pictures]), settings)
@@ -175,10 +171,10 @@ def load_autoencoder(work: Path):
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(**model.VAE)
-    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"])
-    for later in ("decoder.pt", "looks.pt"):
-        if (work / later).exists():
-            vae.decoder.load_state_dict(torch.load(work / later, weights_only=True)["modules"]["decoder"])
+    taught = torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"]
+    vae.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in taught.items() if k.startswith("encoder.")})
+    if (work / "decoder.pt").exists():
+        vae.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["modules"]["decoder"])
     vae = vae.eval().requires_grad_(False)
     with torch.no_grad():
         spread = vae.encode(as_tensor(load_pictures(work)[:256])).latents.std()
@@ -356,7 +352,6 @@ STAGES = {
     "tokenizer": _stage_tokenizer,
     "autoencoder": _stage_autoencoder,
     "decoder": _stage_decoder,
-    "looks": _stage_looks,
     "text": _stage_text,
     "denoiser": _stage_denoiser,
     "names": _stage_names,

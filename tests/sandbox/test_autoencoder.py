@@ -35,4 +35,4 @@ def test_a_subject_keeps_its_identity_through_the_autoencoder(denoiser, judge, n
     decoded = denoiser.decode_latents(denoiser.encode_images(asked))
     real, kept = (mean_pairwise_cosine(judge.identity(each), judge.identity(references)) for each in (asked, decoded))
     assert real > 0.75
-    assert kept > real - 0.18
+    assert kept > real - 0.05

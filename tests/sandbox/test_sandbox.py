@@ -117,13 +117,20 @@ def test_the_shipped_model_draws_what_a_caption_says(the_judge):
         assert scores[name] >= 0.8, scores
 
 
+def test_the_shipped_model_has_the_sizes_that_pretraining_gives():
+    for part, sizes in (("unet", model.UNET), ("vae", model.VAE), ("text_encoder", model.TEXT)):
+        config = json.loads((model.WEIGHTS / part / "config.json").read_text())
+        differing = {name for name, value in json.loads(json.dumps(sizes)).items() if config[name] != value}
+        assert differing <= {"scaling_factor"}, part
+
+
 def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
     small = pretrain.PretrainSettings(
         pictures=64,
         autoencoder_steps=2,
         autoencoder_batch=2,
         decoder_steps=1,
-        looks_steps=1,
+        decoder_pictures=16,
         text_steps=2,
         text_batch=8,
         denoiser_steps=2,
