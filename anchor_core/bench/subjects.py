@@ -176,8 +176,9 @@ def fingerprint(config: Config, subjects: Sequence[str]) -> dict[str, str]:
 
 
 def _files(folder: Path) -> list[tuple[str, Path]]:
+    """What a model in diffusers' layout is read from: a card beside its parts says nothing of what it draws."""
     kinds = (".safetensors", ".json", ".bin", ".txt")
-    files = sorted(file for file in folder.rglob("*") if file.suffix in kinds)
+    files = [folder / "model_index.json", *sorted(file for file in folder.glob("*/**/*") if file.suffix in kinds)]
     return [(file.relative_to(folder).as_posix(), file) for file in files]
 
 

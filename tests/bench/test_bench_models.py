@@ -9,6 +9,7 @@ import pytest
 from anchor_core import cli
 from anchor_core.bench import runner
 from anchor_core.bench.config import parse
+from anchor_core.bench.subjects import fingerprint
 from tests.backends.tiny_models import build
 from tests.bench.dreambench import write_dreambench
 from tests.evaluation.tiny_encoders import save_encoders
@@ -37,6 +38,23 @@ def small(folder, dreambench, encoders) -> dict:
         "trainings": {"anchored": {"objective": "anchor", "w": 0.5}, "prior": {"objective": "prior_preservation"}},
         "samplings": {"guided": {"of": ["anchored"], "rule": "personalization"}},
     }  # fmt: skip
+
+
+def test_cells_go_on_beside_a_new_card_and_not_on_other_weights(dreambench, encoders, tmp_path):
+    folder = tmp_path / "model"
+    build("sd1", tmp_path).save_pretrained(folder)
+    config = parse(small(folder, dreambench, encoders))
+    before = fingerprint(config, ["cat2"])
+    (folder / "training.json").write_text("{}")
+    (folder / "README.md").write_text("a card")
+    assert fingerprint(config, ["cat2"]) == before
+    for part in ("vae/config.json", "model_index.json", "unet/config.json"):
+        file = folder / part
+        content = file.read_bytes()
+        file.write_bytes(content + b" ")
+        assert fingerprint(config, ["cat2"])["model"] != before["model"], part
+        file.write_bytes(content)
+    assert fingerprint(config, ["cat2"]) == before
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl", "sd3"])
