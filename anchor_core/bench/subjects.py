@@ -178,7 +178,7 @@ def fingerprint(config: Config, subjects: Sequence[str]) -> dict[str, str]:
 def _files(folder: Path) -> list[tuple[str, Path]]:
     """What a model in diffusers' layout is read from: a card beside its parts says nothing of what it draws."""
     kinds = (".safetensors", ".json", ".bin", ".txt")
-    files = [folder / "model_index.json", *sorted(file for file in folder.glob("*/**/*") if file.suffix in kinds)]
+    files = [*folder.glob("model_index.json"), *sorted(file for file in folder.glob("*/**/*") if file.suffix in kinds)]
     return [(file.relative_to(folder).as_posix(), file) for file in files]
 
 

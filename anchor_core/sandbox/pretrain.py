@@ -141,7 +141,7 @@ def _stage_decoder(work: Path, settings: PretrainSettings, device: torch.device)
     learnt: of real pictures it kept as little as a third of their identity.
     """
     torch.manual_seed(settings.seed)
-    vae = load_autoencoder(work).to(device)
+    vae = load_encoder(work).to(device)
     vae.decoder.requires_grad_(True)
     stage = Stage(work, "decoder", {"decoder": vae.decoder}, settings.decoder_rate, settings.decoder_steps, decay=0.0)
     rng, pictures = random.Random(f"looks {settings.seed}"), []
@@ -166,19 +166,27 @@ def _reconstruct(stage: Stage, vae, pictures: np.ndarray, settings: PretrainSett
         stage.descend(error + 2 * F.mse_loss(y, x) + 1e-4 * latents.float().square().mean(), l1=error.item())
 
 
-def load_autoencoder(work: Path):
-    """The trained autoencoder, with `scaling_factor` set to one over the latents' standard deviation."""
+def load_encoder(work: Path):
+    """An autoencoder with the trained encoder, and `scaling_factor` set to one over the latents' standard deviation.
+
+    Its decoder is at random weights.
+    """
     from diffusers import AutoencoderTiny
 
     vae = AutoencoderTiny(**model.VAE)
     taught = torch.load(work / "autoencoder.pt", weights_only=True)["modules"]["vae"]
     vae.encoder.load_state_dict({k.removeprefix("encoder."): v for k, v in taught.items() if k.startswith("encoder.")})
-    if (work / "decoder.pt").exists():
-        vae.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["modules"]["decoder"])
     vae = vae.eval().requires_grad_(False)
     with torch.no_grad():
         spread = vae.encode(as_tensor(load_pictures(work)[:256])).latents.std()
     vae.register_to_config(scaling_factor=round(1 / spread.item(), 5))
+    return vae
+
+
+def load_autoencoder(work: Path):
+    """The trained autoencoder, both halves."""
+    vae = load_encoder(work)
+    vae.decoder.load_state_dict(torch.load(work / "decoder.pt", weights_only=True)["modules"]["decoder"])
     return vae
 
 
@@ -249,7 +257,7 @@ def _averaged(work: Path, stage: str) -> dict[str, Tensor]:
 
 
 def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device) -> None:
-    vae = load_autoencoder(work).to(device)
+    vae = load_encoder(work).to(device)
     clip_tokenizer, trained = _denoiser(work, settings.seed)
     latents = _latents(work / "latents.pt", vae, load_pictures(work), device)
     captions = json.loads((work / "captions.json").read_text())
@@ -259,7 +267,7 @@ def _stage_denoiser(work: Path, settings: PretrainSettings, device: torch.device
 
 def _stage_names(work: Path, settings: PretrainSettings, device: torch.device) -> None:
     """Denoiser and text tower once more, half of it on looks of the subjects' family, each named by a rare word."""
-    vae = load_autoencoder(work).to(device)
+    vae = load_encoder(work).to(device)
     clip_tokenizer, trained = _denoiser(work, settings.seed)
     trained.load_state_dict(_averaged(work, "denoiser"))
     trained["names"] = names = Names(model.TEXT["hidden_size"])

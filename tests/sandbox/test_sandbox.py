@@ -151,3 +151,7 @@ def test_pretraining_runs_from_nothing_and_resumes(tmp_path):
 
     denoiser = DiffusersDenoiser.from_pretrained(tmp_path / "weights")
     assert denoiser.default_resolution == model.PICTURE_SIZE and denoiser.prediction_type == "v_prediction"
+    (tmp_path / "decoder.pt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"decoder\.pt"):
+        pretrain.assemble(tmp_path, tmp_path / "without")
+    assert not (tmp_path / "without").exists()
