@@ -202,9 +202,7 @@ class DriftProbe:
     @torch.no_grad()
     def measure(self) -> ProbeResult:
         """The distances of the network as it is now, adapter included."""
-        conditions, adapter, points = self._conditions, self.denoiser.adapter, self._points
-        if adapter is not None and adapter.config.trains_text:
-            conditions = [self.denoiser.encode_prompt(prompt, adapted=True) for prompt in self._prompts]
+        conditions, points = self._encoded(2), self._points
         norms = []
         for rows, anchor, *others in zip(points, self._anchors, *self._class_anchors.values(), strict=True):
             subject, class_ = (points.errors(rows, condition) for condition in conditions)
@@ -223,6 +221,22 @@ class DriftProbe:
             latents_are=self.latents_are,
             curves=curves,
         )
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """`measure().drift`, from half its passes."""
+        (condition,), points = self._encoded(1), self._points
+        norms = [
+            _norm(points.errors(rows, condition) - anchor) for rows, anchor in zip(points, self._anchors, strict=True)
+        ]
+        return torch.cat(norms).double().cpu().mean().item()
+
+    def _encoded(self, count: int) -> list[Any]:
+        """The first of the two prompts or both, by the text encoder as it is now where the adapter changes it."""
+        adapter = self.denoiser.adapter
+        if adapter is None or not adapter.config.trains_text:
+            return self._conditions[:count]
+        return [self.denoiser.encode_prompt(prompt, adapted=True) for prompt in self._prompts[:count]]
 
 
 def _norm(difference: Tensor) -> Tensor:

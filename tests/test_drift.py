@@ -76,6 +76,19 @@ def test_probe_is_fixed_and_the_anchor_is_made_once(eps_denoiser, latents, conce
         assert probe.measure() == first
 
 
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_the_drift_alone_takes_half_the_passes(eps_denoiser, latents, concept, stir, text_encoder):
+    probe = DriftProbe(eps_denoiser, latents, concept, timesteps=3, noises=2)
+    before = probe.drift()
+    stir(eps_denoiser.attach(AdapterConfig(rank=2, text_encoder=text_encoder)))
+    calls = []
+    eps_denoiser.network.register_forward_hook(lambda *_: calls.append(1))
+    alone = probe.drift()
+    passes = len(calls)
+    assert alone == probe.measure().drift != before
+    assert len(calls) == 3 * passes
+
+
 def test_measuring_leaves_no_trace(eps_denoiser, latents, concept, stir):
     adapter = eps_denoiser.attach(AdapterConfig(rank=2))
     stir(adapter)

@@ -116,9 +116,9 @@ class Case:
 
     def drifts(self) -> Scores:
         """Of the adapter that is attached."""
-        found = {"drift": self.probe.measure().drift}
+        found = {"drift": self.probe.drift()}
         if self.class_probe is not None:
-            found["drift_class"] = self.class_probe.measure().drift
+            found["drift_class"] = self.class_probe.drift()
         return found
 
     def score(

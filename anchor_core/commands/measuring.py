@@ -138,7 +138,7 @@ def compare(options: Namespace) -> None:
     for (name, subject), file in ((key, file) for key, file in files.items() if key[1] in comparison.subjects):
         probe = _probe(options, denoiser, subjects[subject].folder, concepts[name, subject])
         attach_file(denoiser, file)
-        comparison.add_drift(name, probe.measure().drift)
+        comparison.add_drift(name, probe.drift())
         denoiser.detach()
     result = comparison.result()
     out.mkdir(parents=True, exist_ok=True)
