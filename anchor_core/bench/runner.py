@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..checks import check_choice, shown
 from ..evaluation.report import write_json
+from ..workers import end_with_parent
 from ..writing import whole
 from .cells import read_cell
 from .config import Config
@@ -128,6 +129,7 @@ _DEVICE = "cpu"
 def _begin(devices: Any) -> None:
     """A process takes its device."""
     global _DEVICE
+    end_with_parent()
     _DEVICE = devices.get()
 
 

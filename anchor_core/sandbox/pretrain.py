@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..workers import end_with_parent
 from ..writing import whole
 from . import model, tokenizer, world
 from .captions import caption
@@ -89,7 +90,7 @@ def draw_dataset(count: int, captions: int, seed: int) -> tuple[np.ndarray, list
     from concurrent.futures import ProcessPoolExecutor
 
     chunks = [(i, min(i + 500, count), captions, seed) for i in range(0, count, 500)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), initializer=end_with_parent) as pool:
         parts = list(tqdm(pool.map(_draw_range, chunks), total=len(chunks), desc="pictures", unit="x500"))
     return (
         np.concatenate([p[0] for p in parts]),
