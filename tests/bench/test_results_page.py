@@ -87,3 +87,10 @@ def test_what_is_said_of_the_cells_that_are_made_anew():
     assert max(by_subject.values()) == 0.008
     assert f"text by {mean(higher('text_alignment'))}," in page
     assert max(map(abs, higher("drift", at=50) + higher("drift_class", at=50))) < 0.0015
+    apart = {}
+    for row, subject in ((row, subject) for row in config.trainings for subject in found[0].subjects):
+        old, new = (cells.scores(row, subject, 0) for cells in found)
+        apart[row, subject] = max(abs(new[score] - old[score]) for score in ("drift", "drift_class"))
+    far = sorted(row for (row, _), by in apart.items() if by > 0.01)
+    assert (far, len(apart)) == (["class diffusion", "custom diffusion", "custom diffusion", "w = 0.25"], 160)
+    assert max(apart, key=apart.get)[0] == "w = 0.25" and round(max(apart.values()), 2) == 0.35
