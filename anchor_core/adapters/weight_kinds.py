@@ -51,13 +51,16 @@ class FullLayer(WeightLayer):
         self.trained = nn.ParameterDict({name: nn.Parameter(part.detach().float().clone()) for name, part in own})
 
     def _adapted(self, *inputs, **options):
-        base = self.base_layer
+        base, trained = self.base_layer, dict(self.trained)
+        if not torch.is_grad_enabled():
+            # torch may choose another product for a weight that requires grad, and so other last bits.
+            trained = {name: part.detach() for name, part in trained.items()}
         if isinstance(base, (nn.Linear, nn.Conv2d)):
             # Not by the module's own forward, which in ComfyUI may ask for the pretrained weight again.
-            weight, bias = (_cast(self.trained.get(name), inputs[0].dtype) for name in ("weight", "bias"))
+            weight, bias = (_cast(trained.get(name), inputs[0].dtype) for name in ("weight", "bias"))
             run = functional.linear if isinstance(base, nn.Linear) else base._conv_forward
             return run(inputs[0], weight, bias)
-        own = {name: part.to(getattr(base, name).dtype) for name, part in self.trained.items()}
+        own = {name: part.to(getattr(base, name).dtype) for name, part in trained.items()}
         return torch.func.functional_call(base, own, inputs, options)
 
 

@@ -15,4 +15,6 @@ def pipelines(tmp_path_factory):
 
 @pytest.fixture(params=ARCHITECTURES)
 def any_denoiser(request, pipelines):
-    return tiny_models.denoiser_of(pipelines[request.param])
+    denoiser = tiny_models.denoiser_of(pipelines[request.param])
+    yield denoiser
+    denoiser.detach()  # of a test that failed, whose adapter would fail the next ones too

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from anchor_core.adapters.adapter import Adapter
 from anchor_core.adapters.attach import attach_file, attach_tensors
 from anchor_core.adapters.config import AdapterConfig
 from anchor_core.adapters.file import to_file_keys
 from anchor_core.adapters.kinds import NAME
+from anchor_core.adapters.weight_kinds import FullLayer
 from anchor_core.objectives import OBJECTIVES
 from anchor_core.training.checkpoint import Checkpoints
 from anchor_core.training.saving import save_trained
@@ -43,6 +45,32 @@ def test_everything_is_every_parameter_and_starts_as_it_is(any_denoiser, stir):
         assert torch.equal(predict(any_denoiser), untouched)
     any_denoiser.detach()
     assert torch.equal(predict(any_denoiser), untouched)
+
+
+class Products(TorchDispatchMode):
+    """Which operations are asked of the kernels, in order: what decides a result's last bits, on any processor."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_whole_weights_are_computed_with_as_the_frozen_ones_are():
+    """torch multiplies an input that is not contiguous otherwise for a weight that requires grad."""
+    base, pixels = torch.nn.Linear(16, 8).requires_grad_(False), torch.randn(3, 16, 4).transpose(1, 2)
+    layer = FullLayer(base)
+    with torch.no_grad(), Products() as frozen:
+        expected = layer.base_layer(pixels)
+    with torch.no_grad(), Products() as trained:
+        ours = layer(pixels)
+    assert torch.equal(ours, expected)
+    assert [name for name in trained.names if "detach" not in name] == frozen.names
+    layer(pixels).sum().backward()
+    torch.testing.assert_close(layer.trained["weight"].grad, pixels.sum((0, 1)).expand(8, -1))
 
 
 @pytest.mark.parametrize("part", ["full", "svdiff", "textual_inversion"])
