@@ -1,7 +1,7 @@
 """Writes the tables of docs/RESULTS.md: what `semantic-anchor bench report docs/cells/claims` prints of them.
 
 Usage: python docs/results.py. The sentences around the tables are written by hand; tests/bench/test_results_page.py
-holds the intervals in them, and those of README.md, to the tables.
+holds the intervals in them, and those of README.md and the help, to the tables.
 """
 
 from __future__ import annotations
