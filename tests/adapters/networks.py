@@ -37,7 +37,8 @@ class Bare:
     """What `attach_tensors` needs of a denoiser."""
 
     def __init__(self, network: nn.Module, prefix: str = "", architecture: str = "", everything: bool = False):
-        self.network, self.architecture, self.adapter = network, architecture, None
+        # Frozen as a denoiser's is: torch chooses some products by it, whose last bits differ on some processors.
+        self.network, self.architecture, self.adapter = network.requires_grad_(False), architecture, None
         kinds = nn.Module if everything else (nn.Linear, nn.Conv2d)
         parts = {name: part for name, part in network.named_modules() if isinstance(part, kinds) and is_leaf(part)}
         self.shapes = {name: part.weight.shape for name, part in parts.items()}
