@@ -91,7 +91,8 @@ class RuleStep:
 
     def __init__(self, table: Table, scale: float, shape: Sequence[int]):
         self.table, self.scale, self.shape = table, scale, shape
-        self.branches = table.branches(scale)
+        # As the pipelines have it, negative first: where a row stands in the batch may decide its last bits.
+        self.branches = table.branches(scale)[::-1]
         self.maps: ClassWordMaps | None = None
         if table.outside is not None and {SUBJECT, CLASS} <= set(self.branches):
             starts = (self.branches.index(branch) * shape[0] for branch in (SUBJECT, CLASS))
