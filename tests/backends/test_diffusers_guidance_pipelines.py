@@ -113,6 +113,24 @@ def test_cfg_as_a_rule_is_the_pipelines_own_under_its_options(tmp_path, name, op
     assert apart(model.guided(make_rule("mixed", class_share=0.3), **options), plain)
 
 
+def test_cfg_as_a_rule_has_the_rows_of_the_pipelines_batch_in_their_order(model):
+    """Row by row: on some processors a row's last bits depend on its place in the batch."""
+
+    network = model.denoiser.network
+    last = getattr(network, "conv_out", None) or network.proj_out
+
+    def outputs(run):
+        found = []
+        hook = last.register_forward_hook(lambda module, inputs, output: found.append(output.clone()))
+        run()
+        hook.remove()
+        return found
+
+    theirs, ours = outputs(model.run), outputs(lambda: model.guided(make_rule("cfg")))
+    assert len(ours) == len(theirs) == STEPS and apart(*theirs[0].chunk(2))
+    assert all(map(torch.equal, ours, theirs))
+
+
 def test_class_prompts_are_one_text_one_for_each_or_a_function(sd1):
     rule, prompts = make_rule("mixed"), ("a sks dog", "a sks dog")
     expected = sd1.guided(rule, prompts, class_prompt=["a dog", "a dog"])

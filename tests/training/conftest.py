@@ -17,4 +17,4 @@ def pipelines(tmp_path_factory):
 def any_denoiser(request, pipelines):
     denoiser = tiny_models.denoiser_of(pipelines[request.param])
     yield denoiser
-    denoiser.detach()  # of a test that failed, whose adapter would fail the next ones too
+    denoiser.detach()  # however the test ended: the next ones share the pipeline

@@ -81,7 +81,6 @@ def test_a_file_attaches_again_on_every_architecture(any_denoiser, part, stir):
     assert not torch.allclose(predict(any_denoiser), ours, atol=1e-3)
     attach_tensors(any_denoiser, tensors, token="sks")
     torch.testing.assert_close(predict(any_denoiser), ours, atol=1e-4, rtol=0)
-    any_denoiser.detach()
 
 
 @pytest.mark.parametrize(
@@ -183,7 +182,6 @@ def test_a_file_of_all_weights_has_the_stock_loaders_names_and_is_read_again(any
     untrained = predict(any_denoiser)
     attach_file(any_denoiser, file)
     again = predict(any_denoiser)
-    any_denoiser.detach()
     torch.testing.assert_close(again, trained, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(untrained, trained, atol=1e-2)
 
