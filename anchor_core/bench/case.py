@@ -138,6 +138,14 @@ class Case:
         return means(found), found
 
     @torch.no_grad()
+    def oracle(self) -> tuple[Scores, Scored]:
+        """Scores of what the prompts ask for, drawn by code, encoded and decoded."""
+        drawn = torch.stack(self.subject.drawn(self.seed)).to(self.denoiser.device)
+        decoded = self.denoiser.decode_latents(self.denoiser.encode_images(drawn)).cpu()
+        found = self.subject.score(list(decoded), range(len(decoded)))
+        return means(found), found
+
+    @torch.no_grad()
     def pictures(
         self, row: Sampling | None, token: str, folder: Path | None = None
     ) -> Iterator[tuple[list[int], list[Tensor]]]:

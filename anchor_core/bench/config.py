@@ -129,7 +129,7 @@ class Config:
     @property
     def rows(self) -> list[str]:
         """In the order of the tables."""
-        return row_names(self.trainings, self.samplings)
+        return row_names(self.trainings, self.samplings, self.in_sandbox)
 
 
 def shipped() -> list[str]:
@@ -209,7 +209,7 @@ def parse(raw: Mapping[str, Any]) -> Config:
             raise ValueError(f"source.{name} is empty, but a model other than sandbox takes it; give it as an option")
     preset = check_text("preset", raw.get("preset", ""), empty=True)
     trainings, samplings = read_rows(raw, inside, preset)
-    rows = row_names(trainings, samplings)
+    rows = row_names(trainings, samplings, inside)
     at = tuple(check_count("at", step) for step in listed(raw, "at", ()))
     config = Config(
         name=check_text("name", raw.get("name", "bench")),

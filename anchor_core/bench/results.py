@@ -18,7 +18,7 @@ from .claims import Verdict, judge
 from .claims import markdown as claims_table
 from .config import Config, parse
 from .figures import draw
-from .rows import PRETRAINED
+from .rows import UNTRAINED
 
 _RANKED = ("picture_similarity", "text_alignment", "subject_fidelity")  # CLIP-I, CLIP-T and DINO, or their roles
 _COMPARED = ("subject_fidelity", "picture_similarity", "text_alignment", "drift", "drift_class")
@@ -70,7 +70,7 @@ def read(folder: Path) -> tuple[Config, Cells]:
     held = _json(file)
     config = parse(held["config"])
     subjects, common, rows = held["subjects"], held["common"], held["rows"]
-    options = {PRETRAINED: {}} | {name: rows[name] for name in config.trainings}
+    options = {row: {} for row in config.rows if row in UNTRAINED} | {name: rows[name] for name in config.trainings}
     for name, way in config.samplings.items():
         sampling = {key: value for key, value in rows[name].items() if key != "of"}
         options[name] = {**rows[way.of], "sampling": sampling}
@@ -152,7 +152,7 @@ def _scores(config: Config, cells: Cells, at: int, seed: int) -> str:
         if any(scores.values())
     }
     ranked = [score for score in _RANKED if score in shown_]
-    rows = [row for row, each in means.items() if row != PRETRAINED and all(score in each for score in ranked)]
+    rows = [row for row, each in means.items() if row not in UNTRAINED and all(score in each for score in ranked)]
     places = {}
     if ranked and rows:
         places = dict(zip(rows, zip(*rank([[means[row][score].mean for score in ranked] for row in rows]))))
@@ -170,7 +170,7 @@ def _differences(config: Config, cells: Cells, at: int, seed: int) -> list[str]:
     """Every row against `base`, and every sampling against its training's own row, run by run."""
     bases: dict[str, list[str]] = {}
     if config.base:
-        bases[config.base] = [row for row in cells.rows if row not in (config.base, PRETRAINED)]
+        bases[config.base] = [row for row in cells.rows if row not in (config.base, *UNTRAINED)]
     if not at:
         for row, way in config.samplings.items():
             if way.of != config.base:

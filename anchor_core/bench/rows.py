@@ -20,6 +20,10 @@ from .keys import check_text, known, listed
 
 PRETRAINED = "pretrained, class prompt"
 """The row of the model as it is, asked for the class: what the others start from."""
+ORACLE = "oracle, through the autoencoder"
+"""The row of pictures that show the subject and follow every prompt: drawn by code, encoded and decoded. The embedded
+model's subjects alone have it."""
+UNTRAINED = (PRETRAINED, ORACLE)
 VECTORS = "vectors"
 """The adjustment of the token's own vectors, beside those of `ALIGNMENTS`."""
 
@@ -98,9 +102,10 @@ class Sampling:
         return bool(getattr(self.rule, "early", False))
 
 
-def row_names(trainings: Mapping[str, Training], samplings: Mapping[str, Sampling]) -> list[str]:
+def row_names(trainings: Mapping[str, Training], samplings: Mapping[str, Sampling], sandbox: bool) -> list[str]:
     """Every row, in the order of the tables."""
-    return [PRETRAINED, *trainings, *(row for name in trainings for row, way in samplings.items() if way.of == name)]
+    untrained = UNTRAINED if sandbox else (PRETRAINED,)
+    return [*untrained, *trainings, *(row for name in trainings for row, way in samplings.items() if way.of == name)]
 
 
 def read_rows(raw: Mapping[str, Any], sandbox: bool, preset: str) -> tuple[dict[str, Training], dict[str, Sampling]]:
@@ -142,7 +147,7 @@ def _tables(raw: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[st
 
 
 def _add(rows: dict[str, Any], where: str, row: str, make: Callable[[], Any]) -> None:
-    if row in rows or row == PRETRAINED:
+    if row in rows or row in UNTRAINED:
         raise ValueError(f"{where} has the row {row!r} twice, but every row takes a name of its own")
     try:
         rows[row] = make()

@@ -19,7 +19,7 @@ from ..workers import end_with_parent
 from ..writing import whole
 from .cells import read_cell
 from .config import Config
-from .rows import PRETRAINED
+from .rows import UNTRAINED
 from .subjects import fingerprint, subject_names
 from .work import Done, Job, common_of, jobs_of, run_job
 
@@ -72,7 +72,7 @@ def run(
 
 def _is_open(job: Job, config: Config, out: Path, common: Mapping[str, Any]) -> bool:
     """Whether a cell of it is missing."""
-    own = {} if job.row == PRETRAINED else config.trainings[job.row].options
+    own = {} if job.row in UNTRAINED else config.trainings[job.row].options
     cells = {job.row: own} | {row: {**own, "sampling": dict(config.samplings[row].options)} for row in job.samplings}
     return any(
         read_cell(out, row, job.subject, job.seed, {**common, **options}) is None for row, options in cells.items()

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ..checks import shown
@@ -46,12 +47,15 @@ class SandboxSubject:
 
         self._own, self._judge = subjects.get(name), judge
         self.name, self.class_word = name, self._own.class_word
-        pictures = [np.asarray(picture).copy() for picture in self._own.references()]
-        pixels = [torch.from_numpy(picture).movedim(-1, 0).float() / 255 for picture in pictures]
+        pixels = _pixels(self._own.references())
         self.references = References(pixels, [f"{name} {number}" for number in range(len(pixels))])
 
     def prompts(self, token: str) -> list[str]:
         return self._own.prompts(token)
+
+    def drawn(self, seed: int) -> list[Tensor]:
+        """What each prompt asks for, drawn by code, (3, 64, 64) in [0, 1]."""
+        return _pixels(self._own.drawn(seed))
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor]:
@@ -80,6 +84,10 @@ class SandboxSubject:
             "background": right("background"),
             "accessory": [one if plain else both for plain, one, both in zip(bare, kind, equipped)],
         }
+
+
+def _pixels(pictures: Sequence[Image.Image]) -> list[Tensor]:
+    return [torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 255 for picture in pictures]
 
 
 class FolderSubject:

@@ -17,7 +17,7 @@ from ..training.trainer import TrainingDiverged
 from ..writing import whole
 from .cells import read_cell, slug, write_cell
 from .config import Config, parse
-from .rows import PRETRAINED, Sampling, Training
+from .rows import ORACLE, PRETRAINED, UNTRAINED, Sampling, Training
 
 EARLY = 3
 """Autoguidance's early checkpoint is of this part of the steps: a third."""
@@ -25,7 +25,7 @@ EARLY = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What is made in one go: `row`, a training or `PRETRAINED`, and the samplings of its adapter."""
+    """What is made in one go: `row`, a training or one of `UNTRAINED`, and the samplings of its adapter."""
 
     subject: str
     seed: int
@@ -129,6 +129,8 @@ class _Process:
         try:
             if job.row == PRETRAINED:
                 _Making(self, job, common).pretrained()
+            elif job.row == ORACLE:
+                _Making(self, job, common).oracle()
             else:
                 _Making(self, job, common).training(self.config.trainings[job.row])
         finally:
@@ -152,6 +154,13 @@ class _Making:
             began = time.perf_counter()
             scores, by_picture = self.case.score(token="", folder=self._pictures(PRETRAINED))
             self._write(PRETRAINED, {}, {"0": {**scores, **self.case.drifts()}}, by_picture, began)
+
+    def oracle(self) -> None:
+        """What the prompts ask for, as far as the autoencoder keeps it."""
+        if self._held(ORACLE, {}) is None:
+            began = time.perf_counter()
+            scores, by_picture = self.case.oracle()
+            self._write(ORACLE, {}, {"0": scores}, by_picture, began)
 
     def training(self, training: Training) -> None:
         ways = {row: {**training.options, "sampling": dict(self.config.samplings[row].options)}
@@ -293,8 +302,7 @@ def jobs_of(config: Config, subjects, seeds, rows) -> list[Job]:
     jobs = []
     for subject in subjects:
         for seed in seeds:
-            if PRETRAINED in rows:
-                jobs.append(Job(subject, seed, PRETRAINED, ()))
+            jobs += [Job(subject, seed, row, ()) for row in UNTRAINED if row in rows]
             for name in config.trainings:
                 ways = tuple(row for row, way in config.samplings.items() if way.of == name and row in rows)
                 if name in rows or ways:

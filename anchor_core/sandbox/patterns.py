@@ -42,12 +42,11 @@ UNUSUAL_PATTERNS = ("halves", "quarters", "bullseye", "zigzag", "diagonal", "ban
 MARKS = ("face", "eye", "patch", "belt")
 
 
-def fill_unusual(size: tuple[int, int], paint: Paint, cx: float, cy: float, r: float) -> Image.Image:
-    """A held-out pattern with its mark, centred on a body of radius `r` pixels."""
-    first, second, *rest = paint.colours
+def fill_unusual(paint: Paint, cx: float, cy: float, r: float) -> Image.Image:
+    """A held-out pattern, centred on a body of radius `r` pixels."""
+    first, second, *_ = paint.colours
     x, y = (axis / r for axis in grid(cx, cy))
     where = {
-        "plain": np.zeros_like(x, bool),
         "halves": x > 0,
         "quarters": (x > 0) ^ (y > 0),
         "bullseye": (np.hypot(x, y) % 0.56) > 0.28,
@@ -57,14 +56,15 @@ def fill_unusual(size: tuple[int, int], paint: Paint, cx: float, cy: float, r: f
     }.get(paint.pattern)
     if where is None:
         raise ValueError(f"unknown pattern {paint.pattern!r}; known: {', '.join(UNUSUAL_PATTERNS)}")
-    fill = np.where(where[..., None], np.uint8(second), np.uint8(first))
-    if paint.mark is not None:
-        colour = rest[0] if rest else (0, 0, 0)
-        _draw_mark(fill, paint.mark, x, y, colour)
-    return Image.fromarray(fill)
+    return Image.fromarray(np.where(where[..., None], np.uint8(second), np.uint8(first)))
 
 
-def _draw_mark(fill: np.ndarray, mark: str, x: np.ndarray, y: np.ndarray, colour) -> None:
+def draw_mark(picture: Image.Image, paint: Paint, cx: float, cy: float, r: float) -> Image.Image:
+    """A body's fill with the paint's mark over it, in the third colour or black."""
+    fill, mark = np.array(picture), paint.mark
+    colour = paint.colours[2] if len(paint.colours) > 2 else (0, 0, 0)
+    x, y = (axis / r for axis in grid(cx, cy))
+
     def disc(cx: float, cy: float, radius: float) -> np.ndarray:
         return np.hypot(x - cx, y - cy) < radius
 
@@ -84,3 +84,4 @@ def _draw_mark(fill: np.ndarray, mark: str, x: np.ndarray, y: np.ndarray, colour
         fill[(np.abs(y - 0.2) < 0.11) & (np.abs(x) < 0.18)] = (255, 255, 255)
     else:
         raise ValueError(f"unknown mark {mark!r}; known: {', '.join(MARKS)}")
+    return Image.fromarray(fill)

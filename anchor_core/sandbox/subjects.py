@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -31,6 +31,8 @@ DYES = {
     "rust": (190, 70, 14),
 }
 """Colours that no ordinary scene uses."""
+PROPERTIES = ("red", "purple", "striped", "small", "dotted")
+"""What the last prompts of a subject change in it."""
 
 
 def random_look(rng: random.Random) -> Paint:
@@ -83,13 +85,30 @@ class Subject:
 
     def prompt_scenes(self) -> list[Scene | None]:
         """What the first 20 prompts ask for (for the exact readers); None where a property is changed."""
-        return [scene for scene, _ in self._prompts("{}")]
+        scenes: list[Scene | None] = [scene for scene, _ in self._prompts("{}")]
+        return scenes[: -len(PROPERTIES)] + [None] * len(PROPERTIES)
+
+    def drawn(self, seed: int = 0) -> list[Image.Image]:
+        """What each of the 25 prompts asks for, RGB, 64 px; `seed` chooses what a prompt leaves open."""
+        return [
+            world.draw(replace(scene, seed=100 * seed + number))
+            for number, (scene, _) in enumerate(self._prompts("{}"))
+        ]
+
+    def _changed(self, word: str) -> Scene:
+        """The subject with a property changed, and nothing else: a colour is that in place of its first."""
+        scene = Scene(self.class_word, paint=self.paint)
+        if word in world.COLOURS:
+            return replace(scene, paint=replace(self.paint, colours=(world.COLOURS[word], *self.paint.colours[1:])))
+        if word in world.PATTERNS:
+            return replace(scene, paint=replace(self.paint, pattern=word))
+        return replace(scene, size=word)
 
     def prompts(self, token: str = "sks") -> list[str]:
         """25 prompts: 10 new surroundings, 10 accessories and neighbours, 5 changed properties, as in DreamBench."""
         return [text for _, text in self._prompts(token)]
 
-    def _prompts(self, token: str) -> list[tuple[Scene | None, str]]:
+    def _prompts(self, token: str) -> list[tuple[Scene, str]]:
         who = f"{token} {self.class_word}".strip()
         body = Scene(self.class_word, paint=self.paint)
         rng = random.Random(f"prompts of {self.name}")
@@ -109,8 +128,8 @@ class Subject:
             scene = Scene(self.class_word, paint=self.paint, background=place, accessory=kind, accessory_colour=colour)
             with_what = f"wearing a {colour} hat" if kind == "hat" else f"next to a {colour} {kind}"
             prompts.append((scene, f"a photo of a {who} {with_what} {phrase_of(place)}"))
-        for word in ("red", "purple", "striped", "small", "dotted"):
-            prompts.append((None, f"a photo of a {word} {who}"))
+        for word in PROPERTIES:
+            prompts.append((self._changed(word), f"a photo of a {word} {who}"))
         return prompts
 
 

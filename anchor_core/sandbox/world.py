@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .model import PICTURE_SIZE
-from .patterns import SUPERSAMPLING, Paint, fill_unusual, grid
+from .patterns import SUPERSAMPLING, Paint, draw_mark, fill_unusual, grid
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon", "ring", "cross")
 COLOURS = {
@@ -229,10 +229,9 @@ def paint_body(picture: Image.Image, shape: str, cx: float, cy: float, r: float,
         thickness = 1.9
         outer = _dilated(mask, thickness)
         picture.paste(paint.outline, mask=outer)
-    if paint.pattern in PATTERNS and paint.mark is None:
-        fill = _fill(picture.size, paint, cx, cy)
-    else:
-        fill = fill_unusual(picture.size, paint, cx, cy, r)
+    fill = _fill(picture.size, paint, cx, cy) if paint.pattern in PATTERNS else fill_unusual(paint, cx, cy, r)
+    if paint.mark is not None:
+        fill = draw_mark(fill, paint, cx, cy, r)
     picture.paste(fill, mask=mask)
 
 

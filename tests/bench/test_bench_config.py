@@ -8,7 +8,7 @@ import pytest
 
 from anchor_core.bench import sandbox_settings
 from anchor_core.bench.config import parse, read_config, shipped
-from anchor_core.bench.rows import PRETRAINED
+from anchor_core.bench.rows import ORACLE, PRETRAINED
 from anchor_core.objectives import matched_learning_rate
 from anchor_core.training.methods import method_options
 
@@ -55,12 +55,13 @@ def test_a_list_is_as_many_rows_and_a_method_keeps_its_form_alone():
     assert custom.settings.token_learning_rate == 0 != base.token_learning_rate
     matched = config.trainings["rate"].settings.token_learning_rate
     assert matched == pytest.approx(matched_learning_rate(base.token_learning_rate, 0.5))
-    assert config.rows[0] == PRETRAINED and config.base == "w = 0.25"
+    assert config.rows[:2] == [PRETRAINED, ORACLE] and config.base == "w = 0.25"
 
 
 def test_another_model_takes_the_whole_method_over_its_preset(tmp_path):
     source = {"source": {"references": ".", "prompts": "prompts.txt"}}
     config = parse({"model": "some/model", "preset": "sdxl", "trainings": {"oft": {"method": "oft"}, "p": {}}} | source)
+    assert config.rows == [PRETRAINED, "oft", "p"]  # its subjects are pictures: no code draws what a prompt asks for
     assert config.trainings["oft"].settings.steps == 10005 and config.trainings["oft"].settings.accumulation == 4
     assert config.trainings["p"].settings.learning_rate == 1e-4 and config.sampling.count == 4
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from anchor_core import cli
 from anchor_core.bench import results, runner
 from anchor_core.bench.cells import cell_file
 from anchor_core.bench.config import parse, read_config
-from anchor_core.bench.rows import PRETRAINED
+from anchor_core.bench.rows import ORACLE, PRETRAINED, UNTRAINED
 from anchor_core.bench.work import common_of, jobs_of
 
 SMALL = {
@@ -139,6 +140,17 @@ def test_the_report_is_made_of_the_stored_cells_alone(made, tmp_path, capsys):
     assert "## After 1 steps" in text and "Difference to plain, run by run" in text
 
 
+def test_the_oracle_follows_every_prompt_and_has_no_place(made):
+    _, out = made
+    oracle, text = cells(out)[ORACLE], results.write(out, out)
+    assert set(oracle["scores"]["0"]) == set(cells(out)[PRETRAINED]["scores"]["0"]) - {"drift", "drift_class"}
+    assert oracle["scores"]["0"]["subject_fidelity"] > 0.8 and oracle["scores"]["0"]["background"] == 1
+    changed, kept = (np.mean(oracle["by_picture"]["subject_fidelity"][part]) for part in (slice(20, 23), slice(20)))
+    assert changed < kept - 0.1
+    assert [line for line in text.splitlines() if line.startswith(f"| {ORACLE} | 1 |") and line.endswith("|  |  |")]
+    assert len([line for line in text.splitlines() if ORACLE in line]) == 2  # a line a table, none of differences
+
+
 def test_a_training_that_diverges_is_named_and_left_out(tmp_path):
     raw = SMALL | {"trainings": {"plain": {}, "wild": {"learning_rate": 1e30, "grad_clip": 0}}}
     runner.run(parse(raw), tmp_path / "out", rows=["plain", "wild"], jobs=1)
@@ -148,16 +160,16 @@ def test_a_training_that_diverges_is_named_and_left_out(tmp_path):
 
 def test_what_fails_is_told_after_the_others_are_made(tmp_path):
     raw = SMALL | {"trainings": {"deep": {"rank": 4096}, "plain": {}}}
-    with pytest.raises(ValueError, match="1 of 3 jobs failed, first deep, bolt, seed 1"):
+    with pytest.raises(ValueError, match="1 of 4 jobs failed, first deep, bolt, seed 1"):
         runner.run(parse(raw), tmp_path / "out", jobs=1)
-    assert set(cells(tmp_path / "out")) == {"plain", PRETRAINED}
+    assert set(cells(tmp_path / "out")) == {"plain", PRETRAINED, ORACLE}
     assert "Traceback" in (tmp_path / "out" / "failed.txt").read_text()
 
 
 def test_processes_have_jobs_of_their_own(tmp_path):
     config = parse(SMALL | {"trainings": {"plain": {}}})
     runner.run(config, tmp_path / "out", jobs=2, devices=["cpu"])
-    assert set(cells(tmp_path / "out")) == {"plain", PRETRAINED}
+    assert set(cells(tmp_path / "out")) == {"plain", PRETRAINED, ORACLE}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -175,7 +187,7 @@ def test_the_command_line_runs_a_config(tmp_path, capsys):
     file.write_text(json.dumps(SMALL | {"trainings": {"plain": {}}}))
     run = ["bench", "run", str(file), "--out", str(tmp_path / "out"), "--jobs", "1", "--rows", PRETRAINED]
     assert cli.main(run) == 0
-    assert "1 of 2 cells" in capsys.readouterr().out
+    assert "1 of 3 cells" in capsys.readouterr().out
     assert cli.main([*run, "--subjects", "nobody"]) == 2
     assert "--subjects: subjects is 'nobody'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -186,7 +198,7 @@ def test_the_command_line_runs_a_config(tmp_path, capsys):
 def test_jobs_stay_together_by_subject_and_a_cell_knows_its_options():
     config = read_config("methods")
     jobs = jobs_of(config, ["pip", "momo"], [0, 1], config.rows)
-    assert [(job.subject, job.seed) for job in jobs[:: 1 + len(config.trainings)]] == [
+    assert [(job.subject, job.seed) for job in jobs[:: len(UNTRAINED) + len(config.trainings)]] == [
         ("pip", 0), ("pip", 1), ("momo", 0), ("momo", 1),
     ]  # fmt: skip
     assert "batch" not in common_of(config)["sampling"]

@@ -81,6 +81,25 @@ def test_twelve_subjects_with_references_and_prompts():
         assert len(scenes) == 20 and not {s.background for s in scenes[:10]} & set(subject.surroundings)
 
 
+def test_what_each_prompt_asks_for_is_drawn():
+    subject = subjects.get("rosie")
+    drawn, anew = subject.drawn(), subject.drawn(1)
+    assert len(drawn) == len(subject.prompts()) == 25
+    assert [each.tobytes() for each in drawn] == [each.tobytes() for each in subject.drawn()]
+    assert all(one.tobytes() != other.tobytes() for one, other in zip(drawn, anew))
+    for number, scene in enumerate(subject.prompt_scenes()):
+        if scene is not None:
+            assert drawn[number] == world.draw(replace(scene, seed=number))
+    own, changed = subject.paint, [np.asarray(picture).reshape(-1, 3) for picture in drawn[20:]]
+    colours = dict(zip(subjects.PROPERTIES, ({tuple(map(int, pixel)) for pixel in each} for each in changed)))
+    for word in ("red", "purple"):
+        assert world.COLOURS[word] in colours[word] and own.colours[0] not in colours[word]
+    for word in ("striped", "dotted"):  # in the subject's own colours, its face over them
+        assert {*own.colours, own.outline, (255, 255, 255)} <= colours[word]
+    area = dict(zip(subjects.PROPERTIES, ((each != each[0]).any(1).sum() for each in changed)))
+    assert area["small"] < 0.9 * min(area["red"], area["purple"])
+
+
 def test_an_unknown_subject_is_named_with_the_known_ones():
     with pytest.raises(ValueError, match="'nobody'; known: pip, momo"):
         subjects.get("nobody")
