@@ -138,11 +138,12 @@ class Case:
         return means(found), found
 
     @torch.no_grad()
-    def oracle(self) -> tuple[Scores, Scored]:
-        """Scores of what the prompts ask for, drawn by code, encoded and decoded."""
+    def oracle(self, folder: Path | None = None) -> tuple[Scores, Scored]:
+        """Scores of what the prompts ask for, drawn by code, encoded and decoded, one picture a prompt."""
         drawn = torch.stack(self.subject.drawn(self.seed)).to(self.denoiser.device)
         decoded = self.denoiser.decode_latents(self.denoiser.encode_images(drawn)).cpu()
-        found = self.subject.score(list(decoded), range(len(decoded)))
+        files = [None if folder is None else folder / f"{prompt:02}_0.png" for prompt in range(len(decoded))]
+        found = self.subject.score(list(map(_kept, decoded, files)), range(len(decoded)))
         return means(found), found
 
     @torch.no_grad()

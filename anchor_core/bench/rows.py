@@ -24,6 +24,7 @@ ORACLE = "oracle, through the autoencoder"
 """The row of pictures that show the subject and follow every prompt: drawn by code, encoded and decoded. The embedded
 model's subjects alone have it."""
 UNTRAINED = (PRETRAINED, ORACLE)
+"""The rows that no training makes; they have no place among the others."""
 VECTORS = "vectors"
 """The adjustment of the token's own vectors, beside those of `ALIGNMENTS`."""
 

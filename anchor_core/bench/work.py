@@ -159,7 +159,7 @@ class _Making:
         """What the prompts ask for, as far as the autoencoder keeps it."""
         if self._held(ORACLE, {}) is None:
             began = time.perf_counter()
-            scores, by_picture = self.case.oracle()
+            scores, by_picture = self.case.oracle(self._pictures(ORACLE))
             self._write(ORACLE, {}, {"0": scores}, by_picture, began)
 
     def training(self, training: Training) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from anchor_core import cli
 from anchor_core.bench import results, runner
-from anchor_core.bench.cells import cell_file
+from anchor_core.bench.cells import cell_file, slug
 from anchor_core.bench.config import parse, read_config
 from anchor_core.bench.rows import ORACLE, PRETRAINED, UNTRAINED
 from anchor_core.bench.work import common_of, jobs_of
@@ -149,6 +149,13 @@ def test_the_oracle_follows_every_prompt_and_has_no_place(made):
     assert changed < kept - 0.1
     assert [line for line in text.splitlines() if line.startswith(f"| {ORACLE} | 1 |") and line.endswith("|  |  |")]
     assert len([line for line in text.splitlines() if ORACLE in line]) == 2  # a line a table, none of differences
+
+
+def test_pictures_are_kept_of_every_row(tmp_path):
+    raw = SMALL | {"trainings": {"plain": {}}, "keep_pictures": True}
+    runner.run(parse(raw), tmp_path / "out", rows=[PRETRAINED, ORACLE], jobs=1)
+    kept = [file.parent.parent.parent.name for file in (tmp_path / "out/pictures").rglob("*.png")]
+    assert {row: kept.count(row) for row in kept} == {slug(row): 25 for row in (PRETRAINED, ORACLE)}
 
 
 def test_a_training_that_diverges_is_named_and_left_out(tmp_path):
