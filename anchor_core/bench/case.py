@@ -20,7 +20,7 @@ from ..backends.diffusers.denoiser import DiffusersDenoiser
 from ..branches import CLASS, NULL, SUBJECT
 from ..concept import Concept
 from ..data.cache import Cache
-from ..data.pictures import as_picture, read_picture
+from ..data.pictures import as_picture, read_picture, to_tensor
 from ..data.prepare import ClassPictures, Material, prepare
 from ..drift import DriftProbe, ProbeResult
 from ..training.bank import Bank
@@ -192,10 +192,10 @@ def _kept(picture: Tensor, file: Path | None) -> Tensor:
     if file is None:
         return picture
     file.parent.mkdir(parents=True, exist_ok=True)
-    pixels = as_picture(picture)
+    image = Image.fromarray(as_picture(picture))
     with whole(file) as part:
-        Image.fromarray(pixels).save(part, format="PNG")
-    return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 255
+        image.save(part, format="PNG")
+    return to_tensor(image)
 
 
 class _Sampler:

@@ -8,15 +8,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..checks import shown
 from ..data.folder import picture_files
-from ..data.pictures import References, load_references
+from ..data.pictures import References, load_references, to_tensor
 from ..evaluation.metrics import Encoders
 from ..evaluation.picture_folders import class_only, read_prompt_file
 from .config import Config, Source
@@ -47,7 +45,7 @@ class SandboxSubject:
 
         self._own, self._judge = subjects.get(name), judge
         self.name, self.class_word = name, self._own.class_word
-        pixels = _pixels(self._own.references())
+        pixels = [to_tensor(picture) for picture in self._own.references()]
         self.references = References(pixels, [f"{name} {number}" for number in range(len(pixels))])
 
     def prompts(self, token: str) -> list[str]:
@@ -55,7 +53,7 @@ class SandboxSubject:
 
     def drawn(self, seed: int) -> list[Tensor]:
         """What each prompt asks for, drawn by code, (3, 64, 64) in [0, 1]."""
-        return _pixels(self._own.drawn(seed))
+        return [to_tensor(picture) for picture in self._own.drawn(seed)]
 
     @cached_property
     def _real(self) -> tuple[Tensor, Tensor]:
@@ -84,10 +82,6 @@ class SandboxSubject:
             "background": right("background"),
             "accessory": [one if plain else both for plain, one, both in zip(bare, kind, equipped)],
         }
-
-
-def _pixels(pictures: Sequence[Image.Image]) -> list[Tensor]:
-    return [torch.from_numpy(np.array(picture)).movedim(-1, 0).float() / 255 for picture in pictures]
 
 
 class FolderSubject:

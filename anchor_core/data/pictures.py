@@ -101,7 +101,7 @@ def bucket_sizes(resolution: int, multiple: int = 64) -> list[tuple[int, int]]:
 
 def read_picture(file: Path) -> Tensor:
     """A picture (3, H, W) in [0, 1] at its own size, upright, over white; ValueError if it cannot be read."""
-    return _to_tensor(over_white(open_picture(file)))
+    return to_tensor(over_white(open_picture(file)))
 
 
 def load_references(folder: str | Path, size: Sizes, *, masks: bool = False, captions: bool = False) -> References:
@@ -310,10 +310,10 @@ def read_reference(
     if box[2] - box[0] < width or box[3] - box[1] < height:
         logger.warning("%s is %dx%d, and is enlarged to %dx%d", shown(file), *picture.size, width, height)
     # Cut first: a resize of a box would let in what is outside of it.
-    pixels = _to_tensor(picture.crop(box).resize((width, height), Image.Resampling.LANCZOS))
+    pixels = to_tensor(picture.crop(box).resize((width, height), Image.Resampling.LANCZOS))
     if mask is None:
         return pixels, None
-    return pixels, _to_tensor(mask.crop(box).resize((width, height), Image.Resampling.BILINEAR))
+    return pixels, to_tensor(mask.crop(box).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def over_white(picture: Image) -> Image:
@@ -325,7 +325,7 @@ def over_white(picture: Image) -> Image:
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
-def _to_tensor(picture: Image) -> Tensor:
+def to_tensor(picture: Image) -> Tensor:
     """(C, H, W) in [0, 1]."""
     import numpy
 
